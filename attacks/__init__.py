@@ -1,0 +1,1 @@
+"""Attacks: pure functions (model, x, target, *, ...) -> x_adv that leave the model as they found it."""

@@ -1,0 +1,102 @@
+"""Projected gradient descent (Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", ICLR 2018).
+
+    x_0 = x + noise;    x_{t+1} = Pi( x_t + step_size * sign( grad_x loss(f(x_t), target) ) )
+
+Pi projects onto the ball of radius epsilon around x and then onto the box [0, 1].
+"""
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attacks.frozen import frozen
+from attacks.noise import example_keys, keyed_normal, keyed_uniform
+
+GAUSSIAN_SCALE = 0.001  # standard deviation of the Gaussian start (TRADES; Zeng et al., Alg. 1; VIR, Alg. 1)
+
+
+def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy per example, logits [B, K] and y [B] -> [B]."""
+    return F.cross_entropy(logits, y, reduction="none")
+
+
+def linf_step(x_adv: Tensor, gradient: Tensor, step_size: float) -> Tensor:
+    """Steepest ascent in the l_inf norm: step_size * sign(gradient), where sign(0) = 0."""
+    return x_adv + step_size * gradient.sign()
+
+
+def linf_project(x_adv: Tensor, x: Tensor, epsilon: float) -> Tensor:
+    """The nearest point of the l_inf ball of radius epsilon around x."""
+    return torch.minimum(torch.maximum(x_adv, x - epsilon), x + epsilon)
+
+
+NORMS = {"linf": (linf_step, linf_project)}
+STARTS = ("uniform", "gaussian", "clean")
+
+
+def pgd(model: nn.Module, x: Tensor, target: object, *, epsilon: float, step_size: float, num_steps: int,
+        loss_fn: Callable[[Tensor, object], Tensor] = cross_entropy, start: str | Tensor = "uniform", norm: str = "linf",
+        mode: str | None = "eval", keys: Tensor | None = None) -> Tensor:
+    """Maximise loss_fn(model(x_adv), target) over the epsilon ball around x within [0, 1].
+
+    x: [B, C, H, W] in [0, 1]; target: whatever loss_fn(logits_adv, target) -> [B] takes, labels [B] by default; epsilon and
+    step_size in pixel units. Returns x_adv, shaped as x, without a graph. The last iterate is returned, not the best.
+
+    start  "uniform": x + U(-epsilon, epsilon); "gaussian": x + 0.001 N(0, 1), which a KL loss needs, its gradient at x being zero;
+           "clean": x; or the first iterate as a tensor. The first iterate is not projected before the first step, as in the
+           released code of Zeng et al., TRADES and MART; every later one is, and so is the result.
+    mode   of the model during the attack: "eval", "train", or None for as it is (see `frozen`).
+    keys   [B] int64 from `attacks.noise.example_keys`: the noise of an example then depends on its key alone. Without keys it comes
+           from torch's global generator.
+
+    Raises ValueError for images outside [0, 1], a negative epsilon, step_size or num_steps, and an unknown start or norm.
+    """
+    check_images(x)
+    for name, value in {"epsilon": epsilon, "step_size": step_size, "num_steps": num_steps}.items():
+        if not (value >= 0 and math.isfinite(value)):
+            raise ValueError(f"{name} must be a finite number >= 0, not {value}")
+    if norm not in NORMS:
+        raise ValueError(f"unknown norm {norm!r}: choose one of {', '.join(NORMS)}")
+    step, project = NORMS[norm]
+    x_adv = first_iterate(x, epsilon, start, keys)
+    with frozen(model, mode) as bare, torch.enable_grad():
+        for _ in range(num_steps):
+            x_adv = x_adv.detach().requires_grad_()
+            losses = loss_fn(bare(x_adv), target)  # [B]
+            gradient, = torch.autograd.grad(losses.sum(), x_adv)  # the sum: a mean only underflows earlier
+            x_adv = project(step(x_adv.detach(), gradient, step_size), x, epsilon).clamp_(0.0, 1.0)
+    return x_adv if num_steps else project(x_adv, x, epsilon).clamp_(0.0, 1.0)
+
+
+def pgd_by_index(model: nn.Module, x: Tensor, target: object, index: Tensor, restart: int, loss_fn: Callable[[Tensor, object], Tensor],
+                 *, seed: int, **options: object) -> Tensor:
+    """`pgd` from the random start that belongs to (index in the data set, seed, restart), whatever batch the example stands in."""
+    return pgd(model, x, target, loss_fn=loss_fn, keys=example_keys(index, seed, restart), **options)
+
+
+def first_iterate(x: Tensor, epsilon: float, start: str | Tensor, keys: Tensor | None = None) -> Tensor:
+    """The point x_0 from which an attack begins; `start` and `keys` as in `pgd`."""
+    if isinstance(start, Tensor):
+        if start.shape != x.shape:
+            raise ValueError(f"a start of shape {tuple(start.shape)} does not fit images of shape {tuple(x.shape)}")
+        return start
+    if start == "clean":
+        return x
+    if start == "uniform":
+        noise = torch.rand_like(x) if keys is None else keyed_uniform(keys, x.shape[1:]).to(x.dtype)
+        return x + epsilon * (2.0 * noise - 1.0)
+    if start == "gaussian":
+        noise = torch.randn_like(x) if keys is None else keyed_normal(keys, x.shape[1:]).to(x.dtype)
+        return x + GAUSSIAN_SCALE * noise
+    raise ValueError(f"unknown start {start!r}: choose one of {', '.join(STARTS)}, or give the first iterate as a tensor")
+
+
+def check_images(x: Tensor) -> None:
+    """Raise ValueError unless x is a floating-point tensor with every value in [0, 1]."""
+    if not x.is_floating_point():
+        raise ValueError(f"images must be floating point in [0, 1], not {x.dtype}: divide 8-bit images by 255")
+    if x.numel() and not bool(((x >= 0) & (x <= 1)).all()):
+        raise ValueError(f"images must lie in [0, 1], not [{x.min().item():.3g}, {x.max().item():.3g}]: keep pixels in [0, 1] and "
+                         "make normalisation the model's first layer (models.normalize)")

@@ -1,0 +1,1 @@
+"""What is held constant across experiments: command line, data, devices, run folder, checkpoints, evaluation, figures."""

@@ -1,0 +1,165 @@
+"""Turn the Config at the top of a script into its command line, and a user's mistake into one line."""
+import argparse
+import dataclasses
+import difflib
+import inspect
+import json
+import math
+import os
+import re
+import signal
+import sys
+import types
+import typing
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+
+from harness.errors import RunError, UserError
+
+MAY_CHANGE_ON_RESUME = {"resume", "epochs", "data_dir", "device", "max_batches"}
+
+# What a field of this name may hold, in any Config: (smallest, largest).
+LIMITS = {
+    "epochs": (1, math.inf), "batch_size": (1, math.inf), "num_steps": (0, math.inf), "val_num_steps": (0, math.inf),
+    "num_restarts": (1, math.inf), "num_examples": (1, math.inf), "max_batches": (1, math.inf), "val_size": (0, math.inf),
+    "epsilon": (0, 1), "step_size": (0, 1), "val_step_size": (0, 1), "alpha": (0, math.inf), "alphas": (0, math.inf),
+    "beta": (0, math.inf), "lr": (0, math.inf), "momentum": (0, 1), "weight_decay": (0, math.inf), "lr_drop_factor": (0, 1),
+    "lr_drop_after": (0, math.inf), "epsilon_warmup_epochs": (0, math.inf), "crop_padding": (0, math.inf),
+    "seed": (0, 2**31 - 1),
+}
+
+
+def run_script(main: Callable, cls: type, recipes: dict | None = None) -> None:
+    """Parse the command line into `cls`, call main(config), and end with exit code 0, 1 (failed), 2 (refused) or 130 (Ctrl-C)."""
+    name = Path(sys.argv[0]).name
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        main(parse_config(cls, recipes=recipes))
+    except UserError as error:
+        _fail(name, error, 2)
+    except RunError as error:
+        _fail(name, error, 1)
+    except OSError as error:  # a full disk, a folder that went away: the last complete checkpoint is still there
+        _fail(name, f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}; what was saved before is intact", 1)
+    except KeyboardInterrupt:
+        _fail(name, "interrupted", 130)
+
+
+def _fail(name: str, message: object, code: int) -> None:
+    print(f"{name}: error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    if os.environ.get("TORCHELASTIC_RUN_ID"):
+        os._exit(code)  # under torchrun the other processes may wait for this one in a collective
+    sys.exit(code)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors become one line."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            close = difflib.get_close_matches(unknown[1], flags, 1)
+            message = f"unknown flag {unknown[1]}" + (f": did you mean {close[0]}?" if close else "")
+        raise UserError(f"{message} (--help lists the flags)")
+
+
+def parse_config(cls: type, argv: list[str] | None = None, recipes: dict | None = None):
+    """Build the dataclass `cls` from `--field value` flags over the recipe, the resumed run or the defaults.
+
+    A field's trailing comment is its help. Floats accept `8/255`; a tuple takes several values; a Literal lists its choices.
+    `--recipe NAME` picks an entry of `recipes`. With `--resume DIR` the values are those of DIR/config.json, and a flag that
+    would change them is refused. Raises UserError for whatever does not fit.
+    """
+    parser = _build_parser(cls, recipes)
+    given = vars(parser.parse_args([_spelling(word) for word in (sys.argv[1:] if argv is None else argv)]))
+    recipe = given.pop("recipe", None)
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    base = recipes[recipe] if recipe else cls()
+    if given.get("resume"):
+        if recipe:
+            raise UserError("--resume continues a run with its own recipe: leave --recipe out")
+        base = _resumed(cls, Path(given["resume"]))
+        changed = [name for name in given if name not in MAY_CHANGE_ON_RESUME and given[name] != getattr(base, name)]
+        if changed:
+            raise UserError(f"--resume continues the run as it was: leave out {', '.join('--' + name for name in changed)}")
+    config = dataclasses.replace(base, **given)
+    check_limits(config)
+    return config
+
+
+def check_limits(config: object) -> None:
+    """Raise UserError for the first field outside its LIMITS, or not finite."""
+    for field in dataclasses.fields(config):
+        low, high = LIMITS.get(field.name, (-math.inf, math.inf))
+        value = getattr(config, field.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if not isinstance(number, (int, float)) or isinstance(number, bool):
+                continue
+            if not (low <= number <= high) or not math.isfinite(number):
+                bounds = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+                raise UserError(f"--{field.name} must be {bounds}, not {number}")
+
+
+def number(text: str) -> float:
+    """Parse '0.1', '1e-3' or '8/255'."""
+    try:
+        return float(Fraction(text.replace(" ", ""))) if "/" in text else float(text)
+    except ZeroDivisionError:
+        raise ValueError(f"division by zero in {text}") from None
+
+
+def _spelling(word: str) -> str:
+    """`--num-steps` as `--num_steps`; `--no-flip` and `--no_flip` as argparse's own `--no-flip`."""
+    if not re.match(r"--[a-z]", word):
+        return word
+    flag, equals, value = word[2:].partition("=")
+    return "--" + re.sub("^no_", "no-", flag.replace("-", "_")) + equals + value
+
+
+def _build_parser(cls: type, recipes: dict | None) -> _Parser:
+    comments = dict(re.findall(r"^\s+(\w+):[^#\n]*#\s*(.+)$", inspect.getsource(cls), re.MULTILINE))
+    parser = _Parser(description=sys.modules[cls.__module__].__doc__, allow_abbrev=False,
+                     formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
+    if recipes:
+        parser.add_argument("--recipe", choices=list(recipes), help="a named set of hyperparameters at the top of the script; "
+                            "every other flag overrides it (default: the values below)")
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        shown = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        text = f"{comments.get(field.name, '')} (default: {'none' if shown in (None, '') else shown})".replace("%", "%%")
+        parser.add_argument(f"--{field.name}", help=text, **_options(hints[field.name]))
+    return parser
+
+
+def _options(kind: object) -> dict:
+    """argparse options for a type hint: a plain type, Literal, tuple[T, ...], bool or T | None."""
+    if isinstance(kind, types.UnionType):
+        kind = next(part for part in typing.get_args(kind) if part is not types.NoneType)
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if typing.get_origin(kind) is typing.Literal:
+        return {"choices": typing.get_args(kind)}
+    if typing.get_origin(kind) is tuple:
+        return {**_options(typing.get_args(kind)[0]), "nargs": "*"}
+    return {"type": number if kind is float else kind, "metavar": {float: "X", int: "N"}.get(kind, "NAME")}
+
+
+def _resumed(cls: type, folder: Path):
+    """The Config that the run in `folder` was started with."""
+    path = folder / "config.json"
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"--resume {folder}: no run there (no config.json)") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"--resume {folder}: cannot read {path}: {error}") from None
+    script = Path(inspect.getsourcefile(cls)).stem
+    if saved.get("script") != script:
+        raise UserError(f"--resume {folder}: that run belongs to {saved.get('script')}.py, not to {script}.py")
+    names = [field.name for field in dataclasses.fields(cls)]
+    missing = [name for name in names if name not in saved]
+    if missing:
+        raise UserError(f"--resume {folder}: {path} lacks {', '.join(missing)}")
+    return cls(**{name: tuple(saved[name]) if isinstance(saved[name], list) else saved[name] for name in names})

@@ -1,0 +1,52 @@
+"""Many processes started by torchrun: one command, one run folder, the arithmetic of one process."""
+import os
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def start(device: torch.device) -> tuple[int, int, torch.device]:
+    """Join torchrun's process group if there is one.  Returns (rank, world_size, this process's device)."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1:
+        return 0, 1, device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), world_size, device
+
+
+def stop() -> None:
+    """Leave the process group, if any."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def parallel(model: nn.Module) -> nn.Module:
+    """The model with its gradients averaged over all processes.
+
+    Buffers are not broadcast: each process keeps the BatchNorm statistics of its own share, and the first one's are saved.
+    """
+    if not dist.is_initialized():
+        return model
+    ids = [torch.cuda.current_device()] if next(model.parameters()).is_cuda else None
+    return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+
+
+def from_first(value: object) -> object:
+    """The first process's value, in every process."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def total(values: torch.Tensor) -> torch.Tensor:
+    """The sum of `values` over all processes, in every process."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values

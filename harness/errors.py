@@ -1,0 +1,9 @@
+"""The two ways a script ends badly, each with one line for its user."""
+
+
+class UserError(Exception):
+    """Something the user can put right before the work starts; the script prints the line and exits with code 2."""
+
+
+class RunError(Exception):
+    """A run that failed under way; the script prints the line and exits with code 1."""

@@ -1,0 +1,65 @@
+"""Accuracies with their intervals, and the averages of a training epoch."""
+import math
+
+import torch
+from torch import Tensor
+
+Z95 = 1.959963984540054  # two-sided 95 % quantile of the standard normal distribution
+
+
+class Means:
+    """Averages over an epoch, accumulated on the device without synchronising."""
+
+    def __init__(self):
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+
+    def add(self, **values: Tensor) -> None:
+        """Add one value per example, [B] each."""
+        self.count += len(next(iter(values.values())))
+        for name, value in values.items():
+            total = value.detach().float().sum()
+            self.sums[name] = self.sums[name] + total if name in self.sums else total
+
+    def compute(self, reduce=lambda values: values) -> dict[str, float]:
+        """The means, after `reduce` has summed [*sums, count] over the processes."""
+        if not self.sums:
+            return {}
+        device = next(iter(self.sums.values())).device
+        *sums, count = reduce(torch.stack([*self.sums.values(), torch.tensor(float(self.count), device=device)])).tolist()
+        return {name: value / count for name, value in zip(self.sums, sums)}
+
+
+def wilson_interval(accuracy: float, count: float) -> tuple[float, float]:
+    """95 % score interval of a proportion (Wilson, JASA 1927) from `count` trials, not necessarily whole.  All in [0, 1]."""
+    if count <= 0:
+        return 0.0, 1.0
+    shrink = 1.0 / (1.0 + Z95**2 / count)
+    centre = shrink * (accuracy + Z95**2 / (2 * count))
+    half = shrink * Z95 * math.sqrt(accuracy * (1 - accuracy) / count + Z95**2 / (4 * count**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def weighted_accuracy(correct: Tensor, margin: Tensor, alpha: float) -> dict[str, object]:
+    """Accuracy under an attacker who picks examples of small margin more often (Zeng et al., AAAI 2021, Eq. 17-19).
+
+        A = sum_i w_i 1[correct_i] / sum_i w_i,    w_i = exp(-alpha * m_i)
+
+    correct: [N] bool and margin: [N] in [-1, 1], both at the adversarial examples of the whole test set. One sum over the set in
+    float64, not a mean of batch means. Returns `accuracy` in [0, 1], its 95 % interval `ci95` and the effective sample size
+    `effective_size` = (sum w)^2 / sum w^2 (Kish). alpha = 0 is the plain accuracy with its Wilson interval, and the accuracy never
+    rises with alpha, since a wrong example's margin is never positive.
+
+    The interval is Wilson's with the number of trials that gives the estimate's variance, the linearised one of a ratio
+    (Korn & Graubard, Survey Methodology 1998), n = A (1 - A) / var, var = sum w^2 (1[correct] - A)^2 / (sum w)^2, at most N; where
+    all or none are correct, the effective size.
+    """
+    correct = correct.double()
+    exponent = -alpha * margin.double()
+    weights = torch.exp(exponent - exponent.max())  # a common factor cancels
+    total = weights.sum()
+    accuracy = float((weights * correct).sum() / total)
+    effective = float(total**2 / (weights**2).sum())
+    variance = float((weights**2 * (correct - accuracy) ** 2).sum() / total**2)
+    trials = accuracy * (1 - accuracy) / variance if variance > 0 else effective
+    return {"accuracy": accuracy, "ci95": wilson_interval(accuracy, min(trials, len(correct))), "effective_size": effective}

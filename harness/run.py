@@ -1,0 +1,278 @@
+"""A training run: its device, precision and seed, its folder and log, its steps and checkpoints, its end and its resumption."""
+import dataclasses
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from harness import checkpoint, distributed
+from harness.data import Dataset, training_batches
+from harness.errors import RunError, UserError
+from harness.metrics import Means
+
+CHECK_SECONDS = 1.0  # how often the host looks at the loss: for the bar, and for a value that is not finite
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called `name`; `auto` is the GPU where there is one.  Raises UserError for one that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"--device {name} is not available here: use auto or cpu") from None
+    return device
+
+
+def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The type of training's convolutions and products; `auto` is bfloat16 where the hardware multiplies it natively."""
+    if precision == "auto":
+        if device.type == "cuda":
+            fast = torch.cuda.get_device_capability(device) >= (8, 0)
+        else:
+            probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+            fast = device.type == "cpu" and any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+        precision = "bf16" if fast else "float32"
+    return {"bf16": torch.bfloat16, "float32": torch.float32}[precision]
+
+
+class TrainingPrecision(nn.Module):
+    """`module` with its convolutions and products in `dtype` (autocast), channels last; logits come out in float32."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype):
+        super().__init__()
+        self.module = module.to(memory_format=torch.channels_last)
+        self.dtype = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(x.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            return self.module(x).float()
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The network itself, in float32, without the wrappers of training."""
+    while isinstance(model, (DistributedDataParallel, TrainingPrecision)):
+        model = model.module
+    return model
+
+
+def environment(device: torch.device) -> dict[str, object]:
+    """Hardware and versions behind a number."""
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    else:
+        lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+        hardware = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return {"device": device.type, "hardware": hardware, "threads": torch.get_num_threads(), "torch": torch.__version__,
+            "python": platform.python_version(), "system": platform.system()}
+
+
+def command_line() -> str:
+    """The command that started this process, as a user would type it."""
+    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+class Run:
+    """One training run.  Use as a context: `with Run(cfg, data) as run:`; on Ctrl-C it says how to go on.
+
+    The folder holds config.json, log.csv, last.pt and best.pt, and is never one that already holds something. Under torchrun every
+    process has a Run, and the first one writes.
+    """
+
+    def __init__(self, cfg: object, data: Dataset):
+        self.cfg, self.data = cfg, data
+        self.script = Path(sys.modules[type(cfg).__module__].__file__).stem
+        self.rank, self.world_size, self.device = distributed.start(choose_device(cfg.device))
+        if cfg.batch_size < self.world_size:
+            raise UserError(f"--batch_size {cfg.batch_size} is less than the {self.world_size} processes that share a batch")
+        self.dtype = choose_dtype(cfg.precision, self.device)
+        self.train, self.val = data.train.to(self.device), data.val.to(self.device)
+        self.architecture: dict[str, object] = {}
+        self.epoch, self.batch, self.best, self.rows = 0, 0, -1.0, []
+        self.batches_per_epoch = min(-(-len(self.train) // cfg.batch_size), cfg.max_batches or 10**9)
+        self.started = time.monotonic()
+        torch.manual_seed(cfg.seed)
+        self.folder = Path(distributed.from_first(str(self._make_folder()) if self.rank == 0 else None))
+        self.say(f"{self.script}: {len(self.train):,} training images of {data.name}, {len(self.val):,} held out; {self.device}, "
+                 f"{str(self.dtype).removeprefix('torch.')}, seed {cfg.seed}\nrun folder: {self.folder}")
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if kind is not None and issubclass(kind, (KeyboardInterrupt, SystemExit)):
+            print(f"\nstopped after {self.epoch} of {self.cfg.epochs} epochs; go on with: {self.resume_command}", file=sys.stderr)
+        if kind is None:
+            distributed.stop()
+
+    @property
+    def resume_command(self) -> str:
+        """The command that goes on with this run."""
+        return f"python {self.script}.py --resume {shlex.quote(str(self.folder))}"
+
+    def say(self, text: str) -> None:
+        """Print, once for all processes, without tearing the progress bar."""
+        if self.rank == 0:
+            tqdm.write(text)
+            sys.stdout.flush()
+
+    # ---- folder ------------------------------------------------------------------------------------------------------------------
+
+    def _make_folder(self) -> Path:
+        if self.cfg.resume:
+            folder = Path(self.cfg.resume)
+        else:
+            folder = Path(self.cfg.out_dir) if self.cfg.out_dir else _new_folder(Path("runs") / self.script)
+            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+                raise UserError(f"{folder} already holds something, and a run never overwrites: name another --out_dir, or --resume it")
+        settings = dataclasses.asdict(self.cfg) | {"resume": None}
+        facts = {"script": self.script, "command": command_line(), "image_shape": self.data.image_shape,
+                 "num_classes": self.data.num_classes, "training_images": len(self.train), "environment": environment(self.device)}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            saved = folder / "config.json"
+            before = json.loads(saved.read_text(encoding="utf-8")) if saved.exists() else {}
+            write_text(saved, json.dumps(facts | before | settings, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write to the run folder {folder} ({error.strerror}): name another --out_dir") from error
+        return folder
+
+    # ---- model and steps ---------------------------------------------------------------------------------------------------------
+
+    def build(self, build_model: Callable[..., nn.Module]) -> nn.Module:
+        """The configured network for this data set: on the device, in the training precision, parallel under torchrun."""
+        mean, std = self.data.channel_statistics() if self.cfg.normalize else (None, None)
+        channels = self.data.image_shape[0]
+        try:
+            model = build_model(self.cfg.model, self.data.num_classes, channels, mean, std)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        self.architecture = {"name": self.cfg.model, "num_classes": self.data.num_classes, "in_channels": channels,
+                             "mean": mean, "std": std}
+        return distributed.parallel(TrainingPrecision(model, self.dtype).to(self.device))
+
+    def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The epoch's batches x [B, C, H, W] in [0, 1], y [B] and index [B], behind a progress bar with the time left."""
+        torch.manual_seed((self.cfg.seed * 100_003 + epoch) * 1_009 + self.rank)  # dropout: the same after a resumption
+        self.means, self.seconds = Means(), time.monotonic()
+        self.bad_step = torch.full((), -1, device=self.device)
+        self.lr = self.state["optimizer"].param_groups[0]["lr"]
+        looked = self.seconds
+        augmentation = {name: getattr(self.cfg, name) for name in ("crop_padding", "padding_mode", "flip")}
+        source = training_batches(self.train, self.cfg.batch_size, self.cfg.seed, epoch, **augmentation,
+                                  rank=self.rank, world_size=self.world_size)
+        with tqdm(total=self.batches_per_epoch, desc=f"epoch {epoch}/{self.cfg.epochs}", unit="batch", leave=False,
+                  disable=None if self.rank == 0 else True) as bar:
+            for self.batch, (x, y, index, self.share) in enumerate(source, 1):
+                yield x, y, index
+                bar.update()
+                if time.monotonic() - looked > CHECK_SECONDS:
+                    looked = time.monotonic()
+                    self._check_finite(epoch)
+                    bar.set_postfix({name: f"{value:.3f}" for name, value in self.means.compute().items()}, refresh=False)
+                if self.batch == self.batches_per_epoch:
+                    break
+        self._check_finite(epoch)
+        self.seconds = time.monotonic() - self.seconds
+
+    def ramp(self, epoch: int, epochs: float) -> float:
+        """The fraction, from 0 to 1, of a linear rise over the first `epochs` epochs, at the current batch."""
+        done = epoch - 1 + (self.batch - 1) / self.batches_per_epoch
+        return min(1.0, done / epochs) if epochs else 1.0
+
+    def step(self, loss: Tensor, optimizer: torch.optim.Optimizer, **metrics: Tensor) -> None:
+        """One optimiser step on `loss`, the mean over this process's examples; `metrics`, [B] each, are averaged into the log.
+
+        A loss that is not finite is noted on the device, and the run stops when the host next looks.
+        """
+        optimizer.zero_grad(set_to_none=True)
+        (loss * self.share).backward()  # exactly 1 unless torchrun splits a batch unevenly
+        optimizer.step()
+        with torch.no_grad():
+            self.bad_step = torch.where((self.bad_step < 0) & ~torch.isfinite(loss), self.batch, self.bad_step)
+            self.means.add(loss=loss.expand(len(next(iter(metrics.values())))), **metrics)
+
+    def _check_finite(self, epoch: int) -> None:
+        step = int(self.bad_step)
+        if step >= 0:
+            raise RunError(f"the loss is not finite at epoch {epoch}, step {step}: try a smaller --lr or a longer --epsilon_warmup_epochs; "
+                           f"what was saved before is intact in {self.folder}")
+
+    # ---- epochs and checkpoints --------------------------------------------------------------------------------------------------
+
+    def epochs(self, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: object) -> Iterator[int]:
+        """The epochs still to be run, from 1, after taking up the last checkpoint of a resumed run."""
+        self.state = {"model": bare(model), "optimizer": optimizer, "scheduler": scheduler}
+        if self.cfg.resume and (self.folder / "last.pt").exists():
+            self._load(checkpoint.read(self.folder / "last.pt"))
+            self.say(f"going on after epoch {self.epoch}")
+        first = self.epoch + 1
+        yield from range(first, self.cfg.epochs + 1)
+        self.say(f"{'finished' if first <= self.cfg.epochs else 'already finished'}: {self.epoch} epochs, "
+                 f"{(time.monotonic() - self.started) / 60:.1f} min; last.pt, and best.pt by A_rob on held-out images, in {self.folder}")
+
+    def end_epoch(self, model: nn.Module, validate: Callable[[nn.Module, object], dict[str, float]]) -> None:
+        """Measure on the held-out images, log, and save last.pt, and best.pt when the held-out A_rob is the highest so far."""
+        averages = self.means.compute(distributed.total)
+        self.epoch += 1
+        if self.rank == 0:
+            measured = validate(bare(model), self.val) if len(self.val) else {}
+            images = min(len(self.train), self.batches_per_epoch * self.cfg.batch_size)
+            row = {"epoch": self.epoch, "lr": self.lr}
+            row |= {f"train_{name}": 100 * value if name.startswith("A_") else value for name, value in averages.items()}
+            row |= {f"val_{name}": value for name, value in measured.items()}
+            row |= {"seconds": round(self.seconds, 2), "images_per_second": round(images / self.seconds, 1)}
+            self.rows.append(row)
+            self._save(measured.get("A_rob", float(self.epoch)))
+            self._report(row)
+
+    def _save(self, score: float) -> None:
+        better, self.best = score > self.best, max(score, self.best)
+        contents = {name: part.state_dict() for name, part in self.state.items()} | {
+            "format": checkpoint.FORMAT, "architecture": self.architecture, "epoch": self.epoch, "best": self.best, "log": self.rows,
+            "script": self.script, "dataset": self.data.name, "data_dir": str(self.cfg.data_dir), "seed": self.cfg.seed,
+            "threat_model": {"norm": "linf", "epsilon": self.cfg.epsilon}}
+        if better:
+            checkpoint.save(self.folder / "best.pt", contents)
+        checkpoint.save(self.folder / "last.pt", contents)
+        lines = [list(self.rows[0]), *([row.get(name, "") for name in self.rows[0]] for row in self.rows)]
+        write_text(self.folder / "log.csv", "".join(",".join(map(str, line)) + "\n" for line in lines))
+
+    def _load(self, contents: dict) -> None:
+        try:
+            for name, part in self.state.items():
+                part.load_state_dict(contents[name])
+            self.epoch, self.best, self.rows = contents["epoch"], contents["best"], contents["log"]
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise UserError(f"{self.folder / 'last.pt'} does not continue this run ({str(error).splitlines()[0][:150]})") from error
+
+    def _report(self, row: dict[str, float]) -> None:
+        parts = [f"{name} {value:.2f} %" if "A_" in name else f"{name.removeprefix('train_')} {value:.4f}"
+                 for name, value in row.items() if name.startswith(("train_", "val_"))]
+        left = row["seconds"] * (self.cfg.epochs - self.epoch)
+        self.say(f"epoch {self.epoch:>3}/{self.cfg.epochs}  {'  '.join(parts)}  {row['seconds']:.1f} s  "
+                 f"{row['images_per_second']:,.0f} images/s" + (f"  {left / 60:.1f} min left" if left else ""))
+
+
+def _new_folder(parent: Path) -> Path:
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    return next(path for path in (parent / f"{stamp}{suffix}" for suffix in ("", *(f"-{k}" for k in range(2, 1000)))) if not path.exists())
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file so that `path` is at every moment the old one or the whole new one."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,7 @@
+"""Losses and instance weights: pure functions on logits and labels that return one value per example, [B]."""
+from torch import Tensor
+
+
+def at_least_float32(logits: Tensor) -> Tensor:
+    """Half-precision logits in float32, wider ones unchanged: losses, weights and softmax are never computed in 16 bits."""
+    return logits if logits.itemsize >= 4 else logits.float()

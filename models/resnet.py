@@ -1,0 +1,48 @@
+"""ResNet-18 (He et al., CVPR 2016) with the CIFAR stem: 3x3 convolution, no max-pooling, post-activation blocks."""
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions around an identity or 1x1 shortcut."""
+
+    def __init__(self, in_planes: int, planes: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_planes, planes, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or in_planes != planes:
+            self.shortcut = nn.Sequential(nn.Conv2d(in_planes, planes, 1, stride=stride, bias=False), nn.BatchNorm2d(planes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        out = self.bn2(self.conv2(out))
+        out += self.shortcut(x)
+        return F.relu(out, inplace=True)
+
+
+class ResNet(nn.Module):
+    """Four stages of 64, 128, 256 and 512 channels; any image size through the global average pool.
+
+    Parameter names are those of the checkpoints published with TRADES, MART, MAIL and Zeng et al.
+    """
+
+    def __init__(self, num_blocks: tuple[int, ...] = (2, 2, 2, 2), num_classes: int = 10, in_channels: int = 3):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, 64, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        in_planes = 64
+        for stage, (planes, blocks) in enumerate(zip((64, 128, 256, 512), num_blocks), 1):
+            layers = []
+            for block in range(blocks):
+                layers.append(BasicBlock(in_planes, planes, stride=2 if stage > 1 and block == 0 else 1))
+                in_planes = planes
+            setattr(self, f"layer{stage}", nn.Sequential(*layers))
+        self.linear = nn.Linear(in_planes, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
+        return self.linear(F.adaptive_avg_pool2d(out, 1).flatten(1))  # [B, K]
