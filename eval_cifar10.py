@@ -1,0 +1,86 @@
+"""Evaluate a checkpoint with A_nat, A_rob, A_sa and A_tr (Zeng et al., "Are Adversarial Examples Created Equal?", AAAI 2021, Eq. 17-19),
+by the paper's protocol on CIFAR-10 and other colour images.
+
+    A_rob          accuracy when every example is attacked: PGD on the cross-entropy, the worst of several random restarts
+    A_sa(alpha)    sum_i w_i 1[correct_i] / sum_i w_i at the same adversarial examples, w_i = exp(-alpha * margin_i): an attacker who
+                   picks vulnerable examples more often
+    A_tr(alpha)    the same weighting at the examples of an attack that maximises w_i CE_i: an attacker who also aims at them
+
+    python eval_cifar10.py                                                    # the newest run in runs/: its last.pt and best.pt
+    python eval_cifar10.py --checkpoint runs/train_at_cifar10/TIME/best.pt    # one file
+    python eval_cifar10.py --checkpoint theirs.pt --arch resnet18             # anyone's state dict
+    python eval_cifar10.py --checkpoint theirs.pt --arch net.py:Net           # of a network in a file of yours
+    python eval_cifar10.py --num_restarts 1 --num_examples 1000               # a quick look
+"""
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+from torch import Tensor
+
+from attacks.pgd import cross_entropy, pgd_by_index
+from harness import report
+from harness.checkpoint import model_from
+from harness.config import run_script
+from harness.data import first_examples
+from harness.errors import RunError
+from harness.evaluation import evaluate
+from harness.run import choose_device, to_device
+from losses.margin import margin_weights
+from models import build_model
+
+PROTOCOL = report.Protocol(dataset="cifar10", channels=3, epsilon=0.031, step_ratio=10)
+
+
+@dataclass(frozen=True)
+class Config:
+    checkpoint: str | None = None                # file, or run folder for its last.pt and best.pt; default: the newest run
+    arch: str | None = None                      # network of a foreign checkpoint: a model's name, or file.py:callable
+    dataset: str | None = None                   # data set or image folder; default: the checkpoint's, or the paper's
+    epsilon: float | None = None                 # l_inf radius, pixels in [0, 1]; default: the checkpoint's, or the paper's
+    step_size: float | None = None               # PGD step, pixels in [0, 1]; default: epsilon over the paper's ratio
+    num_steps: int = 20                          # PGD steps
+    num_restarts: int = 10                       # independent random starts an example; the one of largest cross-entropy counts
+    start: Literal["uniform", "gaussian", "clean"] = "uniform"  # where PGD starts
+    alphas: tuple[float, ...] = (1.0, 1.5, 2.0)  # the attacker's preference for small margins, in A_sa and A_tr
+    num_examples: int | None = None              # evaluate the first so many test images; default: all
+    batch_size: int = 128                        # images at a time; changes no verdict
+    seed: int = 0                                # of the random starts
+    data_dir: str | None = None                  # folder of the data sets; default: the checkpoint's, or data
+    out: str | None = None                       # JSON file to write; default: eval*.json beside the checkpoint
+    device: str = "auto"                         # auto, cpu, cuda, mps
+
+
+def weighted_cross_entropy(alpha: float) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda logits, y: margin_weights(logits, y, alpha) * cross_entropy(logits, y)
+
+
+def main(cfg: Config) -> None:
+    device, files, results, examples = choose_device(cfg.device), report.find_checkpoints(cfg.checkpoint, PROTOCOL.channels), {}, {}
+    out = report.output_path(cfg.out, files[0][1], whole_run=len(files) > 1)
+    for name, path in files:
+        started, subject = time.monotonic(), report.open_subject(name, path, cfg, PROTOCOL)
+        if any(subject.contents.get("epoch") and subject.contents["epoch"] == result["epoch"] for result in results.values()):
+            continue                                                           # best.pt is last.pt
+        data = subject.data
+        model = model_from(subject.contents, path, cfg.arch, data.num_classes, data.image_shape[0], build_model, print)
+        model = to_device(model, device)
+        test = first_examples(data.test, cfg.num_examples).to(device)
+        print(f"evaluating {path} on {len(test):,} test images of {data.name}", flush=True)
+        attack = partial(pgd_by_index, seed=cfg.seed, epsilon=subject.epsilon, step_size=subject.step_size, num_steps=cfg.num_steps,
+                         start=cfg.start)
+        result, examples[name], certificate = evaluate(model, test, attack=attack, cross_entropy=cross_entropy,
+                                                       weighted=weighted_cross_entropy, alphas=cfg.alphas,
+                                                       num_restarts=cfg.num_restarts, batch_size=cfg.batch_size)
+        results[name] = result | {"certificate": report.certified(certificate, subject.epsilon)}
+        results[name] |= report.describe(subject, cfg, len(test), device, time.monotonic() - started)
+    report.print_table(results)
+    report.write(out, results, examples)
+    if broken := [name for name, result in results.items() if not result["certificate"]["ok"]]:
+        raise RunError(f"the attack on {', '.join(broken)} left its ball or box: these figures must not be used")
+
+
+if __name__ == "__main__":
+    run_script(main, Config)

@@ -1,0 +1,151 @@
+"""From a command line to a result on the screen and on disk: which checkpoint, on what data, under which threat model."""
+import hashlib
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from harness import plots
+from harness.checkpoint import read
+from harness.data import Dataset, load_dataset
+from harness.errors import UserError
+from harness.evaluation import Certificate
+from harness.run import command_line, environment, write_text
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What an evaluation script assumes of a checkpoint that does not say: the setting of the paper's tables."""
+
+    dataset: str       # data set
+    channels: int      # image channels of the runs that the script looks for
+    epsilon: float     # l_inf radius, pixels in [0, 1]
+    step_ratio: float  # epsilon over PGD step
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One checkpoint to evaluate: its contents, its data, and the threat model after flags and file have spoken."""
+
+    name: str
+    path: Path
+    contents: dict
+    data: Dataset
+    epsilon: float
+    step_size: float
+
+
+def find_checkpoints(given: str | None, channels: int) -> list[tuple[str, Path]]:
+    """(name, file) of what is to be evaluated: the file given, or last.pt and best.pt of the run given, or of the newest run in runs/.
+
+    The newest run is the one whose last.pt was written last among those on images with `channels` channels. Raises UserError when
+    there is none.
+    """
+    if given and not Path(given).is_dir():
+        return [(Path(given).stem, Path(given))]
+    folder = Path(given) if given else _newest_run(channels)
+    files = [(name, folder / f"{name}.pt") for name in ("last", "best") if (folder / f"{name}.pt").is_file()]
+    if not files:
+        raise UserError(f"{folder} holds no last.pt or best.pt: has its first epoch ended?")
+    return files
+
+
+def _newest_run(channels: int) -> Path:
+    def fits(folder: Path) -> bool:
+        try:
+            return json.loads((folder / "config.json").read_text(encoding="utf-8"))["image_shape"][0] == channels
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    runs = sorted(Path("runs").rglob("last.pt"), key=lambda path: path.stat().st_mtime)
+    newest = next((path.parent for path in reversed(runs) if fits(path.parent)), None)
+    if newest is None:
+        raise UserError(f"there is no finished epoch of a run on {channels}-channel images in {Path('runs').resolve()}: "
+                        "train one first (python train_at_mnist.py --recipe digits takes a minute) or name a --checkpoint")
+    return newest
+
+
+def open_subject(name: str, path: Path, cfg: object, protocol: Protocol) -> Subject:
+    """Read a checkpoint and its data set; a flag wins over the checkpoint, the checkpoint over the protocol."""
+    contents = read(path)
+    data_dir = cfg.data_dir or next((d for d in (contents.get("data_dir"),) if isinstance(d, str) and Path(d).is_dir()), "data")
+    data = load_dataset(cfg.dataset or contents.get("dataset") or protocol.dataset, data_dir)
+    own, channels = contents.get("architecture"), data.image_shape[0]
+    if own and (own["in_channels"], own["num_classes"]) != (channels, data.num_classes):
+        raise UserError(f"{path} takes {own['in_channels']}-channel images of {own['num_classes']} classes, but {data.name} has "
+                        f"{channels}-channel images of {data.num_classes} classes: name a --dataset that fits")
+    trained = (contents.get("threat_model") or {}).get("epsilon")
+    epsilon = next(value for value in (cfg.epsilon, trained, protocol.epsilon) if value is not None)
+    if trained is not None and epsilon != trained:
+        print(f"note: evaluated at epsilon {epsilon:g}, trained at {trained:g}")
+    return Subject(name, path, contents, data, epsilon, epsilon / protocol.step_ratio if cfg.step_size is None else cfg.step_size)
+
+
+def output_path(out: str | None, first: Path, whole_run: bool) -> Path:
+    """Where the JSON goes: `out`, which must not exist yet, or the next free eval*.json beside the checkpoint."""
+    stem = "eval" if whole_run else f"eval_{first.stem}"
+    names = [Path(out)] if out else [first.parent / f"{stem}{suffix}.json" for suffix in ("", *(f"-{k}" for k in range(2, 1000)))]
+    path = next((name for name in names if not name.exists()), None)
+    if path is None:
+        raise UserError(f"{names[0]} exists, and a result is never overwritten: name another --out")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        path.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}): name another place with --out") from error
+    return path
+
+
+def describe(subject: Subject, cfg: object, num_examples: int, device: torch.device, seconds: float) -> dict[str, object]:
+    """Everything that a reader of the result needs in order to repeat it."""
+    return {"num_examples": num_examples, "dataset": subject.data.name, "alphas": list(cfg.alphas),
+            "threat_model": {"norm": "linf", "epsilon": subject.epsilon, "step_size": subject.step_size, "num_steps": cfg.num_steps,
+                             "num_restarts": cfg.num_restarts, "start": cfg.start, "restart_kept": "largest cross-entropy"},
+            "checkpoint": str(subject.path), "checkpoint_sha256": hashlib.sha256(subject.path.read_bytes()).hexdigest(),
+            "epoch": subject.contents.get("epoch"), "architecture": (subject.contents.get("architecture") or {}).get("name", cfg.arch),
+            "seed": cfg.seed, "command": command_line(), "date": time.strftime("%Y-%m-%d"), "seconds": round(seconds, 1),
+            "environment": environment(device)}
+
+
+def write(path: Path, results: dict[str, dict], examples: dict[str, dict[str, Tensor]]) -> None:
+    """Write the first result with the others under their names as JSON, the per-example results as .npz, the figure as .png."""
+    first, *others = results
+    write_text(path, json.dumps(results[first] | {name: results[name] for name in others}, indent=2) + "\n")
+    for name in results:
+        stem = path.with_suffix("") if name == first else path.with_name(f"{path.stem}_{name}")
+        np.savez_compressed(f"{stem}.npz", **{key: value.numpy() for key, value in examples[name].items()})
+        plots.evaluation(results[name], Path(f"{stem}.png"))
+    print(f"written: {path}, with .npz (one entry an example) and .png (figure) beside it")
+
+
+def certified(certificate: Certificate, epsilon: float) -> dict[str, object]:
+    """The certificate as plain values; `ok` is whether every adversarial example lies in its ball and box."""
+    return asdict(certificate) | {"ok": not certificate.broken(epsilon)}
+
+
+def print_table(results: dict[str, dict]) -> None:
+    """The accuracies with their 95 % intervals, one column a checkpoint."""
+    one = next(iter(results.values()))
+    threat = one["threat_model"]
+    print(f"\n{one['dataset']}, {one['num_examples']:,} test images; l_inf, epsilon {threat['epsilon']:.6g}; PGD, {threat['num_steps']} "
+          f"steps of {threat['step_size']:.6g}, {threat['start']} start, restarts: {threat['num_restarts']}")
+    heads = [name + (f" (epoch {result['epoch']})" if result["epoch"] else "") for name, result in results.items()]
+    print(" " * 16 + "".join(f"{head:<40}" for head in heads).rstrip())
+    rows = [("A_nat", None), ("A_rob", None), *((metric, alpha) for metric in ("A_sa", "A_tr") for alpha in one[metric])]
+    for metric, alpha in rows:
+        cells = []
+        for result in results.values():
+            value, (low, high) = (part[metric] if alpha is None else part[metric][alpha] for part in (result, result["ci95"]))
+            size = "" if alpha is None else f", n_eff {result['effective_size'][metric][alpha]:,.0f}"
+            cells.append(f"{value:6.2f} %  [{low:.2f}, {high:.2f}]{size}")
+        label = metric if alpha is None else f"{metric}  alpha {alpha}"
+        print(f"{label:<16}" + "".join(f"{cell:<40}" for cell in cells).rstrip())
+    for name, result in results.items():
+        c = result["certificate"]
+        print(f"certificate {name}: largest |x' - x| {c['max_perturbation']:.6f}, pixels in [{c['min_pixel']:.4g}, {c['max_pixel']:.4g}], "
+              f"{c['non_finite']} non-finite: {'ok' if c['ok'] else 'BROKEN'}")

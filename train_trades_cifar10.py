@@ -1,0 +1,114 @@
+"""TRADES (Zhang et al., "Theoretically Principled Trade-off between Robustness and Accuracy", ICML 2019), plain or margin-weighted
+(Zeng et al., "Are Adversarial Examples Created Equal?", AAAI 2021), on CIFAR-10.
+
+    min_theta  mean_i [ CE(f(x_i), y_i) + beta * max_{|x'_i - x_i| <= epsilon}  w_i KL(f(x_i) || f(x'_i)) ]
+    w_i = exp(-alpha * margin_i),    margin_i = p_y - max_{k != y} p_k at x'_i,    beta = 1 / lambda
+
+alpha = 0 is plain TRADES. alpha > 0 weights the KL term of every example by its margin, inside the attack's objective and inside the
+loss, and differentiates the weight in both.
+
+    python train_trades_cifar10.py                                 # ResNet-18, plain, the setting of Zeng et al.
+    python train_trades_cifar10.py --alpha 2                       # margin-weighted
+    python train_trades_cifar10.py --recipe trades                 # WRN-34-10, the setting of Zhang et al.
+    python train_trades_cifar10.py --dataset cifar10-jpeg          # any image folder: data/cifar10-jpeg/{train,test}/CLASS/*
+    python train_trades_cifar10.py --recipe short                  # thirty epochs
+    python train_trades_cifar10.py --recipe digits                 # offline, under a minute
+    torchrun --nproc_per_node 2 train_trades_cifar10.py            # one process a device
+"""
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import MultiStepLR
+
+from attacks.frozen import predict
+from attacks.noise import example_keys
+from attacks.pgd import cross_entropy, pgd, pgd_by_index
+from harness.config import run_script
+from harness.data import load_dataset
+from harness.evaluation import held_out_accuracy
+from harness.run import Run
+from losses.divergence import kl_divergence
+from losses.margin import margin_weights
+from losses.trades import trades_loss
+from models import build_model
+
+
+@dataclass(frozen=True)
+class Config:
+    dataset: str = "cifar10"                              # mnist, cifar10, digits, or an image folder
+    model: str = "resnet18"                               # lenet, small_cnn, resnet18, wrn34_10, wrn28_10, or file.py:callable
+    normalize: bool = False                               # make (x - mean) / std of the training set the model's first layer
+    beta: float = 5.0                                     # 1 / lambda, the weight of the KL term
+    alpha: float = 0.0                                    # margin weight exp(-alpha * margin) of the KL term; 0 is plain TRADES
+    epsilon: float = 0.031                                # l_inf radius, pixels in [0, 1]
+    step_size: float = 0.007                              # PGD step, pixels in [0, 1]
+    num_steps: int = 10                                   # PGD steps a batch
+    start: Literal["uniform", "gaussian", "clean"] = "gaussian"  # where PGD starts; the KL gradient at "clean" is zero
+    attack_mode: Literal["train", "eval"] = "eval"        # mode of BatchNorm and dropout during the attack
+    epsilon_warmup_epochs: float = 0                      # epochs over which epsilon and the step rise from 0
+    epochs: int = 100                                     # passes over the training set
+    batch_size: int = 128                                 # images a step, over all processes
+    lr: float = 0.2                                       # learning rate of SGD
+    lr_drop_after: tuple[int, ...] = (75, 90)             # epochs completed before each drop of the learning rate
+    lr_drop_factor: float = 0.1                           # learning rate times this at each drop
+    momentum: float = 0.9                                 # of SGD
+    weight_decay: float = 2e-4                            # of SGD, on all parameters
+    crop_padding: int = 4                                 # random crop: pixels padded on each side; 0 for none
+    padding_mode: Literal["constant", "reflect"] = "constant"  # of the random crop
+    flip: bool = True                                     # random horizontal flip
+    val_size: int = 1000                                  # training images held out to choose best.pt; 0 trains on all, best.pt = last.pt
+    val_step_size: float = 0.003                          # PGD step on the held-out images, pixels in [0, 1]
+    val_num_steps: int = 20                               # PGD steps on the held-out images
+    seed: int = 1                                         # of weights, order, augmentation, starts and dropout
+    data_dir: str = "data"                                # folder of the data sets
+    out_dir: str | None = None                            # run folder; default runs/<script>/<time>
+    resume: str | None = None                             # run folder to go on with
+    device: str = "auto"                                  # auto, cpu, cuda, mps
+    precision: Literal["auto", "bf16", "float32"] = "auto"  # of training; auto is bf16 where the hardware multiplies it natively
+    max_batches: int | None = None                        # stop every epoch after this many batches, for a trial run
+
+
+RECIPES = {
+    "paper": Config(),
+    "trades": Config(model="wrn34_10", epochs=76, lr=0.1, lr_drop_after=(74,), beta=6.0),
+    "short": Config(epochs=30, lr=0.1, lr_drop_after=(15, 25), lr_drop_factor=0.1),
+    "digits": Config(dataset="digits", model="lenet", epochs=40, batch_size=64, epsilon=0.1, num_steps=10, step_size=0.02, lr=0.05,
+                     lr_drop_after=(30,), epsilon_warmup_epochs=10, crop_padding=0, flip=False, val_size=137, val_step_size=0.01),
+}
+
+
+def train_one_epoch(model: nn.Module, optimizer: Optimizer, run: Run, epoch: int, cfg: Config) -> None:
+    def objective(logits_adv: Tensor, target: tuple[Tensor, Tensor]) -> Tensor:  # [B], what the attack raises
+        logits, y = target
+        return margin_weights(logits_adv, y, cfg.alpha) * kl_divergence(logits_adv, logits)
+
+    model.train()
+    for x, y, index in run.batches(epoch):                                     # [B, C, H, W] in [0, 1], [B], [B]
+        ramp = run.ramp(epoch, cfg.epsilon_warmup_epochs)
+        target = predict(model, x, cfg.attack_mode), y                         # the clean prediction, once for all steps
+        x_adv = pgd(model, x, target, epsilon=ramp * cfg.epsilon, step_size=ramp * cfg.step_size, num_steps=cfg.num_steps,
+                    loss_fn=objective, start=cfg.start, mode=cfg.attack_mode, keys=example_keys(index, cfg.seed, epoch))
+        logits, logits_adv = model(x), model(x_adv)                            # [B, K] each
+        weights = margin_weights(logits_adv, y, cfg.alpha)                     # [B], in the graph
+        losses = trades_loss(logits, logits_adv, y, cfg.beta, weights)         # [B]
+        run.step(losses.mean(), optimizer, A_nat=logits.argmax(1) == y, A_rob=logits_adv.argmax(1) == y, weight=weights)
+
+
+def main(cfg: Config) -> None:
+    data = load_dataset(cfg.dataset, cfg.data_dir, cfg.val_size)
+    attack = partial(pgd_by_index, seed=cfg.seed, epsilon=cfg.epsilon, step_size=cfg.val_step_size, num_steps=cfg.val_num_steps)
+    with Run(cfg, data) as run:
+        model = run.build(build_model)
+        optimizer = SGD(model.parameters(), lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay)
+        scheduler = MultiStepLR(optimizer, cfg.lr_drop_after, cfg.lr_drop_factor)
+        for epoch in run.epochs(model, optimizer, scheduler):
+            train_one_epoch(model, optimizer, run, epoch, cfg)
+            scheduler.step()
+            run.end_epoch(model, partial(held_out_accuracy, attack=attack, loss_fn=cross_entropy))
+
+
+if __name__ == "__main__":
+    run_script(main, Config, RECIPES)
