@@ -18,8 +18,8 @@ GAUSSIAN_SCALE = 0.001  # standard deviation of the Gaussian start (TRADES; Zeng
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    """Cross-entropy per example, logits [B, K] and y [B] -> [B]."""
-    return F.cross_entropy(logits, y, reduction="none")
+    """Cross-entropy per example, in float32 or wider: logits [B, K] and y [B] -> [B]."""
+    return F.cross_entropy(logits if logits.itemsize >= 4 else logits.float(), y, reduction="none")
 
 
 def linf_step(x_adv: Tensor, gradient: Tensor, step_size: float) -> Tensor:
@@ -57,13 +57,16 @@ def pgd(model: nn.Module, x: Tensor, target: object, *, epsilon: float, step_siz
     for name, value in {"epsilon": epsilon, "step_size": step_size, "num_steps": num_steps}.items():
         if not (value >= 0 and math.isfinite(value)):
             raise ValueError(f"{name} must be a finite number >= 0, not {value}")
+    if keys is not None and keys.shape != x.shape[:1]:
+        raise ValueError(f"keys of shape {tuple(keys.shape)} do not fit {len(x)} images")
     if norm not in NORMS:
         raise ValueError(f"unknown norm {norm!r}: choose one of {', '.join(NORMS)}")
     step, project = NORMS[norm]
-    x_adv = first_iterate(x, epsilon, start, keys)
+    x = x.detach()
+    x_adv = first_iterate(x, epsilon, start, keys).detach()
     with frozen(model, mode) as bare, torch.enable_grad():
         for _ in range(num_steps):
-            x_adv = x_adv.detach().requires_grad_()
+            x_adv.requires_grad_()
             losses = loss_fn(bare(x_adv), target)  # [B]
             gradient, = torch.autograd.grad(losses.sum(), x_adv)  # the sum: a mean only underflows earlier
             x_adv = project(step(x_adv.detach(), gradient, step_size), x, epsilon).clamp_(0.0, 1.0)

@@ -2,6 +2,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+from losses import at_least_float32
 from losses.divergence import kl_divergence
 
 
@@ -17,4 +18,4 @@ def trades_loss(logits: Tensor, logits_adv: Tensor, y: Tensor, beta: float, weig
     robust = kl_divergence(logits_adv, logits)
     if weights is not None:
         robust = weights * robust
-    return F.cross_entropy(logits, y, reduction="none") + beta * robust
+    return F.cross_entropy(at_least_float32(logits), y, reduction="none") + beta * robust

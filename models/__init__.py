@@ -49,7 +49,8 @@ def _user_model(name: str, num_classes: int, in_channels: int) -> nn.Module:
     spec = importlib.util.spec_from_file_location(f"user_model_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    sys.path.insert(0, str(path.resolve().parent))  # the file may import its neighbours
+    folder = str(path.resolve().parent)
+    sys.path.insert(0, folder)  # the file may import its neighbours
     try:
         spec.loader.exec_module(module)
         if not callable(factory := getattr(module, attribute, None)):
@@ -61,7 +62,7 @@ def _user_model(name: str, num_classes: int, in_channels: int) -> nn.Module:
         reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         raise ValueError(f"model '{name}': {reason}") from error
     finally:
-        sys.path.pop(0)
+        sys.path.remove(folder)
     if not isinstance(network, nn.Module):
         raise ValueError(f"model '{name}': {attribute}() gave a {type(network).__name__}, not a torch.nn.Module")
     return network

@@ -27,6 +27,7 @@ class SmallCNN(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)
+                nn.init.zeros_(module.bias)
         nn.init.zeros_(self.classifier.fc3.weight)
         nn.init.zeros_(self.classifier.fc3.bias)
 
