@@ -3,6 +3,7 @@ import importlib
 import io
 import os
 import pickle
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -42,7 +43,9 @@ def read(path: str | Path) -> dict:
     path = Path(path)
     try:
         head = path.open("rb").read(512)
-        contents = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of an unusual pickle protocol: what matters is refused below
+            contents = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}") from None
     except pickle.UnpicklingError as error:

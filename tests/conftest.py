@@ -1,0 +1,54 @@
+"""What the tests share: a script run inside this process, a script run as its user would, and tiny data sets."""
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from harness.config import parse_config
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ("--dataset", "digits", "--val_size", "40", "--num_steps", "2", "--val_num_steps", "2", "--max_batches", "2", "--epochs", "1")
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch):
+    """Run a script's main in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(name, *args):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, args)])
+        module = importlib.import_module(name)
+        module.main(parse_config(module.Config, recipes=getattr(module, "RECIPES", None)))
+
+    return run
+
+
+@pytest.fixture
+def shell(tmp_path):
+    """Run a script as its user would, in an empty folder; gives the finished process with its output as text."""
+
+    def run(name, *args, launcher=(sys.executable,), **options):
+        command = [*launcher, str(ROOT / name), *map(str, args)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, **options)
+
+    return run
+
+
+@pytest.fixture
+def colour_folder(tmp_path):
+    """An image folder of 2 classes with 12 training and 6 test colour images of 32x32 pixels."""
+    random = np.random.default_rng(0)
+    folder = tmp_path / "colours"
+    for split, count in (("train", 6), ("test", 3)):
+        for label, name in enumerate(("dark", "light")):
+            (folder / split / name).mkdir(parents=True)
+            for k in range(count):
+                pixels = random.integers(0, 128, (32, 32, 3)) + 127 * label
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / split / name / f"{k}.png")
+    return folder

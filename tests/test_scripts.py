@@ -1,0 +1,334 @@
+"""The scripts as their users run them: twins, trial runs, determinism, resumption, torchrun, evaluation, and refusals."""
+import ast
+import csv
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY
+
+from harness.errors import RunError, UserError
+from models import build_model
+
+TWINS = [("train_at_mnist", "train_at_cifar10"), ("train_trades_mnist", "train_trades_cifar10"), ("eval_mnist", "eval_cifar10")]
+TRAINERS = ["train_at_mnist", "train_at_cifar10", "train_trades_mnist", "train_trades_cifar10"]
+SCRIPTS = sorted({name for pair in TWINS for name in pair})
+
+
+def weights(file):
+    return torch.load(file, weights_only=True)["model"]
+
+
+def same_bits(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def read_log(folder):
+    return list(csv.DictReader((folder / "log.csv").open()))
+
+
+# ---- shape of the scripts -------------------------------------------------------------------------------------------------------------
+
+def code_of(name):
+    """The script without its docstring, its presets, and the default and comment of each Config field."""
+    body = ast.parse((ROOT / f"{name}.py").read_text()).body[1:]
+    kept = [node for node in body if not (isinstance(node, ast.Assign) and node.targets[0].id in ("RECIPES", "PROTOCOL"))]
+    for node in kept:
+        if isinstance(node, ast.ClassDef):
+            for field in node.body:
+                field.value = None
+    return [ast.dump(node) for node in kept]
+
+
+@pytest.mark.parametrize(("mnist", "cifar10"), TWINS)
+def test_twins_differ_in_docstring_and_presets_only(mnist, cifar10):
+    assert code_of(mnist) == code_of(cifar10)
+
+
+def test_importing_a_script_does_nothing_else(tmp_path):
+    program = (f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import torch; before = torch.initial_seed(), os.listdir('.')\n"
+               f"import {', '.join(SCRIPTS)}\n"
+               "assert (torch.initial_seed(), os.listdir('.')) == before")
+    done = subprocess.run([sys.executable, "-c", program, "--nonsense"], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_default_has_a_comment_that_the_help_shows(name, script, capsys):
+    with pytest.raises(SystemExit) as ended:
+        script(name, "--help")
+    text = " ".join(capsys.readouterr().out.split())
+    config = (ROOT / f"{name}.py").read_text().split("class Config:")[1].split("\n\n\n")[0]
+    fields = [line.split("  # ")[1].strip() for line in config.strip().splitlines()]
+    assert ended.value.code == 0
+    assert len(fields) > 12
+    assert all(comment in text for comment in fields)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scripts_stay_short(name):
+    assert len((ROOT / f"{name}.py").read_text().splitlines()) <= 130
+
+
+# ---- training -------------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("alpha", [0, 2])
+@pytest.mark.parametrize("name", TRAINERS)
+def test_two_batches_leave_a_complete_run(name, alpha, script):
+    model = ("--model", "lenet", "--crop_padding", "2") if "cifar10" in name else ()
+    script(name, *TINY, *model, "--alpha", alpha, "--out_dir", "run")
+    assert {path.name for path in Path("run").iterdir()} == {"config.json", "log.csv", "log.png", "last.pt", "best.pt"}
+    config, (row,) = json.loads(Path("run/config.json").read_text()), read_log(Path("run"))
+    assert (config["script"], config["alpha"], config["image_shape"]) == (name, alpha, [1, 28, 28])
+    assert 0 <= float(row["val_A_rob"]) <= 100
+    assert (float(row["train_weight"]) == 1) == (alpha == 0)
+
+
+def test_training_lowers_the_loss_and_beats_chance(script):
+    script("train_at_mnist", "--recipe", "digits", "--epochs", 12, "--epsilon_warmup_epochs", 4, "--num_steps", 4, "--out_dir", "run")
+    rows = read_log(Path("run"))
+    assert float(rows[-1]["train_loss"]) < 0.7 * float(rows[0]["train_loss"])
+    assert float(rows[-1]["val_A_rob"]) > 30
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(script):
+    for folder, seed in (("a", 5), ("b", 5), ("c", 6)):
+        script("train_trades_mnist", *TINY, "--model", "small_cnn", "--seed", seed, "--out_dir", folder)  # with dropout
+    assert same_bits(weights("a/last.pt"), weights("b/last.pt"))
+    assert not same_bits(weights("a/last.pt"), weights("c/last.pt"))
+
+
+def test_a_resumed_run_equals_the_undisturbed_one(script):
+    short = (*TINY, "--model", "small_cnn", "--lr_drop_after", 2)
+    script("train_at_mnist", *short, "--epochs", 4, "--out_dir", "whole")
+    script("train_at_mnist", *short, "--epochs", 2, "--out_dir", "parts")
+    script("train_at_mnist", "--resume", "parts", "--epochs", 4)
+    assert same_bits(weights("whole/last.pt"), weights("parts/last.pt"))
+    assert [row["train_loss"] for row in read_log(Path("whole"))] == [row["train_loss"] for row in read_log(Path("parts"))]
+
+
+def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(shell, tmp_path):
+    flags = ("--recipe", "digits", "--epochs", 3, "--num_steps", 5)
+    assert shell("train_at_mnist.py", *flags, "--out_dir", "whole").returncode == 0
+    process = subprocess.Popen([sys.executable, str(ROOT / "train_at_mnist.py"), *map(str, flags), "--out_dir", "killed"], cwd=tmp_path,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "killed/last.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.3 * np.random.default_rng().random())
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    epochs = torch.load(tmp_path / "killed/last.pt", weights_only=True)["epoch"]
+    assert shell("train_at_mnist.py", "--resume", "killed").returncode == 0
+    assert epochs < 3
+    assert same_bits(weights(tmp_path / "whole/last.pt"), weights(tmp_path / "killed/last.pt"))
+
+
+def test_ctrl_c_says_how_to_go_on(shell, tmp_path):
+    process = subprocess.Popen([sys.executable, str(ROOT / "train_at_mnist.py"), "--recipe", "digits", "--out_dir", "run"], cwd=tmp_path,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run/last.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "go on with: python train_at_mnist.py --resume run" in errors and "Traceback" not in errors
+
+
+def test_a_second_run_never_touches_the_first(script):
+    script("train_at_mnist", *TINY, "--out_dir", "run")
+    before = {path: path.read_bytes() for path in Path("run").iterdir()}
+    with pytest.raises(UserError, match="never overwrites"):
+        script("train_at_mnist", *TINY, "--out_dir", "run")
+    script("train_at_mnist", *TINY)
+    script("train_at_mnist", *TINY)
+    assert before == {path: path.read_bytes() for path in Path("run").iterdir()}
+    assert len(list(Path("runs/train_at_mnist").iterdir())) == 2
+
+
+def test_torchrun_gives_the_weights_of_one_process(shell, tmp_path):
+    flags = (*TINY, "--max_batches", 4, "--batch_size", 65, "--precision", "float32", "--epsilon_warmup_epochs", 0)  # 65: an uneven split
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    assert shell("train_at_mnist.py", *flags, "--out_dir", "one").returncode == 0
+    done = shell("train_at_mnist.py", *flags, "--out_dir", "two", launcher=torchrun)
+    assert done.returncode == 0, done.stderr
+    one, two = weights(tmp_path / "one/last.pt"), weights(tmp_path / "two/last.pt")
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) <= 1e-5
+    fresh = build_model("lenet", 10, 1).state_dict()
+    assert all(float((one[name] - fresh[name]).abs().max()) > 1e-4 for name in one)
+    assert read_log(tmp_path / "one")[0]["train_A_rob"] == read_log(tmp_path / "two")[0]["train_A_rob"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(script):
+    script("train_at_mnist", *TINY, "--out_dir", "run")
+    with pytest.raises(RunError, match=r"not finite at epoch 1, step \d+"):
+        script("train_at_mnist", *TINY, "--max_batches", 8, "--lr", 1e9, "--out_dir", "bad")
+    assert not Path("bad/last.pt").exists()
+
+
+# ---- evaluation -----------------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def trained(script):
+    script("train_at_mnist", "--recipe", "digits", "--epochs", 4, "--num_steps", 2, "--epsilon_warmup_epochs", 0, "--lr", 0.1,
+           "--epsilon", 0.05, "--out_dir", "runs/first")
+    return Path("runs/first")
+
+
+QUICK = ("--num_steps", 3, "--num_restarts", 2, "--num_examples", 60)
+
+
+def test_no_arguments_evaluate_the_newest_run(script, trained, capsys):
+    script("train_at_cifar10", *TINY, "--model", "lenet", "--out_dir", "runs/second")
+    os.utime(trained / "last.pt")
+    script("eval_mnist", *QUICK)
+    result = json.loads((trained / "eval.json").read_text())
+    assert {"A_nat", "A_rob", "A_sa", "A_tr", "ci95", "num_examples", "threat_model", "checkpoint", "certificate",
+            "environment"} <= result.keys()
+    assert set(result["A_sa"]) == set(result["A_tr"]) == set(result["ci95"]["A_sa"]) == {"1.0", "1.5", "2.0"}
+    assert result["num_examples"] == 60
+    assert result["threat_model"]["epsilon"] == 0.05  # the checkpoint's
+    assert result["certificate"]["max_perturbation"] <= 0.05 + 1e-6 and result["certificate"]["ok"]
+    assert result["A_sa"]["2.0"] <= result["A_sa"]["1.5"] <= result["A_sa"]["1.0"] <= result["A_rob"] <= result["A_nat"]
+    assert all(result["ci95"][name][0] <= result[name] <= result["ci95"][name][1] for name in ("A_nat", "A_rob"))
+    assert "A_tr  alpha 2.0" in capsys.readouterr().out
+    assert (trained / "eval.png").stat().st_size > 10_000
+
+
+def test_alpha_zero_is_the_uniform_attacker(script, trained):
+    script("eval_mnist", *QUICK, "--alphas", 0, "--out", "zero.json")
+    result = json.loads(Path("zero.json").read_text())
+    assert result["A_sa"]["0.0"] == result["A_tr"]["0.0"] == result["A_rob"]
+    assert result["ci95"]["A_sa"]["0.0"] == result["ci95"]["A_rob"]
+
+
+def test_a_verdict_does_not_depend_on_the_batch(script, trained):
+    for size in (7, 60):
+        script("eval_mnist", *QUICK, "--checkpoint", trained / "last.pt", "--batch_size", size, "--out", f"{size}.json")
+    small, large = np.load("7.npz"), np.load("60.npz")
+    assert all(np.array_equal(small[name], large[name]) for name in small.files if name.startswith(("prediction", "label", "index")))
+
+
+def test_results_are_never_overwritten(script, trained):
+    script("eval_mnist", *QUICK, "--checkpoint", trained / "last.pt")
+    script("eval_mnist", *QUICK, "--checkpoint", trained / "last.pt")
+    assert {path.name for path in trained.glob("eval*.json")} == {"eval_last.json", "eval_last-2.json"}
+    with pytest.raises(UserError, match="never overwritten"):
+        script("eval_mnist", *QUICK, "--out", trained / "eval_last.json")
+
+
+def test_the_flags_win_over_the_checkpoint(script, trained, capsys):
+    script("eval_mnist", *QUICK, "--epsilon", "8/255", "--step_size", "2/255", "--start", "gaussian", "--out", "r.json")
+    threat = json.loads(Path("r.json").read_text())["threat_model"]
+    assert (threat["epsilon"], threat["step_size"], threat["start"], threat["num_restarts"]) == (8 / 255, 2 / 255, "gaussian", 2)
+    assert "note: evaluated at epsilon 0.0313725, trained at 0.05" in capsys.readouterr().out
+
+
+NETWORK = """
+import torch
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = torch.nn.Linear(784, 10)
+    def forward(self, x):
+        return self.head(x.flatten(1))
+"""
+
+
+@pytest.mark.parametrize(("key", "prefix"), [(None, ""), ("state_dict", "module."), ("model", "_orig_mod."), ("net", "module._orig_mod.")])
+def test_anyones_checkpoint_is_evaluated_with_the_network_in_their_file(script, key, prefix):
+    Path("theirs.py").write_text(NETWORK)
+    generator = torch.Generator().manual_seed(0)
+    state = {f"{prefix}head.weight": torch.randn(10, 784, generator=generator), f"{prefix}head.bias": torch.zeros(10)}
+    torch.save(state if key is None else {key: state, "epoch": 3}, "theirs.pt")
+    script("eval_mnist", "--dataset", "digits", *QUICK, "--checkpoint", "theirs.pt", "--arch", "theirs.py:Net", "--out", "r.json")
+    result = json.loads(Path("r.json").read_text())
+    assert (result["architecture"], result["threat_model"]["epsilon"]) == ("theirs.py:Net", 0.3)
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, ("owned",)
+
+
+def spoil(kind):
+    """Make a bad checkpoint of this kind in bad.pt."""
+    path = Path("bad.pt")
+    if kind == "code":
+        torch.save({"model": {"a": Malicious()}}, path)
+    elif kind == "bare pickle":
+        path.write_bytes(pickle.dumps(Malicious()))
+    elif kind == "web page":
+        path.write_text("<!DOCTYPE html><html>not found</html>")
+    elif kind == "cut off":
+        torch.save(build_model("lenet", 10, 1).state_dict(), path)
+        path.write_bytes(path.read_bytes()[:20_000])
+    elif kind == "other network":
+        torch.save(build_model("small_cnn", 10, 1).state_dict(), path)
+
+
+@pytest.mark.parametrize("kind", ["missing", "code", "bare pickle", "web page", "cut off", "other network"])
+def test_a_bad_checkpoint_gives_one_line_and_runs_nothing(kind, script):
+    spoil(kind)
+    with pytest.raises(UserError) as refused:
+        script("eval_mnist", "--dataset", "digits", "--checkpoint", "bad.pt", "--arch", "lenet")
+    assert "bad.pt" in str(refused.value) and "\n" not in str(refused.value)
+    assert not Path("owned").exists()
+
+
+def test_mistakes_give_one_line_and_exit_code_2(shell, tmp_path):
+    (tmp_path / "file").touch()
+    for name, flags in (("train_at_mnist.py", ("--no_such_flag", "1")), ("train_at_mnist.py", ("--epsilon", "-0.1")),
+                        ("train_trades_mnist.py", (*TINY, "--out_dir", "file/run")), ("eval_mnist.py", ("--checkpoint", "none.pt")),
+                        ("eval_cifar10.py", ())):
+        done = shell(name, *flags)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+        assert done.stderr.startswith(f"{name}: error: ")
+
+
+@pytest.mark.parametrize(("flags", "says"), [(("--model", "none"), "unknown model 'none'"), (("--dataset", "none"), "no data set 'none'"),
+                                             (("--recipe", "none"), "invalid choice: 'none'"),
+                                             (("--device", "none"), "--device none is not"),
+                                             (("--val_size", "5000"), "leaves nothing to train on")])
+def test_unknown_names_are_refused_before_anything_is_written(flags, says, script):
+    with pytest.raises(UserError, match=says):
+        script("train_at_mnist", *TINY, *flags)
+    assert not Path("runs").exists()
+
+
+def test_a_full_disk_fails_the_run_and_keeps_the_last_checkpoint(shell, tmp_path):
+    import resource
+
+    assert shell("train_at_mnist.py", *TINY, "--out_dir", "run").returncode == 0
+    before = (tmp_path / "run/last.pt").read_bytes()
+    done = shell("train_at_mnist.py", "--resume", "run", "--epochs", 2,
+                 preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert "train_at_mnist.py: error: " in done.stderr and "intact" in done.stderr
+    assert (tmp_path / "run/last.pt").read_bytes() == before
+    assert not list((tmp_path / "run").glob("*.tmp"))
+
+
+def test_colour_images_train_and_evaluate(script, colour_folder):
+    script("train_trades_cifar10", "--dataset", colour_folder, "--model", "lenet", "--normalize", "--val_size", 4, "--epochs", 1,
+           "--batch_size", 4, "--num_steps", 1)
+    script("eval_cifar10", "--num_steps", 2, "--num_restarts", 1)
+    result = json.loads(next(Path("runs").rglob("eval.json")).read_text())
+    assert (result["num_examples"], result["threat_model"]["epsilon"], len(result["class_accuracy"]["A_nat"])) == (6, 0.031, 2)
+
+
+def test_a_network_of_the_users_own_trains_and_is_evaluated_only_when_named(script):
+    Path("mine.py").write_text(NETWORK)
+    script("train_at_mnist", *TINY, "--model", "mine.py:Net")
+    with pytest.raises(UserError, match="does not choose the code to run"):
+        script("eval_mnist", *QUICK)
+    script("eval_mnist", *QUICK, "--arch", "mine.py:Net")
