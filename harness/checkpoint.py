@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from harness.errors import UserError
 
 FORMAT = 1
+OWN = {"name", "num_classes", "in_channels", "mean", "std"}  # what the architecture entry of our own checkpoints holds
 WRAPPERS = ("model", "state_dict", "net", "model_state_dict")  # keys under which the field stores its parameters
 PREFIXES = ("module.", "_orig_mod.")  # DataParallel and torch.compile
 
@@ -42,21 +43,26 @@ def read(path: str | Path) -> dict:
     """
     path = Path(path)
     try:
-        head = path.open("rb").read(512)
+        with path.open("rb") as file:
+            head = file.read(512)
+    except FileNotFoundError:
+        raise UserError(f"there is no checkpoint {path}") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of an unusual pickle protocol: what matters is refused below
             contents = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"there is no checkpoint {path}") from None
     except pickle.UnpicklingError as error:
         if not _looks_like_checkpoint(path, head):
             raise UserError(f"{path} {_what_it_is(head)}") from error
         reason = str(error).split("\n")[-1] if "WeightsUnpickler" not in str(error) else str(error).split("WeightsUnpickler error:")[-1]
         raise UserError(f"{path} is refused: it holds more than tensors and plain values, and loading it could run code "
                         f"({reason.strip().splitlines()[0][:100]}); save its state_dict() instead") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, OverflowError, MemoryError, AttributeError, UnicodeError, TypeError,
-            zipfile.BadZipFile, OSError) as error:
-        raise UserError(f"{path} {_what_it_is(head) if not isinstance(error, IsADirectoryError) else 'is a folder'}") from error
+    except Exception as error:  # a damaged file fails in torch, zipfile, struct, ... in their own ways
+        raise UserError(f"{path} {_what_it_is(head)}") from error
     if not isinstance(contents, dict):
         raise UserError(f"{path} holds a {type(contents).__name__}, not a state dict")
     return contents
@@ -84,7 +90,7 @@ def parameters_of(contents: dict, path: str | Path) -> tuple[dict[str, Tensor], 
             found = found[key]
             notes.append(f"parameters under '{key}'")
             break
-    if not found or not all(isinstance(value, Tensor) for value in found.values()):
+    if not found or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in found.items()):
         shown = ", ".join(map(str, list(contents)[:6])) or "nothing"
         raise UserError(f"{path} holds no state dict: its keys are {shown}; expected parameters, or one of {', '.join(WRAPPERS)}")
     while prefix := next((p for p in PREFIXES if all(str(name).startswith(p) for name in found)), None):
@@ -93,6 +99,12 @@ def parameters_of(contents: dict, path: str | Path) -> tuple[dict[str, Tensor], 
     if any(prefix in name for name in found for prefix in PREFIXES):
         found = {name.replace("_orig_mod.", ""): value for name, value in found.items()}
     return found, notes
+
+
+def own_architecture(contents: dict) -> dict | None:
+    """The architecture that one of our own checkpoints names, None for a foreign one."""
+    entry = contents.get("architecture")
+    return entry if isinstance(entry, dict) and set(entry) >= OWN else None
 
 
 def load_model(path: str | Path, arch: str | None = None, num_classes: int = 10, in_channels: int = 3,
@@ -116,7 +128,7 @@ def model_from(contents: dict, path: str | Path, arch: str | None = None, num_cl
     build = build or importlib.import_module("models").build_model
     parameters, notes = parameters_of(contents, path)
     mean = std = None
-    if own := contents.get("architecture"):
+    if own := own_architecture(contents):
         num_classes, in_channels, mean, std = (own[key] for key in ("num_classes", "in_channels", "mean", "std"))
         if arch is None and ".py:" in own["name"]:
             raise UserError(f"{path} was trained with the network {own['name']}, and a checkpoint does not choose the code to run: "

@@ -98,7 +98,7 @@ def check_limits(config: object) -> None:
             if not isinstance(number, (int, float)) or isinstance(number, bool):
                 continue
             if not (low <= number <= high) or not math.isfinite(number):
-                bounds = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+                bounds = f"finite and at least {low}" if high == math.inf else f"between {low} and {high}"
                 raise UserError(f"--{field.name} must be {bounds}, not {number}")
 
 
@@ -151,6 +151,8 @@ def _resumed(cls: type, folder: Path):
     path = folder / "config.json"
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(saved, dict):
+            raise ValueError(f"it holds a {type(saved).__name__}, not settings")
     except FileNotFoundError:
         raise UserError(f"--resume {folder}: no run there (no config.json)") from None
     except (ValueError, OSError) as error:

@@ -104,15 +104,15 @@ def _torchvision(cls_name: str, data_dir: Path) -> tuple:
     cls = getattr(torchvision.datasets, cls_name)
     try:
         sets = [cls(data_dir, train=train) for train in (True, False)]
-    except (RuntimeError, OSError):  # not there, or not whole
-        print(f"{cls_name} is not in {data_dir}: downloading it", flush=True)
+    except Exception:  # not there, or not whole: torchvision has no error of its own
+        print(f"{cls_name} is not in {data_dir}, or not whole: downloading it", flush=True)
         try:
             sets = [cls(data_dir, train=train, download=True) for train in (True, False)]
-        except (RuntimeError, OSError, ValueError) as error:
+        except Exception as error:
             reason = str(error).split("\n")[0].rstrip(":")
-            raise UserError(f"{cls_name} is not in {data_dir.resolve()} and could not be downloaded ({reason}): put the files there as "
-                            f"torchvision.datasets.{cls_name} lays them out, name their folder with --data_dir, or use --dataset digits"
-                            ) from error
+            raise UserError(f"{cls_name} is not in {data_dir.resolve()}, or damaged there, and could not be downloaded ({reason}): put "
+                            f"whole files there as torchvision.datasets.{cls_name} lays them out, name their folder with --data_dir, or "
+                            "use --dataset digits") from error
     return sets[0].classes, _split(sets[0].data, sets[0].targets), _split(sets[1].data, sets[1].targets)
 
 
@@ -156,7 +156,9 @@ def load_image_folder(folder: Path) -> tuple:
     cache = folder / f"cache-{hashlib.sha256(listing.encode()).hexdigest()[:16]}.npz"
     arrays = _read_cache(cache)
     if arrays is None:
-        arrays = {split: _decode(paths, f"decoding {folder.name}/{split}") for split, paths in files.items()}
+        decoded = {split: _decode(paths, f"decoding {folder.name}/{split}") for split, paths in files.items()}
+        channels = 1 if all(grey for _, grey in decoded.values()) else 3
+        arrays = {split: images[..., :channels] for split, (images, _) in decoded.items()}
         _write_cache(cache, arrays)
     if arrays["train"].shape[1:] != arrays["test"].shape[1:]:
         raise UserError(f"{folder}: training images are {arrays['train'].shape[1:]}, test images {arrays['test'].shape[1:]}")
@@ -164,8 +166,9 @@ def load_image_folder(folder: Path) -> tuple:
     return classes["train"], _split(arrays["train"], labels["train"]), _split(arrays["test"], labels["test"])
 
 
-def _decode(paths: list[Path], title: str) -> np.ndarray:
-    from PIL import Image, UnidentifiedImageError
+def _decode(paths: list[Path], title: str) -> tuple[np.ndarray, bool]:
+    """The images [N, H, W, 3], and whether every file is grey."""
+    from PIL import Image
 
     images, grey = [], True
     for path in tqdm(paths, desc=title, unit="image", disable=None):
@@ -173,13 +176,12 @@ def _decode(paths: list[Path], title: str) -> np.ndarray:
             with Image.open(path) as image:
                 grey = grey and image.mode in ("1", "L")
                 images.append(np.asarray(image.convert("RGB")))
-        except (UnidentifiedImageError, OSError) as error:
+        except Exception as error:  # PIL has no error of its own for a damaged file
             raise UserError(f"{path} cannot be read as an image ({error}): mend or remove it") from error
         if images[-1].shape != images[0].shape:
             (height, width), (first_height, first_width) = images[-1].shape[:2], images[0].shape[:2]
             raise UserError(f"{path} has {width}x{height} pixels, {paths[0]} {first_width}x{first_height}: bring all images to one size")
-    stacked = np.stack(images)
-    return stacked[..., :1] if grey else stacked
+    return np.stack(images), grey
 
 
 def _read_cache(cache: Path) -> dict | None:

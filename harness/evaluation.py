@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from harness.data import Split, to_unit
-from harness.errors import UserError
+from harness.errors import RunError, UserError
 from harness.metrics import weighted_accuracy
 
 
@@ -66,6 +66,16 @@ def observe(model: nn.Module, x: Tensor, y: Tensor) -> Record:
     return Record(logits.argmax(1), F.cross_entropy(logits, y, reduction="none"), true - other)
 
 
+def num_outputs(model: nn.Module, split: Split) -> int:
+    """The number of the network's outputs.  Raises UserError when it does not take the images of `split`."""
+    with torch.no_grad():
+        try:
+            return model(to_unit(split.images[:1])).shape[1]
+        except (RuntimeError, IndexError, TypeError) as error:
+            shape, reason = "x".join(map(str, split.images.shape[1:])), str(error).splitlines()[0]
+            raise UserError(f"the network does not take images of {shape}, or gives no logits [B, K] ({reason})") from error
+
+
 def record_clean(model: nn.Module, split: Split, batch_size: int) -> Record:
     """The record of the clean images."""
     return _joined([observe(model, to_unit(part.images), part.labels) for part in _parts(split, batch_size)])
@@ -80,6 +90,8 @@ def record_attack(model: nn.Module, split: Split, batch_size: int, attack: Calla
         for restart in range(num_restarts):
             x_adv = attack(model, x, part.labels, part.index, restart, loss_fn)
             certificate.add(x, x_adv)
+            if certificate.non_finite:
+                raise RunError(f"the attack gave {certificate.non_finite} pixels that are not finite: is the network's gradient finite?")
             found = observe(model, x_adv, part.labels)
             worst = found if worst is None else _where(~(found.loss < worst.loss), found, worst)
             bar.update(len(part))
@@ -99,7 +111,7 @@ def evaluate(model: nn.Module, split: Split, *, attack: Callable, cross_entropy:
     (`label`, `prediction`, `prediction_adv`, `margin_adv`, `loss_adv`, all [N]) and the certificate.
     """
     alphas = tuple(dict.fromkeys(alphas))
-    certificate, y = Certificate(), split.labels.cpu()
+    certificate, y, num_classes = Certificate(), split.labels.cpu(), num_outputs(model, split)
     total = len(split) * num_restarts * (1 + len(alphas))
     with tqdm(total=total, unit="attack", unit_scale=True, disable=None, leave=False) as bar:
         clean = record_clean(model, split, batch_size)
@@ -114,7 +126,8 @@ def evaluate(model: nn.Module, split: Split, *, attack: Callable, cross_entropy:
                       "A_rob": weighted_accuracy(plain.prediction == y, plain.margin, 0.0),
                       "A_sa": {str(a): weighted_accuracy(plain.prediction == y, plain.margin, a) for a in map(float, alphas)},
                       "A_tr": {str(float(a)): weighted_accuracy(r.prediction == y, r.margin, a) for a, r in trained.items()}})
-    result["class_accuracy"] = {"A_nat": class_accuracy(clean.prediction, y), "A_rob": class_accuracy(plain.prediction, y)}
+    result["class_accuracy"] = {name: class_accuracy(record.prediction, y, num_classes)
+                                for name, record in (("A_nat", clean), ("A_rob", plain))}
     examples = {"index": split.index.cpu(), "label": y, "prediction": clean.prediction, "prediction_adv": plain.prediction,
                 "margin_adv": plain.margin, "loss_adv": plain.loss}
     examples |= {f"prediction_tr_{alpha:g}": record.prediction for alpha, record in trained.items()}
@@ -133,9 +146,10 @@ def summary(measured: dict) -> dict:
             "effective_size": pick({k: measured[k] for k in ("A_sa", "A_tr")}, lambda m: round(m["effective_size"], 1))}
 
 
-def class_accuracy(prediction: Tensor, y: Tensor) -> list[float | None]:
-    """Accuracy of each class in percent, None for a class without examples."""
-    counts, hits = torch.bincount(y), torch.bincount(y[prediction == y], minlength=int(y.max()) + 1)
+def class_accuracy(prediction: Tensor, y: Tensor, num_classes: int = 0) -> list[float | None]:
+    """Accuracy of each class in percent, None for a class without examples; at least `num_classes` entries."""
+    num_classes = max(num_classes, int(y.max()) + 1)
+    counts, hits = torch.bincount(y, minlength=num_classes), torch.bincount(y[prediction == y], minlength=num_classes)
     return [round(100 * hit / count, 4) if count else None for hit, count in zip(hits.tolist(), counts.tolist())]
 
 

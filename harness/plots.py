@@ -59,7 +59,8 @@ def training(rows: list[dict], path: Path) -> None:
               "train_A_rob": (BLUE, ":", "A_rob, training")}
     for name, (colour, style, label) in styles.items():
         if name in rows[0]:
-            right.plot(epochs, [row[name] for row in rows], color=colour, linestyle=style, label=label)
+            right.plot(epochs, [row[name] for row in rows], color=colour, linestyle=style, label=label,
+                       marker="." if len(rows) < 30 else None)
     right.set(xlabel="epoch", ylabel="accuracy, %", ylim=(0, 101), title="Accuracy")
     right.legend(loc="lower right", frameon=False)
     _save(figure, path)

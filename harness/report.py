@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from harness import plots
-from harness.checkpoint import read
+from harness.checkpoint import own_architecture, read
 from harness.data import Dataset, load_dataset
 from harness.errors import UserError
 from harness.evaluation import Certificate
@@ -72,13 +72,14 @@ def _newest_run(channels: int) -> Path:
 def open_subject(name: str, path: Path, cfg: object, protocol: Protocol) -> Subject:
     """Read a checkpoint and its data set; a flag wins over the checkpoint, the checkpoint over the protocol."""
     contents = read(path)
-    data_dir = cfg.data_dir or next((d for d in (contents.get("data_dir"),) if isinstance(d, str) and Path(d).is_dir()), "data")
-    data = load_dataset(cfg.dataset or contents.get("dataset") or protocol.dataset, data_dir)
-    own, channels = contents.get("architecture"), data.image_shape[0]
+    own = own_architecture(contents)
+    data_dir = cfg.data_dir or (contents["data_dir"] if own and Path(contents["data_dir"]).is_dir() else "data")
+    data = load_dataset(cfg.dataset or (contents["dataset"] if own else protocol.dataset), data_dir)
+    channels = data.image_shape[0]
     if own and (own["in_channels"], own["num_classes"]) != (channels, data.num_classes):
         raise UserError(f"{path} takes {own['in_channels']}-channel images of {own['num_classes']} classes, but {data.name} has "
                         f"{channels}-channel images of {data.num_classes} classes: name a --dataset that fits")
-    trained = (contents.get("threat_model") or {}).get("epsilon")
+    trained = contents["threat_model"]["epsilon"] if own else None
     epsilon = next(value for value in (cfg.epsilon, trained, protocol.epsilon) if value is not None)
     if trained is not None and epsilon != trained:
         print(f"note: evaluated at epsilon {epsilon:g}, trained at {trained:g}")
@@ -103,12 +104,13 @@ def output_path(out: str | None, first: Path, whole_run: bool) -> Path:
 
 def describe(subject: Subject, cfg: object, num_examples: int, device: torch.device, seconds: float) -> dict[str, object]:
     """Everything that a reader of the result needs in order to repeat it."""
+    own = own_architecture(subject.contents)
     return {"num_examples": num_examples, "dataset": subject.data.name, "alphas": list(cfg.alphas),
             "threat_model": {"norm": "linf", "epsilon": subject.epsilon, "step_size": subject.step_size, "num_steps": cfg.num_steps,
                              "num_restarts": cfg.num_restarts, "start": cfg.start, "restart_kept": "largest cross-entropy"},
             "checkpoint": str(subject.path), "checkpoint_sha256": hashlib.sha256(subject.path.read_bytes()).hexdigest(),
-            "epoch": subject.contents.get("epoch"), "architecture": (subject.contents.get("architecture") or {}).get("name", cfg.arch),
-            "seed": cfg.seed, "command": command_line(), "date": time.strftime("%Y-%m-%d"), "seconds": round(seconds, 1),
+            "epoch": subject.contents["epoch"] if own else None, "architecture": cfg.arch or own["name"], "seed": cfg.seed,
+            "command": command_line(), "date": time.strftime("%Y-%m-%d"), "seconds": round(seconds, 1),
             "environment": environment(device)}
 
 

@@ -1,0 +1,159 @@
+"""benchmarks/train_step.py: that the forms it times beside one another compute the same step, its operation count, its output."""
+import copy
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from attacks.noise import example_keys
+from attacks.pgd import first_iterate
+from benchmarks import train_step
+from benchmarks.train_step import Config, main
+from harness.config import parse_config
+from harness.data import training_batches
+from harness.errors import UserError
+from harness.run import bare
+from models import build_model
+
+ROOT = Path(__file__).resolve().parent.parent
+TOY = ["--batch_size", "4", "--num_steps", "2", "--repeats", "1", "--matmul_size", "64", "--device", "cpu"]
+both_methods = pytest.mark.parametrize("method", ("at", "trades"))
+
+
+def toy(*words):
+    return parse_config(Config, [*TOY, *words])
+
+
+# The same step
+
+@both_methods
+def test_ours_and_the_published_form_compute_the_same_step(method, tmp_path):
+    """In float32, from one start far enough from x that no gradient of the KL term drowns in rounding, which would turn its sign."""
+    settings = train_step.settings_of("lenet", method, toy("--precision", "float32", "--num_steps", "3"), str(tmp_path / "run"))
+    settings = replace(settings, start="uniform")
+    run = train_step.Rounds(settings, train_step.synthetic(train_step.MNIST, settings.batch_size, seed=0))
+    model = run.build(build_model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)  # away from the uniform prediction of a new network
+    before = copy.deepcopy(bare(model).state_dict())
+    theirs = train_step.published_model(model)
+    optimizer, other = train_step.sgd(model, settings), train_step.sgd(theirs, settings)
+    for epoch in run.epochs(model, optimizer, scheduler=None):
+        train_step.SCRIPTS[method, train_step.MNIST].train_one_epoch(model, optimizer, run, epoch, settings)
+    (x, y, index, _), = training_batches(run.train, settings.batch_size, settings.seed, epoch=1)
+    start = first_iterate(x, settings.epsilon, "uniform", example_keys(index, settings.seed, 1))
+    loss = train_step.PUBLISHED[method](theirs, other, x, y, settings, start)
+    assert run.means.compute()["loss"] == pytest.approx(float(loss), rel=1e-5)
+    for (name, ours), published in zip(bare(model).named_parameters(), theirs.parameters()):
+        assert distance(ours.grad, published.grad) <= 1e-5, name
+        assert distance(ours, published) <= 1e-6, name
+        assert distance(ours - before[name], published - before[name]) <= 1e-4, name  # the step: a difference of rounded weights
+
+
+def distance(ours, published):
+    return float((ours - published).detach().norm() / published.detach().norm())
+
+
+@both_methods
+def test_every_form_moves_its_own_network_only(method, tmp_path):
+    settings = train_step.settings_of("lenet", method, toy("--precision", "float32"), str(tmp_path / "run"))
+    run = train_step.Rounds(settings, train_step.synthetic(train_step.MNIST, settings.batch_size, seed=0))
+    model = run.build(build_model)
+    before = [parameter.clone() for parameter in model.parameters()]
+    for form in train_step.other_forms(model, method, settings, run.train).values():
+        form()
+    assert all(torch.equal(old, new) and new.grad is None for old, new in zip(before, model.parameters()))
+
+
+def test_the_published_network_is_nchw_and_holds_the_same_weights():
+    model = build_model("resnet18").to(memory_format=torch.channels_last)
+    theirs = train_step.published_model(model)
+    assert all(p.is_contiguous() and torch.equal(p, q) for p, q in zip(theirs.parameters(), model.parameters()))
+    assert not model.conv1.weight.is_contiguous()
+
+
+# The operation count
+
+@both_methods
+@pytest.mark.parametrize("name", ("lenet", "small_cnn", "resnet18"))
+def test_flops_are_those_of_the_passes_that_the_algorithm_needs(name, method):
+    """An input gradient costs what a forward pass costs, a weight gradient too; the images of a training step need no gradient."""
+    shape, layers = train_step.image_shape_of(name), []
+    settings = train_step.settings_of(name, method, toy("--num_steps", "3"), "")
+    with torch.device("meta"):
+        model, x = build_model(name, 10, shape[0]), torch.empty(settings.batch_size, *shape)
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.register_forward_hook(lambda layer, _, out: layers.append(2 * out.numel() * layer.weight[0].numel()))
+    model(x)
+    forward, step = sum(layers), 3 * sum(layers) - layers[0]
+    expected = 2 * 3 * forward + (step if method == "at" else forward + 2 * step)
+    assert train_step.count_flops(name, method, settings, shape) == expected
+
+
+# The command
+
+def check_row(row):
+    for key in ("ours_seconds", "published_form_seconds", "bare_seconds", "ratio", "gflop", "gflops", "published_form_gflops",
+                "peak_gflops", "peak_percent"):
+        assert 0 < row[key] < float("inf"), key
+    ours, published = row["ours_seconds"], row["published_form_seconds"]
+    assert row["ratio"] == pytest.approx(published / ours)
+    assert row["overhead_percent"] == pytest.approx(100 * (1 - row["bare_seconds"] / ours))
+    assert row["gflops"] == pytest.approx(row["gflop"] / ours)
+    assert row["published_form_gflops"] == pytest.approx(row["gflop"] / published)
+    assert row["precision"] in ("bf16", "float32")
+
+
+def test_the_command_prints_one_line_of_json_and_leaves_nothing_behind(tmp_path):
+    words = [*TOY, "--model", "lenet", "--method", "trades", "--json", "--out", str(tmp_path / "row.json")]
+    done = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "train_step.py"), *words], cwd=tmp_path, text=True,
+                          capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}, check=False)
+    assert done.returncode == 0, done.stderr
+    printed, = done.stdout.splitlines()
+    row = json.loads(printed)
+    check_row(row)
+    assert {key: row[key] for key in ("model", "method", "batch_size", "num_steps", "image_shape", "repeats", "seed")} == {
+        "model": "lenet", "method": "trades", "batch_size": 4, "num_steps": 2, "image_shape": [1, 28, 28], "repeats": 1, "seed": 0}
+    assert {form: len(seconds) for form, seconds in row["seconds"].items()} == {"ours": 1, "published": 1, "bare": 1}
+    assert row["environment"]["torch"] == torch.__version__ and row["command"].startswith("python benchmarks/train_step.py --batch_size 4")
+    assert [path.name for path in tmp_path.iterdir()] == ["row.json"]
+    assert json.loads((tmp_path / "row.json").read_text()) == row
+
+
+def test_several_combinations_are_rows_of_one_line(capsys):
+    main(toy("--model", "lenet", "small_cnn", "--json", "--precision", "float32"))
+    result = json.loads(capsys.readouterr().out)
+    assert [(row["model"], row["method"]) for row in result["rows"]] == list(product(("lenet", "small_cnn"), ("at", "trades")))
+    assert "environment" in result and all("environment" not in row and row["precision"] == "float32" for row in result["rows"])
+    for row in result["rows"]:
+        check_row(row)
+
+
+def test_the_table_has_one_line_a_combination(capsys):
+    main(toy("--model", "lenet"))
+    head, *rows, where = capsys.readouterr().out.splitlines()
+    assert [row.split()[:4] for row in rows] == [["lenet", "at", "4", "2"], ["lenet", "trades", "4", "2"]]
+    assert {len(text) for text in (head, *rows)} == {len(head)} and f"torch {torch.__version__}" in where
+
+
+def test_the_number_of_steps_is_the_training_scripts_own_unless_given():
+    cfg = parse_config(Config, [])
+    assert {name: train_step.settings_of(name, "trades", cfg, "").num_steps for name in ("lenet", "small_cnn", "resnet18", "wrn34_10")} == {
+        "lenet": 40, "small_cnn": 40, "resnet18": 10, "wrn34_10": 10}
+
+
+@pytest.mark.parametrize(("words", "message"), (
+    (["--model", "lenot"], "unknown model 'lenot'"), (["--model"], "--model needs at least 1"), (["--repeats", "0"], "--repeats"),
+    (["--matmul_size", "0"], "--matmul_size"), (["--out", __file__], "never overwritten"), (["--device", "nowhere"], "--device nowhere")))
+def test_what_cannot_be_timed_is_refused_at_once(words, message):
+    with pytest.raises(UserError, match=message):
+        main(toy(*words))

@@ -1,0 +1,99 @@
+"""The README: its commands run, its numbers have a file behind them, its columns and paths exist."""
+import csv
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY
+
+from models import build_model
+
+README = (ROOT / "README.md").read_text()
+SPANS = re.findall(r"`((?:python|torchrun)[^`]*)`", README)
+COMMANDS = sorted({command for command in SPANS if command.split()[0] == "python" and ".py" in command})
+NETWORK = "import torch\ndef Net(num_classes=10):\n    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, num_classes))\n"
+
+
+def quick(name, flags, colour_folder):
+    """Flags that make the command a trial on tiny data, and leave the rest of it as it stands."""
+    colour = "cifar10" in name
+    data = ("--dataset", colour_folder) if colour else ("--dataset", "digits")
+    if name.startswith("eval"):
+        return (*data, "--num_steps", 1, "--num_restarts", 1, "--num_examples", 6)
+    if "--resume" in flags:
+        return ()
+    network = () if "--model" in flags else ("--model", "lenet")
+    return (*TINY[2:], *data, *network, "--num_steps", 1, "--val_size", 4)
+
+
+@pytest.fixture
+def workplace(script, colour_folder):
+    """What the commands' file names stand for: a network of one's own, two foreign checkpoints, two runs."""
+    Path("net.py").write_text(NETWORK)
+    script("train_at_mnist", *TINY, "--out_dir", "runs/train_at_mnist/2026-01-31_12-00-00")
+    script("train_at_cifar10", *TINY[2:], "--dataset", colour_folder, "--val_size", 4, "--model", "lenet")
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if "benchmarks" not in command])
+def test_the_command_runs(command, workplace, script, colour_folder):
+    name, *flags = shlex.split(command)[1:]
+    if "theirs.pt" in flags:
+        mine = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10))
+        torch.save((mine if "net.py:Net" in flags else build_model("small_cnn", 10, 1)).state_dict(), "theirs.pt")
+    script(name.removesuffix(".py"), *flags, *quick(name, flags, colour_folder))
+
+
+def test_there_are_commands_for_every_script():
+    assert len(COMMANDS) >= 18
+    assert {shlex.split(command)[1] for command in COMMANDS} >= {path.name for path in ROOT.glob("*.py")}
+
+
+def test_the_quickstart_is_two_commands_and_the_second_is_what_ci_runs():
+    first, second = re.findall(r"```bash\n(.*?)\n```", README, re.DOTALL)[:2]
+    assert first.endswith("train_at_mnist.py --recipe digits && .venv/bin/python eval_mnist.py") and "\n" not in first
+    assert second.endswith("-m pytest -q") and "\n" not in second
+    assert "grep -m1 -F -e '-m pytest' README.md" in (ROOT / ".ci/run").read_text()
+
+
+def test_every_column_of_the_log_is_explained(script):
+    script("train_trades_mnist", *TINY, "--out_dir", "run")
+    section = README.split("## log.csv")[1].split("\n## ")[0]
+    explained = {name for row in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
+    assert explained == set(next(csv.reader(Path("run/log.csv").read_text().splitlines())))
+
+
+def rows_of_results():
+    """The README's results table, made again from results/mnist/*."""
+    for file in sorted((ROOT / "results/mnist").glob("*/eval.json")):
+        result = json.loads(file.read_text())
+        weighted = [result[metric][alpha] for metric in ("A_sa", "A_tr") for alpha in ("1.0", "1.5", "2.0")]
+        cells = [result["A_nat"], result["A_rob"], *weighted]
+        yield file.parent.name, " | ".join(f"{cell:.2f}" for cell in cells)
+
+
+def test_every_number_of_the_results_table_has_a_file_behind_it():
+    rows = list(rows_of_results())
+    assert len(rows) >= 8
+    table = README.split("## Results")[1].split("\n## ")[0]
+    for name, cells in rows:
+        assert cells in table, name
+    assert len(re.findall(r"^\| [^|]+ \| (?:LeNet|SmallCNN) ", table, re.MULTILINE)) == len(rows)
+
+
+@pytest.mark.parametrize("folder", sorted((ROOT / "results/mnist").glob("*")), ids=lambda path: path.name)
+def test_a_result_names_command_seed_hardware_and_versions(folder):
+    result, config = json.loads((folder / "eval.json").read_text()), json.loads((folder / "config.json").read_text())
+    for source in (result, config):
+        assert source["command"].startswith("python ") and isinstance(source["seed"], int)
+        assert {"hardware", "torch", "python", "device"} <= source["environment"].keys()
+    assert result["num_examples"] == 10_000 and result["certificate"]["ok"] and len(result["checkpoint_sha256"]) == 64
+
+
+def test_every_path_that_the_readme_names_in_the_tree_exists():
+    layout = README.split("## Layout")[1].split("```")[1]
+    names = [word for line in layout.strip().splitlines() for word in line.split("   ")[0].split()]
+    assert len(names) >= 12 and all((ROOT / name).exists() for name in names if "/" in name or name.endswith(".py"))
+    assert all((ROOT / path).exists() for path in re.findall(r"\]\(([^)#:]+)\)", README))
