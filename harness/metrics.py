@@ -51,8 +51,9 @@ def weighted_accuracy(correct: Tensor, margin: Tensor, alpha: float) -> dict[str
     rises with alpha, since a wrong example's margin is never positive.
 
     The interval is Wilson's with the number of trials that gives the estimate's variance, the linearised one of a ratio
-    (Korn & Graubard, Survey Methodology 1998), n = A (1 - A) / var, var = sum w^2 (1[correct] - A)^2 / (sum w)^2, at most N; where
-    all or none are correct, the effective size.
+    (after Korn & Graubard, Survey Methodology 1998), n = A (1 - A) / var, var = sum w^2 (1[correct] - A)^2 / (sum w)^2; where all or
+    none are correct, the effective size. Where only a handful of errors carry a large alpha's weight it is too narrow: look at the
+    effective size first.
     """
     correct = correct.double()
     exponent = -alpha * margin.double()
@@ -62,4 +63,4 @@ def weighted_accuracy(correct: Tensor, margin: Tensor, alpha: float) -> dict[str
     effective = float(total**2 / (weights**2).sum())
     variance = float((weights**2 * (correct - accuracy) ** 2).sum() / total**2)
     trials = accuracy * (1 - accuracy) / variance if variance > 0 else effective
-    return {"accuracy": accuracy, "ci95": wilson_interval(accuracy, min(trials, len(correct))), "effective_size": effective}
+    return {"accuracy": accuracy, "ci95": wilson_interval(accuracy, trials), "effective_size": effective}

@@ -12,6 +12,7 @@ def _figure(columns: int, width: float):
     figure, axes = pyplot.subplots(1, columns, figsize=(width, 4.2), layout="constrained")
     for axis in axes:
         axis.grid(color="#dddddd", linewidth=0.6)
+        axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
@@ -29,12 +30,13 @@ def evaluation(result: dict, path: Path) -> None:
     low, high = result["ci95"]["A_rob"]
     left.axhspan(low, high, color=GREY, alpha=0.2, linewidth=0)
     left.axhline(result["A_rob"], color=GREY, linestyle="--", label="A_rob (every example equally)")
-    for metric, colour, marker, note in (("A_sa", BLUE, "o", "attack unweighted"), ("A_tr", ORANGE, "s", "attack weighted")):
+    for metric, colour, marker, size, note in (("A_sa", BLUE, "o", 9, "attack unweighted"), ("A_tr", ORANGE, "s", 4, "attack weighted")):
         alphas = [0.0, *map(float, result[metric])]
         values = [result["A_rob"], *result[metric].values()]
         bounds = [result["ci95"]["A_rob"], *result["ci95"][metric].values()]
         errors = [[v - b[0] for v, b in zip(values, bounds)], [b[1] - v for v, b in zip(values, bounds)]]
-        left.errorbar(alphas, values, yerr=errors, color=colour, marker=marker, capsize=3, label=f"{metric} ({note})")
+        left.errorbar(alphas, values, yerr=errors, color=colour, marker=marker, markersize=size, markerfacecolor="none", capsize=3,
+                      label=f"{metric} ({note})")
     left.set(xlabel="alpha, the attacker's preference for small margins", ylabel="accuracy, %", ylim=(0, 101),
              title="Non-uniform attack (95 % intervals)")
     left.legend(loc="lower left", frameon=False)

@@ -165,12 +165,6 @@ def test_the_interval_is_wilsons_with_the_trials_that_give_the_variance_of_the_r
     assert measured(margin, alpha)["ci95"] == pytest.approx(wilson_interval(accuracy, trials), abs=1e-9)
 
 
-def test_the_interval_is_never_narrower_than_wilsons_with_all_the_examples():
-    margin = [0.9] * 50 + [-0.1] * 50  # the weights make the estimate steadier than a proportion of 100
-    found = measured(margin, 4.0)
-    assert found["ci95"] == pytest.approx(wilson_interval(found["accuracy"], 100), abs=1e-12)
-
-
 def coverage(share_correct, alpha):
     """How often, of 400 samples of 300 examples, the interval holds the weighted accuracy of the population."""
     rng = np.random.default_rng(5)
@@ -182,13 +176,9 @@ def coverage(share_correct, alpha):
 
 
 @pytest.mark.parametrize("alpha", (0.0, 1.0, 2.0))
-@pytest.mark.parametrize("share_correct", (0.9, 0.75))
+@pytest.mark.parametrize("share_correct", (0.9, 0.75, 0.3))  # 0.3: the weights make the estimate steadier than a proportion of 300
 def test_the_interval_covers_the_accuracy_of_the_population_19_times_in_20(share_correct, alpha):
     assert 0.92 <= coverage(share_correct, alpha) <= 0.98
-
-
-def test_the_interval_errs_on_the_wide_side_where_the_weights_make_the_estimate_steadier():
-    assert coverage(0.3, 2.0) >= 0.95
 
 
 # Averages of an epoch
