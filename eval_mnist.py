@@ -50,7 +50,7 @@ class Config:
     seed: int = 0                                # of the random starts
     data_dir: str | None = None                  # folder of the data sets; default: the checkpoint's, or data
     out: str | None = None                       # JSON file to write; default: eval*.json beside the checkpoint
-    device: str = "auto"                         # auto, cpu, cuda, mps
+    device: str = "auto"                         # auto, cpu, or an accelerator by its name in torch
 
 
 def weighted_cross_entropy(alpha: float) -> Callable[[Tensor, Tensor], Tensor]:

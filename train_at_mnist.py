@@ -61,7 +61,7 @@ class Config:
     data_dir: str = "data"                                # folder of the data sets
     out_dir: str | None = None                            # run folder; default runs/<script>/<time>
     resume: str | None = None                             # run folder to go on with
-    device: str = "auto"                                  # auto, cpu, cuda, mps
+    device: str = "auto"                                  # auto, cpu, or an accelerator by its name in torch
     precision: Literal["auto", "bf16", "float32"] = "auto"  # of training; auto is bf16 where the hardware multiplies it natively
     max_batches: int | None = None                        # stop every epoch after this many batches, for a trial run
 

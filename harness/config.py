@@ -44,6 +44,10 @@ def run_script(main: Callable, cls: type, recipes: dict | None = None) -> None:
         _fail(name, f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}; what was saved before is intact", 1)
     except KeyboardInterrupt:
         _fail(name, "interrupted", 130)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        _fail(name, "the accelerator's memory is full: try a smaller --batch_size", 1)
 
 
 def _fail(name: str, message: object, code: int) -> None:
