@@ -22,17 +22,18 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(logits if logits.itemsize >= 4 else logits.float(), y, reduction="none")
 
 
-def linf_step(x_adv: Tensor, gradient: Tensor, step_size: float) -> Tensor:
-    """Steepest ascent in the l_inf norm: step_size * sign(gradient), where sign(0) = 0."""
-    return x_adv + step_size * gradient.sign()
+def linf_direction(gradient: Tensor) -> Tensor:
+    """Steepest ascent in the l_inf norm: sign(gradient), where sign(0) = 0."""
+    return gradient.sign()
 
 
-def linf_project(x_adv: Tensor, x: Tensor, epsilon: float) -> Tensor:
-    """The nearest point of the l_inf ball of radius epsilon around x."""
-    return torch.minimum(torch.maximum(x_adv, x - epsilon), x + epsilon)
+def linf_projection(x: Tensor, epsilon: float) -> Callable[[Tensor], Tensor]:
+    """The projection onto the l_inf ball of radius epsilon around x and then onto [0, 1]: for x in [0, 1] one clamp does both."""
+    lower, upper = (x - epsilon).clamp_(min=0.0), (x + epsilon).clamp_(max=1.0)
+    return lambda x_adv: torch.clamp(x_adv, lower, upper)
 
 
-NORMS = {"linf": (linf_step, linf_project)}
+NORMS = {"linf": (linf_direction, linf_projection)}
 STARTS = ("uniform", "gaussian", "clean")
 
 
@@ -61,16 +62,17 @@ def pgd(model: nn.Module, x: Tensor, target: object, *, epsilon: float, step_siz
         raise ValueError(f"keys of shape {tuple(keys.shape)} do not fit {len(x)} images")
     if norm not in NORMS:
         raise ValueError(f"unknown norm {norm!r}: choose one of {', '.join(NORMS)}")
-    step, project = NORMS[norm]
+    direction, projection = NORMS[norm]
     x = x.detach()
+    project = projection(x, epsilon)
     x_adv = first_iterate(x, epsilon, start, keys).detach()
     with frozen(model, mode) as bare, torch.enable_grad():
         for _ in range(num_steps):
             x_adv.requires_grad_()
             losses = loss_fn(bare(x_adv), target)  # [B]
             gradient, = torch.autograd.grad(losses.sum(), x_adv)  # the sum: a mean only underflows earlier
-            x_adv = project(step(x_adv.detach(), gradient, step_size), x, epsilon).clamp_(0.0, 1.0)
-    return x_adv if num_steps else project(x_adv, x, epsilon).clamp_(0.0, 1.0)
+            x_adv = project(torch.add(x_adv.detach(), direction(gradient), alpha=step_size))
+    return x_adv if num_steps else project(x_adv)
 
 
 def pgd_by_index(model: nn.Module, x: Tensor, target: object, index: Tensor, restart: int, loss_fn: Callable[[Tensor, object], Tensor],
