@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch starts: on tiny tensors more threads only wait for one another
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -34,8 +36,7 @@ def shell(tmp_path):
 
     def run(name, *args, launcher=(sys.executable,), **options):
         command = [*launcher, str(ROOT / name), *map(str, args)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, **options)
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, **options)
 
     return run
 
