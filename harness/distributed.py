@@ -1,4 +1,5 @@
 """Many processes started by torchrun: one command, one run folder, the arithmetic of one process."""
+import inspect
 import os
 
 import torch
@@ -20,8 +21,9 @@ def start(device: torch.device) -> tuple[int, int, torch.device]:
 
 
 def stop() -> None:
-    """Leave the process group, if any."""
+    """Leave the process group, if any, once every process has come to its end."""
     if dist.is_initialized():
+        dist.barrier()  # a process that leaves while another still talks to it can be aborted
         dist.destroy_process_group()
 
 
@@ -33,7 +35,8 @@ def parallel(model: nn.Module) -> nn.Module:
     if not dist.is_initialized():
         return model
     ids = [torch.cuda.current_device()] if next(model.parameters()).is_cuda else None
-    return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+    newer = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+    return DistributedDataParallel(model, device_ids=ids, **{"forward_sync_buffers" if newer else "broadcast_buffers": False})
 
 
 def from_first(value: object) -> object:
