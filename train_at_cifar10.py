@@ -69,8 +69,8 @@ class Config:
 RECIPES = {
     "paper": Config(),
     "short": Config(epochs=30, lr=0.1, lr_drop_after=(15, 25), lr_drop_factor=0.1),
-    "digits": Config(dataset="digits", model="lenet", epochs=40, batch_size=64, epsilon=0.1, num_steps=10, step_size=0.02, lr=0.05,
-                     lr_drop_after=(30,), epsilon_warmup_epochs=10, crop_padding=0, flip=False, val_size=137, val_step_size=0.01),
+    "digits": Config(dataset="digits", model="lenet", epochs=30, batch_size=64, epsilon=0.1, num_steps=10, step_size=0.02, lr=0.05,
+                     lr_drop_after=(22,), epsilon_warmup_epochs=10, crop_padding=0, flip=False, val_size=137, val_step_size=0.01),
 }
 
 
