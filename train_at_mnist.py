@@ -68,7 +68,7 @@ class Config:
 
 RECIPES = {
     "paper": Config(model="small_cnn", epsilon_warmup_epochs=0),
-    "short": Config(epochs=10, num_steps=10, step_size=0.05, lr=0.05, lr_drop_after=(6, 8)),
+    "short": Config(epochs=10, num_steps=10, step_size=0.05, lr=0.05, lr_drop_after=(6, 8), val_size=0),
     "digits": Config(dataset="digits", epochs=30, batch_size=64, epsilon=0.1, num_steps=10, step_size=0.02, lr=0.05, lr_drop_after=(22,),
                      epsilon_warmup_epochs=10, val_size=137, val_step_size=0.01),
 }
