@@ -62,7 +62,7 @@ def main(cfg: Config) -> None:
     out = report.output_path(cfg.out, files[0][1], whole_run=len(files) > 1)
     for name, path in files:
         started, subject = time.monotonic(), report.open_subject(name, path, cfg, PROTOCOL)
-        if any(result["epoch"] == subject.contents.get("epoch") for result in results.values()):
+        if report.measured_before(subject, results):
             continue                                                           # best.pt is last.pt
         data = subject.data
         model = model_from(subject.contents, path, cfg.arch, data.num_classes, data.image_shape[0], build_model, print)

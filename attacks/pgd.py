@@ -34,7 +34,7 @@ def linf_projection(x: Tensor, epsilon: float) -> Callable[[Tensor], Tensor]:
 
 
 NORMS = {"linf": (linf_direction, linf_projection)}
-STARTS = ("uniform", "gaussian", "clean")
+STARTS = ("uniform", "clipped", "gaussian", "clean")
 
 
 def pgd(model: nn.Module, x: Tensor, target: object, *, epsilon: float, step_size: float, num_steps: int,
@@ -45,9 +45,10 @@ def pgd(model: nn.Module, x: Tensor, target: object, *, epsilon: float, step_siz
     x: [B, C, H, W] in [0, 1]; target: whatever loss_fn(logits_adv, target) -> [B] takes, labels [B] by default; epsilon and
     step_size in pixel units. Returns x_adv, shaped as x, without a graph. The last iterate is returned, not the best.
 
-    start  "uniform": x + U(-epsilon, epsilon); "gaussian": x + 0.001 N(0, 1), which a KL loss needs, its gradient at x being zero;
-           "clean": x; or the first iterate as a tensor. The first iterate is not projected before the first step, as in the
-           released code of Zeng et al., TRADES and MART; every later one is, and so is the result.
+    start  "uniform": x + U(-epsilon, epsilon); "clipped": the same, clamped to [0, 1] (GAIRAT's released code); "gaussian": x + 0.001
+           N(0, 1), which a KL loss needs, its gradient at x being zero; "clean": x; or the first iterate as a tensor. Unless clipped
+           it is not projected before the first step, as in the released code of Zeng et al., TRADES and MART; every later one is,
+           and so is the result.
     mode   of the model during the attack: "eval", "train", or None for as it is (see `frozen`).
     keys   [B] int64 from `attacks.noise.example_keys`: the noise of an example then depends on its key alone. Without keys it comes
            from torch's global generator.
@@ -89,6 +90,8 @@ def first_iterate(x: Tensor, epsilon: float, start: str | Tensor, keys: Tensor |
         return start
     if start == "clean":
         return x
+    if start == "clipped":
+        return first_iterate(x, epsilon, "uniform", keys).clamp_(0.0, 1.0)
     if start == "uniform":
         noise = torch.rand_like(x) if keys is None else keyed_uniform(keys, x.shape[1:]).to(x.dtype)
         return x + epsilon * (2.0 * noise - 1.0)

@@ -16,6 +16,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from harness.errors import RunError, UserError
+from harness.seeds import one_a_seed
 
 MAY_CHANGE_ON_RESUME = {"resume", "epochs", "data_dir", "device", "max_batches"}
 
@@ -26,16 +27,27 @@ LIMITS = {
     "epsilon": (0, 1), "step_size": (0, 1), "val_step_size": (0, 1), "alpha": (0, math.inf), "alphas": (0, math.inf),
     "beta": (0, math.inf), "lr": (0, math.inf), "momentum": (0, 1), "weight_decay": (0, math.inf), "lr_drop_factor": (0, 1),
     "lr_drop_after": (0, math.inf), "epsilon_warmup_epochs": (0, math.inf), "crop_padding": (0, math.inf),
-    "seed": (0, 2**31 - 1),
+    "seed": (0, 2**31 - 1), "seeds": (0, 2**31 - 1), "ema_decay": (0, 0.999999), "burn_in_epochs": (0, math.inf),
+    "inv_lambda": (0, math.inf), "gamma": (0, math.inf), "margin_alpha": (0, math.inf), "extra_fraction": (0, 1),
+    "lr_scales": (0, math.inf), "gairat_lambda": (-math.inf, math.inf), "mail_slope": (0, math.inf), "mail_bias": (-1, 1),
 }
 
 
-def run_script(main: Callable, cls: type, recipes: dict | None = None) -> None:
-    """Parse the command line into `cls`, call main(config), and end with exit code 0, 1 (failed), 2 (refused) or 130 (Ctrl-C)."""
+def run_script(main: Callable, cls: type, recipes: dict | None = None, sources: dict | None = None) -> None:
+    """Parse the command line into `cls`, call main(config), and end with exit code 0, 1 (failed), 2 (refused) or 130 (Ctrl-C).
+
+    `--seeds` calls main once with each seed, in a folder of its own. `--dry_run` prints every value and its source instead; sources:
+    recipe name -> field -> source, for the fields that the recipe sets.
+    """
     name = Path(sys.argv[0]).name
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        main(parse_config(cls, recipes=recipes))
+        config, given, recipe = _parse(cls, None, recipes)
+        if getattr(config, "dry_run", False):
+            _print_values(config, given, (sources or {}).get(recipe, {}))
+            return
+        for one in one_a_seed(config, Path(name).stem) if getattr(config, "seeds", ()) else [config]:
+            main(one)
     except UserError as error:
         _fail(name, error, 2)
     except RunError as error:
@@ -66,6 +78,9 @@ class _Parser(argparse.ArgumentParser):
             flags = [flag for action in self._actions for flag in action.option_strings]
             close = difflib.get_close_matches(unknown[1], flags, 1)
             message = f"unknown flag {unknown[1]}" + (f": did you mean {close[0]}?" if close else "")
+        recipe = re.match(r"argument --recipe: invalid choice: '(.*?)' \(choose from (.*)\)", message)
+        if recipe and len(names := re.findall(r"[\w-]+", recipe[2])) > 12:
+            message = f"unknown recipe '{recipe[1]}': did you mean {' or '.join(difflib.get_close_matches(recipe[1], names, 3, 0))}?"
         raise UserError(f"{message} (--help lists the flags)")
 
 
@@ -76,6 +91,11 @@ def parse_config(cls: type, argv: list[str] | None = None, recipes: dict | None 
     `--recipe NAME` picks an entry of `recipes`. With `--resume DIR` the values are those of DIR/config.json, and a flag that
     would change them is refused. Raises UserError for whatever does not fit.
     """
+    return _parse(cls, argv, recipes)[0]
+
+
+def _parse(cls: type, argv: list[str] | None, recipes: dict | None) -> tuple[object, dict[str, object], str | None]:
+    """The config, the flags that were given, and the recipe's name."""
     parser = _build_parser(cls, recipes)
     given = vars(parser.parse_args([_spelling(word) for word in (sys.argv[1:] if argv is None else argv)]))
     recipe = given.pop("recipe", None)
@@ -90,7 +110,27 @@ def parse_config(cls: type, argv: list[str] | None = None, recipes: dict | None 
             raise UserError(f"--resume continues the run as it was: leave out {', '.join('--' + name for name in changed)}")
     config = dataclasses.replace(base, **given)
     check_limits(config)
-    return config
+    return config, given, recipe
+
+
+def compose(cls: type, layers: dict[str, tuple]) -> tuple[dict[str, object], dict[str, dict[str, str]]]:
+    """Recipes out of layers: name -> ((source, {field: value}), ...), a later layer over an earlier one.
+
+    Returns the recipes, name -> config, and where their values come from, name -> field -> source.
+    """
+    recipes = {name: cls(**{field: value for _, values in parts for field, value in values.items()}) for name, parts in layers.items()}
+    return recipes, {name: {field: source for source, values in parts for field in values} for name, parts in layers.items()}
+
+
+def _print_values(config: object, given: dict[str, object], sources: dict[str, str]) -> None:
+    """One line a field: name, value, and where it comes from (a flag, the recipe, or what stands in brackets in the field's comment)."""
+    comments = _comments(type(config))
+    for field in dataclasses.fields(config):
+        bracket = re.search(r"\[([^\[\]]+)\]$", comments.get(field.name, ""))
+        source = "command line" if field.name in given else sources.get(field.name) or (bracket[1] if bracket else "default")
+        value = getattr(config, field.name)
+        shown = " ".join(map(str, value)) if isinstance(value, tuple) else f"{value:.6g}" if isinstance(value, float) else str(value)
+        print(f"{field.name:<22} {shown:<14} {source}")
 
 
 def check_limits(config: object) -> None:
@@ -122,13 +162,18 @@ def _spelling(word: str) -> str:
     return "--" + re.sub("^no_", "no-", flag.replace("-", "_")) + equals + value
 
 
+def _comments(cls: type) -> dict[str, str]:
+    """The trailing comment of each field."""
+    return dict(re.findall(r"^\s+(\w+):[^#\n]*#\s*(.+)$", inspect.getsource(cls), re.MULTILINE))
+
+
 def _build_parser(cls: type, recipes: dict | None) -> _Parser:
-    comments = dict(re.findall(r"^\s+(\w+):[^#\n]*#\s*(.+)$", inspect.getsource(cls), re.MULTILINE))
+    comments = _comments(cls)
     parser = _Parser(description=sys.modules[cls.__module__].__doc__, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
     if recipes:
-        parser.add_argument("--recipe", choices=list(recipes), help="a named set of hyperparameters at the top of the script; "
-                            "every other flag overrides it (default: the values below)")
+        parser.add_argument("--recipe", choices=list(recipes), metavar="NAME", help="a named set of hyperparameters at the top of the "
+                            f"script, overridden by every other flag (default: the values below): {', '.join(recipes)}")
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         shown = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default

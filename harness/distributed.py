@@ -1,4 +1,5 @@
 """Many processes started by torchrun: one command, one run folder, the arithmetic of one process."""
+import atexit
 import inspect
 import os
 
@@ -16,15 +17,16 @@ def start(device: torch.device) -> tuple[int, int, torch.device]:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if not dist.is_initialized():  # a second run in this process, as with --seeds, shares the group of the first
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)
     return dist.get_rank(), world_size, device
 
 
-def stop() -> None:
-    """Leave the process group, if any, once every process has come to its end."""
+def wait() -> None:
+    """Go on once every process has come here: one that leaves while another still talks to it can be aborted."""
     if dist.is_initialized():
-        dist.barrier()  # a process that leaves while another still talks to it can be aborted
-        dist.destroy_process_group()
+        dist.barrier()
 
 
 def parallel(model: nn.Module) -> nn.Module:

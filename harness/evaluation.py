@@ -107,8 +107,9 @@ def evaluate(model: nn.Module, split: Split, *, attack: Callable, cross_entropy:
     A_sa      those same examples, weighted by exp(-alpha * margin): one attack serves A_rob and every alpha
     A_tr      the same weighting at the examples of an attack that maximises `weighted(alpha)`, weight times cross-entropy
 
-    Returns the accuracies in percent with `ci95` and `effective_size` under the same keys, the per-example results
-    (`label`, `prediction`, `prediction_adv`, `margin_adv`, `loss_adv`, all [N]) and the certificate.
+    Returns the accuracies in percent with `ci95` and `effective_size` under the same keys, and `class_accuracy` and `confusion` at the
+    examples of A_nat and of A_rob; the per-example results (`label`, `prediction`, `prediction_adv`, `margin_adv`, `loss_adv`, all [N]);
+    and the certificate.
     """
     alphas = tuple(dict.fromkeys(alphas))
     certificate, y, num_classes = Certificate(), split.labels.cpu(), num_outputs(model, split)
@@ -126,8 +127,8 @@ def evaluate(model: nn.Module, split: Split, *, attack: Callable, cross_entropy:
                       "A_rob": weighted_accuracy(plain.prediction == y, plain.margin, 0.0),
                       "A_sa": {str(a): weighted_accuracy(plain.prediction == y, plain.margin, a) for a in map(float, alphas)},
                       "A_tr": {str(float(a)): weighted_accuracy(r.prediction == y, r.margin, a) for a, r in trained.items()}})
-    result["class_accuracy"] = {name: class_accuracy(record.prediction, y, num_classes)
-                                for name, record in (("A_nat", clean), ("A_rob", plain))}
+    for name, measure in (("class_accuracy", class_accuracy), ("confusion", confusion)):
+        result[name] = {metric: measure(record.prediction, y, num_classes) for metric, record in (("A_nat", clean), ("A_rob", plain))}
     examples = {"index": split.index.cpu(), "label": y, "prediction": clean.prediction, "prediction_adv": plain.prediction,
                 "margin_adv": plain.margin, "loss_adv": plain.loss}
     examples |= {f"prediction_tr_{alpha:g}": record.prediction for alpha, record in trained.items()}
@@ -151,6 +152,12 @@ def class_accuracy(prediction: Tensor, y: Tensor, num_classes: int = 0) -> list[
     num_classes = max(num_classes, int(y.max()) + 1)
     counts, hits = torch.bincount(y, minlength=num_classes), torch.bincount(y[prediction == y], minlength=num_classes)
     return [round(100 * hit / count, 4) if count else None for hit, count in zip(hits.tolist(), counts.tolist())]
+
+
+def confusion(prediction: Tensor, y: Tensor, num_classes: int = 0) -> list[list[int]]:
+    """The number of examples of each true class (row) predicted as each class (column), [K, K]; K is at least `num_classes`."""
+    num_classes = max(num_classes, int(y.max()) + 1, int(prediction.max()) + 1)
+    return torch.bincount(num_classes * y + prediction, minlength=num_classes**2).view(num_classes, num_classes).tolist()
 
 
 def held_out_accuracy(model: nn.Module, split: Split, *, attack: Callable, loss_fn: Callable, batch_size: int = 500) -> dict[str, float]:

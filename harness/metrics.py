@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 Z95 = 1.959963984540054  # two-sided 95 % quantile of the standard normal distribution
+WEIGHT_EDGES = tuple(10 ** (k / 10 - 4) for k in range(61))  # of 60 bins of instance weights, ten a decade from 1e-4 to 1e2
 
 
 class Means:
@@ -28,6 +29,44 @@ class Means:
         device = next(iter(self.sums.values())).device
         *sums, count = reduce(torch.stack([*self.sums.values(), torch.tensor(float(self.count), device=device)])).tolist()
         return {name: value / count for name, value in zip(self.sums, sums)}
+
+
+class WeightStatistics:
+    """How an epoch's instance weights are spread over the classes and over their values, accumulated on the device without synchronising.
+
+    Bin k of the histogram takes WEIGHT_EDGES[k] <= w < WEIGHT_EDGES[k + 1]; what is smaller, zero included, goes into the first bin,
+    what is larger into the last.
+    """
+
+    def __init__(self, num_classes: int, device: torch.device):
+        self.num_classes, self.num_bins = num_classes, len(WEIGHT_EDGES) - 1
+        self.inner_edges = torch.tensor(WEIGHT_EDGES[1:-1], device=device)
+        self.totals = torch.zeros(2 * num_classes + self.num_bins, device=device)  # sum of each class, count of each class, bins
+
+    def add(self, weights: Tensor, y: Tensor) -> None:
+        """Add the weights [B] of examples with labels y [B]."""
+        weights = weights.detach().float()
+        bins = torch.bucketize(weights, self.inner_edges, right=True)
+        places = torch.cat([y, self.num_classes + y, 2 * self.num_classes + bins])
+        self.totals.index_add_(0, places, torch.cat([weights, torch.ones_like(weights).repeat(2)]))
+
+    def compute(self, reduce=lambda values: values) -> dict[str, float | None]:
+        """One flat row, after `reduce` has summed one tensor over the processes; empty when nothing was added.
+
+        `class_k` is the mean weight of class k, None without examples; `share_k` the part of class k in the sum of all weights, in percent,
+        None where that sum is 0 or infinite (the class-weight distribution of VIR, Fig. 3); both to six digits. `bin_k` is the number of
+        weights in bin k.
+        """
+        values = reduce(self.totals.clone()).tolist()
+        sums, counts, bins = values[:self.num_classes], values[self.num_classes:-self.num_bins], values[-self.num_bins:]
+        if not any(counts):
+            return {}
+        total = sum(sums)
+        means = [weight / count if count else None for weight, count in zip(sums, counts)]
+        shares = [100 * weight / total if 0 < total < math.inf else None for weight in sums]
+        columns = {f"{name}_{k}": value and float(f"{value:.6g}")
+                   for name, column in (("class", means), ("share", shares)) for k, value in enumerate(column)}
+        return columns | {f"bin_{k}": int(count) for k, count in enumerate(bins)}
 
 
 def wilson_interval(accuracy: float, count: float) -> tuple[float, float]:

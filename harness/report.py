@@ -1,6 +1,7 @@
 """From a command line to a result on the screen and on disk: which checkpoint, on what data, under which threat model."""
 import hashlib
 import json
+import re
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from harness.data import Dataset, load_dataset
 from harness.errors import UserError
 from harness.evaluation import Certificate
 from harness.run import command_line, environment, write_text
+
+CHECKPOINTS = ("last", "best", "last_ema", "best_ema")  # what a run folder may hold, in the order of the result's columns
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Subject:
 
 
 def find_checkpoints(given: str | None, channels: int) -> list[tuple[str, Path]]:
-    """(name, file) of what is to be evaluated: the file given, or last.pt and best.pt of the run given, or of the newest run in runs/.
+    """(name, file) of what is to be evaluated: the file given, or the CHECKPOINTS in the run given, or in the newest run in runs/.
 
     The newest run is the one whose last.pt was written last among those on images with `channels` channels. Raises UserError when
     there is none.
@@ -48,7 +51,7 @@ def find_checkpoints(given: str | None, channels: int) -> list[tuple[str, Path]]
     if given and not Path(given).is_dir():
         return [(Path(given).stem, Path(given))]
     folder = Path(given) if given else _newest_run(channels)
-    files = [(name, folder / f"{name}.pt") for name in ("last", "best") if (folder / f"{name}.pt").is_file()]
+    files = [(name, folder / f"{name}.pt") for name in CHECKPOINTS if (folder / f"{name}.pt").is_file()]
     if not files:
         raise UserError(f"{folder} holds no last.pt or best.pt: has its first epoch ended?")
     return files
@@ -86,13 +89,25 @@ def open_subject(name: str, path: Path, cfg: object, protocol: Protocol) -> Subj
     return Subject(name, path, contents, data, epsilon, epsilon / protocol.step_ratio if cfg.step_size is None else cfg.step_size)
 
 
+def measured_before(subject: Subject, results: dict[str, dict]) -> bool:
+    """Whether a result is of the same weights: where the last epoch is the best, best.pt is last.pt, and best_ema.pt is last_ema.pt."""
+    epoch, averaged = subject.contents.get("epoch"), subject.name.endswith("_ema")
+    return any(epoch is not None and epoch == result["epoch"] and averaged == name.endswith("_ema") for name, result in results.items())
+
+
 def output_path(out: str | None, first: Path, whole_run: bool) -> Path:
     """Where the JSON goes: `out`, which must not exist yet, or the next free eval*.json beside the checkpoint."""
     stem = "eval" if whole_run else f"eval_{first.stem}"
     names = [Path(out)] if out else [first.parent / f"{stem}{suffix}.json" for suffix in ("", *(f"-{k}" for k in range(2, 1000)))]
-    path = next((name for name in names if not name.exists()), None)
+    beside = ("", *(f"_{name}" for name in CHECKPOINTS[1:])) if whole_run else ("",)
+
+    def in_the_way(path: Path) -> Path | None:
+        written = (path, *(path.with_name(f"{path.stem}{suffix}.npz") for suffix in beside))
+        return next((name for name in written if name.exists()), None)
+
+    path = next((name for name in names if not in_the_way(name)), None)
     if path is None:
-        raise UserError(f"{names[0]} exists, and a result is never overwritten: name another --out")
+        raise UserError(f"{in_the_way(names[0])} exists, and a result is never overwritten: name another --out")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
@@ -105,24 +120,30 @@ def output_path(out: str | None, first: Path, whole_run: bool) -> Path:
 def describe(subject: Subject, cfg: object, num_examples: int, device: torch.device, seconds: float) -> dict[str, object]:
     """Everything that a reader of the result needs in order to repeat it."""
     own = own_architecture(subject.contents)
-    return {"num_examples": num_examples, "dataset": subject.data.name, "alphas": list(cfg.alphas),
+    return {"num_examples": num_examples, "dataset": subject.data.name, "classes": list(subject.data.classes), "alphas": list(cfg.alphas),
             "threat_model": {"norm": "linf", "epsilon": subject.epsilon, "step_size": subject.step_size, "num_steps": cfg.num_steps,
                              "num_restarts": cfg.num_restarts, "start": cfg.start, "restart_kept": "largest cross-entropy"},
             "checkpoint": str(subject.path), "checkpoint_sha256": hashlib.sha256(subject.path.read_bytes()).hexdigest(),
             "epoch": subject.contents["epoch"] if own else None, "architecture": cfg.arch or own["name"], "seed": cfg.seed,
-            "command": command_line(), "date": time.strftime("%Y-%m-%d"), "seconds": round(seconds, 1),
-            "environment": environment(device)}
+            "training": subject.contents.get("config") if own else None, "command": command_line(), "date": time.strftime("%Y-%m-%d"),
+            "seconds": round(seconds, 1), "environment": environment(device)}
+
+
+def dumps(value: object) -> str:
+    """`value` as indented JSON in which a list of plain values, such as a row of a matrix, takes one line."""
+    flat = r'\[\n\s*((?:[^][{}"]|"(?:[^"\\]|\\.)*")*?)\n\s*\]'  # strings hold no bare newline: this is never inside one
+    return re.sub(flat, lambda found: "[" + re.sub(r"\n\s*", " ", found[1]) + "]", json.dumps(value, indent=2)) + "\n"
 
 
 def write(path: Path, results: dict[str, dict], examples: dict[str, dict[str, Tensor]]) -> None:
-    """Write the first result with the others under their names as JSON, the per-example results as .npz, the figure as .png."""
+    """Write the first result with the others under their names as JSON, the per-example results as .npz, the figures as .png."""
     first, *others = results
-    write_text(path, json.dumps(results[first] | {name: results[name] for name in others}, indent=2) + "\n")
+    write_text(path, dumps(results[first] | {name: results[name] for name in others}))
     for name in results:
-        stem = path.with_suffix("") if name == first else path.with_name(f"{path.stem}_{name}")
-        np.savez_compressed(f"{stem}.npz", **{key: value.numpy() for key, value in examples[name].items()})
-        plots.evaluation(results[name], Path(f"{stem}.png"))
-    print(f"written: {path}, with .npz (one entry an example) and .png (figure) beside it")
+        file = path.with_name(f"{path.stem}.npz" if name == first else f"{path.stem}_{name}.npz")
+        np.savez_compressed(file, **{key: value.numpy() for key, value in examples[name].items()})
+    plots.redraw_result(path)
+    print(f"written: {path}, with .npz (one entry an example) and .png (figures) beside it")
 
 
 def certified(certificate: Certificate, epsilon: float) -> dict[str, object]:
@@ -131,23 +152,26 @@ def certified(certificate: Certificate, epsilon: float) -> dict[str, object]:
 
 
 def print_table(results: dict[str, dict]) -> None:
-    """The accuracies with their 95 % intervals, one column a checkpoint."""
+    """The accuracies with their 95 % intervals, one column a checkpoint, two columns side by side."""
     one = next(iter(results.values()))
     threat = one["threat_model"]
     print(f"\n{one['dataset']}, {one['num_examples']:,} test images; l_inf, epsilon {threat['epsilon']:.6g}; PGD, {threat['num_steps']} "
           f"steps of {threat['step_size']:.6g}, {threat['start']} start, restarts: {threat['num_restarts']}")
-    heads = [name + (f" (epoch {result['epoch']})" if result["epoch"] else "") for name, result in results.items()]
-    print(" " * 16 + "".join(f"{head:<40}" for head in heads).rstrip())
     rows = [("A_nat", None), ("A_rob", None), *((metric, alpha) for metric in ("A_sa", "A_tr") for alpha in one[metric])]
-    for metric, alpha in rows:
-        cells = []
-        for result in results.values():
-            value, (low, high) = (part[metric] if alpha is None else part[metric][alpha] for part in (result, result["ci95"]))
-            size = "" if alpha is None else f", n_eff {result['effective_size'][metric][alpha]:,.0f}"
-            cells.append(f"{value:6.2f} %  [{low:.2f}, {high:.2f}]{size}")
-        label = metric if alpha is None else f"{metric}  alpha {alpha}"
-        print(f"{label:<16}" + "".join(f"{cell:<40}" for cell in cells).rstrip())
+    for first in range(0, len(results), 2):
+        pair = list(results)[first:first + 2]
+        heads = [name + (f" (epoch {results[name]['epoch']})" if results[name]["epoch"] else "") for name in pair]
+        print(("\n" if first else "") + " " * 16 + "".join(f"{head:<40}" for head in heads).rstrip())
+        for metric, alpha in rows:
+            label = metric if alpha is None else f"{metric}  alpha {alpha}"
+            print(f"{label:<16}" + "".join(f"{_cell(results[name], metric, alpha):<40}" for name in pair).rstrip())
     for name, result in results.items():
         c = result["certificate"]
         print(f"certificate {name}: largest |x' - x| {c['max_perturbation']:.6f}, pixels in [{c['min_pixel']:.4g}, {c['max_pixel']:.4g}], "
               f"{c['non_finite']} non-finite: {'ok' if c['ok'] else 'BROKEN'}")
+
+
+def _cell(result: dict, metric: str, alpha: str | None) -> str:
+    value, (low, high) = (part[metric] if alpha is None else part[metric][alpha] for part in (result, result["ci95"]))
+    size = "" if alpha is None else f", n_eff {result['effective_size'][metric][alpha]:,.0f}"
+    return f"{value:6.2f} %  [{low:.2f}, {high:.2f}]{size}"

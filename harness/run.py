@@ -15,12 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from harness import checkpoint, distributed, plots
 from harness.data import Dataset, training_batches
 from harness.errors import RunError, UserError
-from harness.metrics import Means
+from harness.metrics import Means, WeightStatistics
 
 ROOT = Path(__file__).resolve().parents[1]
 CHECK_SECONDS = 1.0  # how often the host looks at the loss: for the bar, and for a value that is not finite
@@ -116,7 +117,8 @@ def command_line() -> str:
 class Run:
     """One training run.  Use as a context: `with Run(cfg, data) as run:`; on Ctrl-C it says how to go on.
 
-    The folder holds config.json, log.csv, last.pt and best.pt, and is never one that already holds something. Under torchrun every
+    The folder holds config.json, log.csv, last.pt and best.pt (with ema_decay last_ema.pt and best_ema.pt too, and weights.csv where
+    instance weights are logged), and is never one that already holds something. Under torchrun every
     process has a Run, and the first one writes.
     """
 
@@ -129,7 +131,9 @@ class Run:
         self.dtype = choose_dtype(cfg.precision, self.device)
         self.train, self.val = data.train.to(self.device), data.val.to(self.device)
         self.architecture: dict[str, object] = {}
-        self.epoch, self.batch, self.best, self.rows = 0, 0, -1.0, []
+        self.epoch, self.batch, self.rows, self.weight_rows = 0, 0, [], []
+        self.best = {"best": -1.0, "best_ema": -1.0}
+        self.average: AveragedModel | None = None
         self.batches_per_epoch = min(-(-len(self.train) // cfg.batch_size), cfg.max_batches or 10**9)
         self.started = time.monotonic()
         torch.manual_seed(cfg.seed)
@@ -142,12 +146,13 @@ class Run:
         if kind is not None and issubclass(kind, (KeyboardInterrupt, SystemExit)) and self.folder and self.rank == 0:
             print(f"\nstopped after {self.epoch} of {self.cfg.epochs} epochs; go on with: {self.resume_command}", file=sys.stderr)
         if kind is None:
-            distributed.stop()
+            distributed.wait()
 
     @property
     def resume_command(self) -> str:
-        """The command that goes on with this run."""
-        return f"python {self.script}.py --resume {shlex.quote(str(self.folder))}"
+        """The command that goes on with this run, and with the other seeds where it is one of several."""
+        several = (self.folder.parent / "config.json").exists()
+        return f"python {self.script}.py --resume {shlex.quote(str(self.folder.parent if several else self.folder))}"
 
     def say(self, text: str) -> None:
         """Print, once for all processes, without tearing the progress bar."""
@@ -158,15 +163,11 @@ class Run:
     # ---- folder ------------------------------------------------------------------------------------------------------------------
 
     def _make_folder(self) -> Path:
-        if self.cfg.resume:
-            folder = Path(self.cfg.resume)
-        else:
-            folder = Path(self.cfg.out_dir) if self.cfg.out_dir else _new_folder(Path("runs") / self.script)
-            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-                raise UserError(f"{folder} already holds something, and a run never overwrites: name another --out_dir, or --resume it")
+        folder = claim_folder(self.cfg, self.script)
         settings = dataclasses.asdict(self.cfg) | {"resume": None}
         facts = {"script": self.script, "command": command_line(), "image_shape": self.data.image_shape,
-                 "num_classes": self.data.num_classes, "training_images": len(self.train), "environment": environment(self.device)}
+                 "num_classes": self.data.num_classes, "classes": list(self.data.classes), "training_images": len(self.train),
+                 "environment": environment(self.device)}
         try:
             folder.mkdir(parents=True, exist_ok=True)
             saved = folder / "config.json"
@@ -193,12 +194,13 @@ class Run:
     def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """The epoch's batches x [B, C, H, W] in [0, 1], y [B] and index [B], behind a progress bar with the time left."""
         torch.manual_seed((self.cfg.seed * 100_003 + epoch) * 1_009 + self.rank)  # dropout: the same after a resumption
-        self.means, self.seconds = Means(), time.monotonic()
+        self.means, self.weight_statistics, self.seconds = Means(), WeightStatistics(self.data.num_classes, self.device), time.monotonic()
         self.bad_step = torch.full((), -1, device=self.device)
         self.lr = self.state["optimizer"].param_groups[0]["lr"]
         looked = self.seconds
         augmentation = {name: getattr(self.cfg, name) for name in ("crop_padding", "padding_mode", "flip")}
-        source = training_batches(self.train, self.cfg.batch_size, self.cfg.seed, epoch, **augmentation,
+        extra = {"extra": self.data.extra, "extra_fraction": self.cfg.extra_fraction} if self.data.extra else {}
+        source = training_batches(self.train, self.cfg.batch_size, self.cfg.seed, epoch, **augmentation, **extra,
                                   rank=self.rank, world_size=self.world_size)
         with tqdm(total=self.batches_per_epoch, desc=f"epoch {epoch}/{self.cfg.epochs}", unit="batch", leave=False,
                   disable=None if self.rank == 0 else True) as bar:
@@ -227,9 +229,15 @@ class Run:
         optimizer.zero_grad(set_to_none=True)
         (loss * self.share).backward()  # exactly 1 unless torchrun splits a batch unevenly
         optimizer.step()
+        if self.average:
+            self.average.update_parameters(self.state["model"])
         with torch.no_grad():
             self.bad_step = torch.where((self.bad_step < 0) & ~torch.isfinite(loss), self.batch, self.bad_step)
             self.means.add(loss=loss.expand(len(next(iter(metrics.values())))), **metrics)
+
+    def log_weights(self, weights: Tensor, y: Tensor) -> None:
+        """Take the instance weights [B] of a batch with labels y [B] into the epoch's distribution: a row of weights.csv."""
+        self.weight_statistics.add(weights.detach(), y)
 
     def _check_finite(self, epoch: int) -> None:
         step = int(self.bad_step)
@@ -245,48 +253,63 @@ class Run:
         self.say(f"{self.script}: {len(self.train):,} training images of {self.data.name}, {len(self.val):,} held out; {self.device}, "
                  f"{str(self.dtype).removeprefix('torch.')}, seed {self.cfg.seed}\nrun folder: {self.folder}")
         self.state = {"model": bare(model), "optimizer": optimizer, "scheduler": scheduler}
+        if self.cfg.ema_decay:  # begins as a copy after the first step
+            self.average = AveragedModel(bare(model), multi_avg_fn=get_ema_multi_avg_fn(self.cfg.ema_decay), use_buffers=True)
+            self.state["ema"] = self.average
         if self.cfg.resume and (self.folder / "last.pt").exists():
             self._load(checkpoint.read(self.folder / "last.pt"))
             self.say(f"going on after epoch {self.epoch}")
         first = self.epoch + 1
         yield from range(first, self.cfg.epochs + 1)
         if self.rows and self.rank == 0:
-            plots.training(self.rows, self.folder / "log.png")
+            plots.redraw_run(self.folder)
         self.say(f"{'finished' if first <= self.cfg.epochs else 'already finished'}: {self.epoch} epochs, "
                  f"{(time.monotonic() - self.started) / 60:.1f} min; last.pt, and best.pt by A_rob on held-out images, in {self.folder}")
 
     def end_epoch(self, model: nn.Module, validate: Callable[[nn.Module, object], dict[str, float]]) -> None:
         """Measure on the held-out images, log, and save last.pt, and best.pt when the held-out A_rob is the highest so far."""
         averages = self.means.compute(distributed.total)
+        weights = self.weight_statistics.compute(distributed.total)
         self.epoch += 1
         if self.rank == 0:
             measured = validate(bare(model), self.val) if len(self.val) else {}
+            averaged = validate(self.average.module, self.val) if len(self.val) and self.average else {}
             images = min(len(self.train), self.batches_per_epoch * self.cfg.batch_size)
             row = {"epoch": self.epoch, "lr": self.lr}
             row |= {f"train_{name}": 100 * value if name.startswith("A_") else value for name, value in averages.items()}
-            row |= {f"val_{name}": value for name, value in measured.items()}
+            row |= {f"val_{name}": value for name, value in measured.items()} | {f"val_ema_{name}": v for name, v in averaged.items()}
             row |= {"seconds": round(self.seconds, 2), "images_per_second": round(images / self.seconds, 1)}
             self.rows.append(row)
-            self._save(measured.get("A_rob", float(self.epoch)))
+            self.weight_rows += [{"epoch": self.epoch} | weights] if weights else []
+            self._save({"best": measured.get("A_rob", float(self.epoch)), "best_ema": averaged.get("A_rob", float(self.epoch))})
             self._report(row)
 
-    def _save(self, score: float) -> None:
-        better, self.best = score > self.best, max(score, self.best)
-        contents = {name: part.state_dict() for name, part in self.state.items()} | {
-            "format": checkpoint.FORMAT, "architecture": self.architecture, "epoch": self.epoch, "best": self.best, "log": self.rows,
-            "script": self.script, "dataset": self.data.name, "data_dir": str(self.cfg.data_dir), "seed": self.cfg.seed,
-            "threat_model": {"norm": "linf", "epsilon": self.cfg.epsilon}}
-        if better:
+    def _save(self, scores: dict[str, float]) -> None:
+        better = {name: score > self.best[name] for name, score in scores.items()}
+        self.best = {name: max(score, self.best[name]) for name, score in scores.items()}
+        about = {"format": checkpoint.FORMAT, "architecture": self.architecture, "epoch": self.epoch, "script": self.script,
+                 "dataset": self.data.name, "data_dir": str(self.cfg.data_dir), "seed": self.cfg.seed,
+                 "threat_model": {"norm": "linf", "epsilon": self.cfg.epsilon},
+                 "config": {"script": self.script} | dataclasses.asdict(self.cfg) | {"resume": None}}
+        parts = {name: part.state_dict() for name, part in self.state.items()}
+        contents = about | parts | {"best": self.best, "log": self.rows, "weight_log": self.weight_rows}
+        if self.average:
+            averaged = about | {"model": self.average.module.state_dict()}
+            for name in ("last_ema", *(["best_ema"] if better["best_ema"] else [])):
+                checkpoint.save(self.folder / f"{name}.pt", averaged)
+        if better["best"]:
             checkpoint.save(self.folder / "best.pt", contents)
-        checkpoint.save(self.folder / "last.pt", contents)
-        lines = [list(self.rows[0]), *([row.get(name, "") for name in self.rows[0]] for row in self.rows)]
-        write_text(self.folder / "log.csv", "".join(",".join(map(str, line)) + "\n" for line in lines))
+        checkpoint.save(self.folder / "last.pt", contents)  # the one that a resumed run starts from: the last to be written
+        _write_csv(self.folder / "log.csv", self.rows)
+        if self.weight_rows:
+            _write_csv(self.folder / "weights.csv", self.weight_rows)
 
     def _load(self, contents: dict) -> None:
         try:
             for name, part in self.state.items():
                 part.load_state_dict(contents[name])
-            self.epoch, self.best, self.rows = contents["epoch"], contents["best"], contents["log"]
+            self.epoch, self.best = contents["epoch"], contents["best"]
+            self.rows, self.weight_rows = contents["log"], contents["weight_log"]
         except (KeyError, RuntimeError, ValueError) as error:
             raise UserError(f"{self.folder / 'last.pt'} does not continue this run ({str(error).splitlines()[0][:150]})") from error
 
@@ -298,9 +321,24 @@ class Run:
                  f"{row['images_per_second']:,.0f} images/s" + (f"  {left / 60:.1f} min left" if left else ""))
 
 
+def claim_folder(cfg: object, script: str) -> Path:
+    """The folder of a run: the one to be resumed, out_dir, or runs/<script>/<time>.  Raises UserError for one already in use."""
+    if cfg.resume:
+        return Path(cfg.resume)
+    folder = Path(cfg.out_dir) if cfg.out_dir else _new_folder(Path("runs") / script)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} already holds something, and a run never overwrites: name another --out_dir, or --resume it")
+    return folder
+
+
 def _new_folder(parent: Path) -> Path:
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     return next(path for path in (parent / f"{stamp}{suffix}" for suffix in ("", *(f"-{k}" for k in range(2, 1000)))) if not path.exists())
+
+
+def _write_csv(path: Path, rows: list[dict]) -> None:
+    lines = [list(rows[0]), *([row.get(name, "") for name in rows[0]] for row in rows)]
+    write_text(path, "".join(",".join("" if value is None else str(value) for value in line) + "\n" for line in lines))
 
 
 def write_text(path: Path, text: str) -> None:

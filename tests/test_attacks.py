@@ -15,13 +15,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from attacks.fgsm import fgsm
 from attacks.frozen import frozen, predict
+from attacks.kappa import KAPPAS, pgd_kappa
 from attacks.noise import _mix, _shift, example_keys, keyed_normal, keyed_uniform
 from attacks.pgd import cross_entropy, pgd
 from losses.divergence import kl_divergence
 from losses.margin import cw_loss, margin_weights
 
 TOY = json.loads((Path(__file__).parent / "golden" / "attacks_toy.json").read_text())
-STARTS = ("uniform", "gaussian", "clean")
+STARTS = ("uniform", "clipped", "gaussian", "clean")
 
 dtypes = pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=("float64", "float32"))
 modes = pytest.mark.parametrize("mode", ("eval", "train", None))
@@ -87,14 +88,60 @@ def weighted_cross_entropy(logits, y):
 ))
 def test_pgd_is_the_attack_of_the_released_code(name, start, loss_fn):
     x, uniform, normal = (torch.tensor(TOY[key]) for key in ("x", "noise_uniform", "noise_normal"))
-    model = nn.Sequential(nn.Flatten(), nn.Linear(25, 12), nn.Tanh(), nn.Linear(12, 10))
-    names = {"1.weight": "W1", "1.bias": "b1", "3.weight": "W2", "3.bias": "b2"}
-    model.load_state_dict({ours: torch.tensor(TOY["model"][theirs]) for ours, theirs in names.items()})
+    model = tanh_network(TOY)
     first = {"clean": x, "uniform": x + TOY["eps"] * uniform, "clamped uniform": (x + TOY["eps"] * uniform).clamp(0, 1),
              "gaussian": x + 0.001 * normal}[start]
     target = predict(model, x) if loss_fn is kl_divergence else torch.tensor(TOY["labels"])
     x_adv = pgd(model, x, target, epsilon=TOY["eps"], step_size=TOY["step_size"], num_steps=TOY["steps"], loss_fn=loss_fn, start=first)
     torch.testing.assert_close(x_adv, torch.tensor(TOY["out"][name]["x_adv_f32"]), rtol=0, atol=1e-6)
+
+
+def tanh_network(golden):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(25, 12), nn.Tanh(), nn.Linear(12, 10))
+    names = {"1.weight": "W1", "1.bias": "b1", "3.weight": "W2", "3.bias": "b2"}
+    model.load_state_dict({ours: torch.tensor(golden["model"][theirs]) for ours, theirs in names.items()})
+    return model
+
+
+def kappa_of(golden, start, kappa="count"):
+    return pgd_kappa(tanh_network(golden), torch.tensor(golden["x"]), torch.tensor(golden["labels"]), epsilon=golden["eps"],
+                     step_size=golden["step_size"], num_steps=golden.get("steps"), start=start, kappa=kappa)
+
+
+@pytest.mark.parametrize(("name", "noisy"), (
+    ("gairat.GA_PGD cent, no random start", False), ("gairat.GA_PGD cent, start = clamp(x + EPS*noise_uniform)", True)))
+def test_kappa_is_that_of_the_released_code(name, noisy):
+    x = torch.tensor(TOY["x"])
+    start = (x + TOY["eps"] * torch.tensor(TOY["noise_uniform"])).clamp(0, 1) if noisy else x
+    x_adv, kappa = kappa_of(TOY, start)
+    torch.testing.assert_close(x_adv, torch.tensor(TOY["out"][name]["x_adv_f32"]), rtol=0, atol=1e-6)
+    assert kappa.tolist() == TOY["out"][name]["kappa"]
+
+
+def test_kappa_counts_an_example_that_is_regained_and_can_leave_it_out():
+    golden = json.loads((Path(__file__).parent / "golden" / "gairat_kappa_flip.json").read_text())
+    x_adv, kappa = kappa_of(golden, "clean")
+    torch.testing.assert_close(x_adv, torch.tensor(golden["x_adv_f32"]), rtol=0, atol=1e-6)
+    assert kappa.tolist() == golden["kappa"]
+    assert kappa[9] == 6
+    first = kappa_of(golden, "clean", "first")[1]
+    assert first[9] == golden["first_misclassified_step_of_sample_9"]
+
+
+@pytest.mark.parametrize("kappa", KAPPAS)
+def test_counting_changes_nothing_of_the_attack(kappa):
+    model, (x, y) = linear_model(), batch()
+    keys = example_keys(torch.arange(6), 3)
+    options = {"epsilon": 0.1, "step_size": 0.04, "num_steps": 5, "loss_fn": cw_loss, "keys": keys}
+    x_adv, count = pgd_kappa(model, x, y, kappa=kappa, **options)
+    assert torch.equal(x_adv, pgd(model, x, y, **options))
+    assert count.dtype == torch.int64 and 0 <= count.min() and count.max() <= 5
+
+
+def test_kappa_is_all_steps_for_examples_out_of_reach_and_none_for_those_wrong_at_the_start():
+    model, (x, y) = linear_model(), batch()
+    y = torch.where(torch.arange(6) < 3, model(x).argmax(1), 1 - model(x).argmax(1))
+    assert pgd_kappa(model, x, y, epsilon=1e-6, step_size=1e-6, num_steps=4)[1].tolist() == [4, 4, 4, 0, 0, 0]
 
 
 # Closed forms: on a linear model the best perturbation is epsilon * sign(w), clipped to the box

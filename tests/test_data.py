@@ -102,7 +102,7 @@ def test_the_first_examples_are_the_first_and_no_more_than_there_are(digits):
 
 def test_an_unknown_data_set_is_refused_with_the_known_ones_and_the_places_looked_at(tmp_path):
     message = refusal(load_dataset, "minst", str(tmp_path))
-    for part in ("'minst'", "mnist, cifar10, digits", str(tmp_path / "minst")):
+    for part in ("'minst'", "mnist, cifar10, cifar100, svhn, tiny-imagenet, digits", str(tmp_path / "minst")):
         assert part in message
 
 

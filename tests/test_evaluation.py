@@ -1,6 +1,7 @@
-"""Accuracy under attack: closed forms on a linear model, records independent of batches, the worst restart, the certificate."""
+"""Accuracy under attack: closed forms on a linear model, records independent of batches, the worst restart, the certificate; the report."""
 import json
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 from tqdm import tqdm
 
 from attacks.pgd import cross_entropy, pgd_by_index
+from harness import evaluation, report
 from harness.data import Split, to_unit
 from harness.errors import UserError
 from harness.evaluation import Certificate, class_accuracy, evaluate, held_out_accuracy, observe, record_attack, record_clean, summary
@@ -324,6 +326,32 @@ def test_every_class_of_the_network_has_its_place_in_the_class_accuracies():
     assert len(result["class_accuracy"]["A_nat"]) == 3 and result["class_accuracy"]["A_rob"][2] is None
 
 
+def test_the_confusions_are_counted_by_true_class_and_predicted_class():
+    y, prediction = torch.tensor([0, 0, 0, 2, 2, 3]), torch.tensor([0, 1, 0, 2, 0, 1])
+    assert evaluation.confusion(prediction, y) == [[2, 1, 0, 0], [0, 0, 0, 0], [1, 0, 1, 0], [0, 1, 0, 0]]
+    assert evaluation.confusion(prediction, y, 5) == [[2, 1, 0, 0, 0], [0] * 5, [1, 0, 1, 0, 0], [0, 1, 0, 0, 0], [0] * 5]
+    assert evaluation.confusion(torch.tensor([2]), torch.tensor([0]), 2) == [[0, 0, 1], [0] * 3, [0] * 3]
+
+
+def test_the_confusions_of_an_evaluation_agree_with_its_examples_and_accuracies():
+    split = split_of(200, classes=3)
+    result, examples, _ = evaluated(network(), split, alphas=(), epsilon=0.3, step_size=0.2, num_steps=2)
+    assert json.loads(json.dumps(result["confusion"])) == result["confusion"]
+    for metric, name in (("A_nat", "prediction"), ("A_rob", "prediction_adv")):
+        expected = np.zeros((3, 3), int)
+        np.add.at(expected, (split.labels.numpy(), examples[name].numpy()), 1)
+        counts = np.array(result["confusion"][metric])
+        assert np.array_equal(counts, expected) and counts.sum(1).tolist() == torch.bincount(split.labels).tolist()
+        assert result["class_accuracy"][metric] == pytest.approx((100 * counts.diagonal() / counts.sum(1)).tolist(), abs=1e-4)
+        assert result[metric] == pytest.approx(100 * counts.trace() / 200)
+    assert result["confusion"]["A_nat"] != result["confusion"]["A_rob"]
+
+
+def test_every_output_of_the_network_has_its_place_in_the_confusions():
+    result, *_ = evaluated(network(), split_of(12, classes=2), alphas=())
+    assert all(np.shape(result["confusion"][metric]) == (3, 3) for metric in ("A_nat", "A_rob"))
+
+
 @pytest.mark.parametrize("model", (nn.Sequential(nn.Flatten(), nn.Linear(8, 2)), nn.Flatten(0), nn.Identity()))
 def test_a_network_with_too_few_outputs_is_refused(model):
     split = split_of(6, classes=3, seed=1)
@@ -363,3 +391,113 @@ def test_the_held_out_accuracies_are_measured_in_eval_mode_and_the_mode_comes_ba
     clean, worst = closed_form(split, EPSILON)
     assert found == {"A_nat": pytest.approx(accuracy(clean, 0)), "A_rob": pytest.approx(accuracy(worst, 0))}
     assert model.modes == {(False, False)} and {module.training for module in model.modules()} == {training}
+
+
+# The report
+
+def subject_of(name, epoch, path=None, **contents):
+    contents = {"epoch": epoch, "architecture": {"name": "lenet", "num_classes": 2, "in_channels": 1, "mean": None, "std": None}} | contents
+    return report.Subject(name, path, contents, SimpleNamespace(name="toy", classes=("a", "b")), 0.1, 0.01)
+
+
+def test_the_checkpoints_of_a_run_come_in_their_order(tmp_path):
+    with pytest.raises(UserError, match=r"no last\.pt or best\.pt"):
+        report.find_checkpoints(str(tmp_path), 1)
+    for name in ("best_ema", "best", "last_ema", "last", "other"):
+        (tmp_path / f"{name}.pt").touch()
+    assert [name for name, _ in report.find_checkpoints(str(tmp_path), 1)] == ["last", "best", "last_ema", "best_ema"]
+    (tmp_path / "best.pt").unlink()
+    assert report.find_checkpoints(str(tmp_path), 1) == [(name, tmp_path / f"{name}.pt") for name in ("last", "last_ema", "best_ema")]
+
+
+def test_weights_are_measured_once_and_their_averages_once():
+    results = {"last": {"epoch": 5}}
+    assert report.measured_before(subject_of("best", 5), results) and not report.measured_before(subject_of("best", 3), results)
+    assert not report.measured_before(subject_of("last_ema", 5), results)
+    results["last_ema"] = {"epoch": 5}
+    assert report.measured_before(subject_of("best_ema", 5), results) and not report.measured_before(subject_of("best_ema", 4), results)
+    assert not report.measured_before(subject_of("best", None), {"last": {"epoch": None}})  # foreign files do not say
+
+
+def test_the_description_names_the_classes_and_what_the_training_was(tmp_path):
+    (tmp_path / "last.pt").write_bytes(b"weights")
+    cfg = SimpleNamespace(alphas=(1.0,), num_steps=1, num_restarts=1, start="clean", arch="lenet", seed=0)
+
+    def described(**contents):
+        return report.describe(subject_of("last", 5, tmp_path / "last.pt", **contents), cfg, 10, torch.device("cpu"), 1.0)
+
+    config = {"script": "train_at_mnist", "lr": 0.1, "lr_drop_after": (6, 8)}
+    assert described(config=config)["training"] == config and described(config=config)["classes"] == ["a", "b"]
+    assert described()["training"] is None and described(architecture=None, config=config)["training"] is None
+
+
+def test_a_row_of_a_matrix_is_a_line_of_the_json_and_nothing_is_lost():
+    value = {"matrix": [[10, 0, 3], [1, None, -2.5e-07]], "pair": [0.5, 1], "names": ["a [1,  2]", 'say "[", ]', "b\n  c", "d\\"],
+             "empty": [], "command": "x [\n 1,\n 2\n] [3,  4]", "deep": {"list": [{"a": [1, 2]}, [[], [True]]]}}
+    text = report.dumps(value)
+    assert json.loads(text) == value and list(json.loads(text)) == list(value)
+    lines = text.splitlines()
+    assert {"    [10, 0, 3],", "    [1, null, -2.5e-07]", '  "pair": [0.5, 1],'} <= set(lines)
+    assert f'  "names": {json.dumps(value["names"])},' in lines
+    counts = torch.randint(20, (200, 200), generator=torch.Generator().manual_seed(0)).tolist()
+    text = report.dumps({"confusion": {"A_nat": counts, "A_rob": counts}})
+    assert json.loads(text)["confusion"]["A_rob"] == counts and len(text.splitlines()) == 400 + 8 and len(text) < 400_000
+
+
+def results_of(*names):
+    """Results and examples as an evaluation script hands them over."""
+    found = {}
+    for epoch, name in enumerate(names, 7):
+        torch.manual_seed(epoch)
+        result, examples, certificate = evaluated(nn.Sequential(nn.Flatten(), nn.Linear(8, 3)), split_of(20, classes=3), alphas=(1.0,))
+        threat = {"epsilon": EPSILON, "num_steps": 6, "step_size": 0.05, "start": "uniform", "num_restarts": 2}
+        about = {"epoch": epoch, "dataset": "toy", "classes": ["a", "b", "c"], "num_examples": 20, "threat_model": threat}
+        found[name] = result | {"certificate": report.certified(certificate, EPSILON)} | about, examples
+    return {name: result for name, (result, _) in found.items()}, {name: examples for name, (_, examples) in found.items()}
+
+
+def test_a_result_is_written_with_the_examples_and_figures_of_every_checkpoint(tmp_path, capsys):
+    results, examples = results_of(*report.CHECKPOINTS)
+    report.write(tmp_path / "eval.json", results, examples)
+    stems = ("eval", "eval_best", "eval_last_ema", "eval_best_ema")
+    ends = (".npz", ".png", "_confusion.png")
+    assert {path.name for path in tmp_path.iterdir()} == {"eval.json", *(stem + end for stem in stems for end in ends)}
+    written = json.loads((tmp_path / "eval.json").read_text())
+    assert written == results["last"] | {name: results[name] for name in report.CHECKPOINTS[1:]}
+    for stem, name in zip(stems, report.CHECKPOINTS):
+        assert np.array_equal(np.load(tmp_path / f"{stem}.npz")["prediction_adv"], examples[name]["prediction_adv"])
+    assert len({(tmp_path / f"{stem}_confusion.png").read_bytes() for stem in stems}) == 4
+    assert "written: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("there", "whole_run", "expected"), (
+    ((), True, "eval.json"), (("eval.json",), True, "eval-2.json"), (("eval_best.npz",), True, "eval-2.json"),
+    (("eval_last.npz",), True, "eval.json"), ((), False, "eval_best.json"), (("eval_best.json",), False, "eval_best-2.json"),
+    (("eval_best.npz",), False, "eval_best-2.json"), (("eval_best_ema.npz",), False, "eval_best.json")))
+def test_neither_a_result_nor_its_examples_are_overwritten(tmp_path, there, whole_run, expected):
+    for name in there:
+        (tmp_path / name).touch()
+    assert report.output_path(None, tmp_path / "best.pt", whole_run) == tmp_path / expected
+    assert {path.name for path in tmp_path.iterdir()} == set(there)
+
+
+def test_an_out_whose_examples_are_in_the_way_is_refused(tmp_path):
+    (tmp_path / "mine_best.npz").touch()
+    with pytest.raises(UserError, match=r"mine_best\.npz exists"):
+        report.output_path(str(tmp_path / "mine.json"), tmp_path / "last.pt", True)
+    assert report.output_path(str(tmp_path / "mine.json"), tmp_path / "last.pt", False) == tmp_path / "mine.json"
+
+
+@pytest.mark.parametrize("count", (1, 2, 3, 4))
+def test_the_table_has_a_column_a_checkpoint_and_stays_narrow(count, capsys):
+    names = report.CHECKPOINTS[:count]
+    results, _ = results_of(*names)
+    report.print_table(results)
+    lines = capsys.readouterr().out.splitlines()
+    table = [line for line in lines[2:] if not line.startswith("certificate")]
+    assert max(map(len, table)) <= 100
+    assert [head for line in table if "epoch" in line for head in line.split("  ") if head.strip()] == [
+        f"{name} (epoch {epoch})" for epoch, name in enumerate(names, 7)]
+    for label, pick in (("A_rob ", lambda r: r["A_rob"]), ("A_tr  alpha 1.0", lambda r: r["A_tr"]["1.0"])):
+        cells = [part for line in table if line.startswith(label) for part in line.removeprefix(label).split("%")[:-1]]
+        assert [float(cell.split()[-1]) for cell in cells] == [round(pick(results[name]), 2) for name in names]

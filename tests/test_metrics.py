@@ -1,4 +1,4 @@
-"""Weighted accuracy, its interval and its effective size, against formulas and by simulation; averages over uneven batches."""
+"""Weighted accuracy, its interval and its effective size, against formulas and by simulation; averages and weights over an epoch."""
 import json
 import math
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.metrics import Means, weighted_accuracy, wilson_interval
+from harness.metrics import WEIGHT_EDGES, Means, WeightStatistics, weighted_accuracy, wilson_interval
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "zeng.json").read_text())["cases"]
 # sum_i w_i 1[correct_i] / sum_i w_i of the first golden case, computed in float64 from the released code's weights
@@ -205,3 +205,97 @@ def test_means_keep_no_graph():
     means = Means()
     means.add(loss=torch.ones(2, requires_grad=True) * 2)
     assert not means.sums["loss"].requires_grad
+
+
+# The instance weights of an epoch
+
+def weights_of(count, num_classes, seed=0):
+    """Instance weights over ten decades, one of them 0, and labels that leave the last class out."""
+    rng = np.random.default_rng(seed)
+    weights = torch.tensor(10 ** rng.uniform(-6, 4, count), dtype=torch.float32)
+    weights[count // 2] = 0
+    return weights, torch.tensor(rng.integers(0, num_classes - 1, count))
+
+
+def statistics_of(*batches, num_classes):
+    statistics = WeightStatistics(num_classes, torch.device("cpu"))
+    for weights, y in batches:
+        statistics.add(weights, y)
+    return statistics
+
+
+def column(row, name):
+    return [value for key, value in row.items() if key.startswith(f"{name}_")]
+
+
+@pytest.mark.parametrize("num_classes", (2, 10, 200))
+def test_the_weights_of_an_epoch_are_those_that_numpy_finds(num_classes):
+    weights, y = weights_of(2000, num_classes)
+    row = statistics_of(*zip(weights.split(300), y.split(300)), num_classes=num_classes).compute()
+    w, k = weights.double().numpy(), y.numpy()
+    sums, counts = np.bincount(k, w, num_classes), np.bincount(k, minlength=num_classes)
+    edges = np.float32([-np.inf, *WEIGHT_EDGES[1:-1], np.inf])
+    assert counts[-1] == 0 and row[f"class_{num_classes - 1}"] is None and row[f"share_{num_classes - 1}"] == 0
+    assert column(row, "class")[:-1] == pytest.approx((sums[:-1] / counts[:-1]).tolist(), rel=2e-5)
+    assert column(row, "share") == pytest.approx((100 * sums / sums.sum()).tolist(), rel=2e-5)
+    assert column(row, "bin") == np.histogram(weights.numpy(), edges)[0].tolist()
+
+
+def test_the_row_is_flat_and_in_order():
+    row = statistics_of((torch.ones(4), torch.tensor([0, 0, 1, 2])), num_classes=3).compute()
+    assert list(row) == [f"{name}_{k}" for name, count in (("class", 3), ("share", 3), ("bin", 60)) for k in range(count)]
+    assert column(row, "class") == [1, 1, 1] and column(row, "share") == [50, 25, 25] and sum(column(row, "bin")) == 4
+
+
+@pytest.mark.parametrize(("weight", "place"), (
+    (0.0, 0), (1e-30, 0), (WEIGHT_EDGES[0], 0), (WEIGHT_EDGES[1], 1), (0.99, 39), (1.0, 40), (1.25, 40), (1.26, 41), (99.9, 59),
+    (100.0, 59), (1e30, 59), (math.inf, 59)))
+def test_a_weight_has_its_bin_and_what_lies_beyond_the_last_one(weight, place):
+    bins = column(statistics_of((torch.tensor([weight]), torch.tensor([0])), num_classes=2).compute(), "bin")
+    assert len(bins) == 60 and bins.index(1) == place and sum(bins) == 1
+
+
+def test_the_bins_are_logarithmic():
+    assert len(WEIGHT_EDGES) == 61 and (WEIGHT_EDGES[0], WEIGHT_EDGES[40], WEIGHT_EDGES[-1]) == (1e-4, 1.0, 1e2)
+    np.testing.assert_allclose(np.diff(np.log10(WEIGHT_EDGES)), 0.1)
+
+
+def test_the_weights_of_two_processes_are_those_of_one():
+    weights, y = weights_of(500, 8)
+    whole = statistics_of((weights, y), num_classes=7)
+    first, second = (statistics_of((weights[part], y[part]), num_classes=7) for part in (slice(0, 180), slice(180, None)))
+    seen = []
+
+    def reduce(values):
+        seen.append(values.ndim)
+        return values.add_(second.totals)  # in place, as an all-reduce
+
+    row = first.compute(reduce)
+    assert row == pytest.approx(whole.compute(), rel=1e-5) and seen == [1]
+    assert first.compute(reduce) == row  # what the processes summed has not come back into the sums of one of them
+
+
+def test_a_process_without_weights_takes_part_in_the_sum():
+    statistics, calls = statistics_of(num_classes=3), []
+    assert statistics.compute() == {}
+    other = statistics_of((torch.ones(2), torch.tensor([0, 1])), num_classes=3)
+    assert statistics.compute(lambda values: calls.append(1) or values + other.totals) == other.compute() and calls == [1]
+
+
+@pytest.mark.parametrize("weight", (0.0, math.inf))
+def test_a_total_that_cannot_be_shared_out_gives_no_shares_and_no_nan(weight):
+    row = statistics_of((torch.full((3,), weight), torch.tensor([0, 1, 1])), num_classes=3).compute()
+    assert column(row, "share") == [None] * 3 and column(row, "class") == [weight, weight, None]
+
+
+def test_adding_weights_reads_nothing_back_from_the_device():
+    statistics = WeightStatistics(5, torch.device("meta"))  # there are no values here: whatever asks for one fails
+    for dtype in (torch.float32, torch.bfloat16):
+        statistics.add(torch.ones(8, device="meta", dtype=dtype), torch.zeros(8, device="meta", dtype=torch.int64))
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        statistics.compute()
+
+
+def test_the_statistics_keep_no_graph():
+    statistics = statistics_of((torch.ones(2, requires_grad=True) * 2, torch.tensor([0, 1])), num_classes=2)
+    assert not statistics.totals.requires_grad

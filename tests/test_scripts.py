@@ -20,7 +20,7 @@ from models import build_model
 
 TWINS = [("train_at_mnist", "train_at_cifar10"), ("train_trades_mnist", "train_trades_cifar10"), ("eval_mnist", "eval_cifar10")]
 TRAINERS = ["train_at_mnist", "train_at_cifar10", "train_trades_mnist", "train_trades_cifar10"]
-SCRIPTS = sorted({name for pair in TWINS for name in pair})
+SCRIPTS = sorted({name for pair in TWINS for name in pair} | {"train_vir"})
 
 
 def weights(file):
@@ -75,7 +75,8 @@ def test_every_default_has_a_comment_that_the_help_shows(name, script, capsys):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_scripts_stay_short(name):
-    assert len((ROOT / f"{name}.py").read_text().splitlines()) <= 130
+    limit = 240 if name == "train_vir" else 130  # its recipes are a table of 65 settings
+    assert len((ROOT / f"{name}.py").read_text().splitlines()) <= limit
 
 
 # ---- training -------------------------------------------------------------------------------------------------------------------------
