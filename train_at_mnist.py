@@ -34,7 +34,7 @@ from models import build_model
 
 @dataclass(frozen=True)
 class Config:
-    dataset: str = "mnist"                                # mnist, cifar10, digits, or an image folder
+    dataset: str = "mnist"                                # mnist, cifar10, cifar100, svhn, tiny-imagenet, digits, or a folder
     model: str = "lenet"                                  # lenet, small_cnn, resnet18, wrn34_10, wrn28_10, or file.py:callable
     normalize: bool = False                               # make (x - mean) / std of the training set the model's first layer
     alpha: float = 0.0                                    # margin weight exp(-alpha * margin); 0 is plain adversarial training

@@ -38,7 +38,7 @@ from models import build_model
 
 @dataclass(frozen=True)
 class Config:
-    dataset: str = "cifar10"                              # mnist, cifar10, digits, or an image folder
+    dataset: str = "cifar10"                              # mnist, cifar10, cifar100, svhn, tiny-imagenet, digits, or a folder
     model: str = "resnet18"                               # lenet, small_cnn, resnet18, wrn34_10, wrn28_10, or file.py:callable
     normalize: bool = False                               # make (x - mean) / std of the training set the model's first layer
     beta: float = 5.0                                     # 1 / lambda, the weight of the KL term

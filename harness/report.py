@@ -52,6 +52,8 @@ def find_checkpoints(given: str | None, channels: int) -> list[tuple[str, Path]]
         return [(Path(given).stem, Path(given))]
     folder = Path(given) if given else _newest_run(channels)
     files = [(name, folder / f"{name}.pt") for name in CHECKPOINTS if (folder / f"{name}.pt").is_file()]
+    if not files and (runs := sorted(path.parent for path in folder.glob("seed*/last.pt"))):
+        raise UserError(f"{folder} holds one run a seed: name one of them ({', '.join(map(str, runs))})")
     if not files:
         raise UserError(f"{folder} holds no last.pt or best.pt: has its first epoch ended?")
     return files

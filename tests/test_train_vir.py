@@ -123,6 +123,8 @@ def test_seeds_train_one_after_the_other_and_go_on_where_they_stopped(shell, scr
     assert Path("all/seed5/last.pt").read_bytes() == before
     refused = shell("train_vir.py", *QUICK, "--recipe", "at", "--seeds", 5, 6, "--out_dir", "all")
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    several = shell("eval_mnist.py", "--checkpoint", "all")
+    assert (several.returncode, several.stderr.count("\n"), "all/seed6" in several.stderr) == (2, 1, True)
     twice = shell("train_vir.py", *QUICK, "--seeds", 5, 5)
     assert (twice.returncode, "twice" in twice.stderr) == (2, True)
 
