@@ -65,6 +65,7 @@ class Config:
     resume: str | None = None                             # run folder to go on with
     device: str = "auto"                                  # auto, cpu, or an accelerator by its name in torch
     precision: Literal["auto", "bf16", "float32"] = "auto"  # of training; auto is bf16 where the hardware multiplies it natively
+    fuse: bool = True                                     # fold BatchNorm and fuse layers of the attacked network, where a CPU gains by it
     max_batches: int | None = None                        # stop every epoch after this many batches, for a trial run
 
 

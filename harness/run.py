@@ -187,6 +187,8 @@ class Run:
             model = build_model(self.cfg.model, self.data.num_classes, channels, mean, std)
         except ValueError as error:
             raise UserError(str(error)) from error
+        for module in model.modules():
+            module.fuse = self.cfg.fuse
         self.architecture = {"name": self.cfg.model, "num_classes": self.data.num_classes, "in_channels": channels,
                              "mean": mean, "std": std}
         return distributed.parallel(TrainingPrecision(to_device(model, self.device), self.dtype))

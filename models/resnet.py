@@ -2,6 +2,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.fused import conv_norm_relu
+
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions around an identity or 1x1 shortcut."""
@@ -17,10 +19,8 @@ class BasicBlock(nn.Module):
             self.shortcut = nn.Sequential(nn.Conv2d(in_planes, planes, 1, stride=stride, bias=False), nn.BatchNorm2d(planes))
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        out = self.bn2(self.conv2(out))
-        out += self.shortcut(x)
-        return F.relu(out, inplace=True)
+        shortcut = conv_norm_relu(x, *self.shortcut, relu=False) if len(self.shortcut) else x
+        return conv_norm_relu(conv_norm_relu(x, self.conv1, self.bn1), self.conv2, self.bn2, add=shortcut)
 
 
 class ResNet(nn.Module):
@@ -43,6 +43,6 @@ class ResNet(nn.Module):
         self.linear = nn.Linear(in_planes, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        out = conv_norm_relu(x, self.conv1, self.bn1)
         out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
         return self.linear(F.adaptive_avg_pool2d(out, 1).flatten(1))  # [B, K]

@@ -4,6 +4,8 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.fused import conv_norm_relu
+
 
 class BasicBlock(nn.Module):
     """BN-ReLU-conv twice; where the shape changes, the shortcut is a 1x1 convolution of the activated input."""
@@ -20,9 +22,9 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         activated = F.relu(self.bn1(x), inplace=True)
-        out = F.relu(self.bn2(self.conv1(activated)), inplace=True)
-        shortcut = x if self.convShortcut is None else self.convShortcut(activated)
-        return shortcut + self.conv2(out)
+        out = conv_norm_relu(activated, self.conv1, self.bn2)
+        shortcut = x if self.convShortcut is None else conv_norm_relu(activated, self.convShortcut, relu=False)
+        return conv_norm_relu(out, self.conv2, add=shortcut, relu=False)
 
 
 class NetworkBlock(nn.Module):

@@ -1,0 +1,160 @@
+"""Convolution, normalisation, addition and ReLU as one step where the parameters are frozen: most of the work of an attack.
+
+    y = relu( norm(conv(x)) + add )
+
+On a GPU and in float64 this is just that sequence of modules. With frozen parameters on a CPU
+  - BatchNorm in eval mode, an affine map per channel, is folded into the convolution: W' = W s, b' = (b - mean) s + beta with
+    s = gamma / sqrt(var + eps), computed in float32 and rounded once (Jacob et al., CVPR 2018, Eq. 14);
+  - the weights are folded and cast once for each value of the parameters, not in every pass;
+  - addition and ReLU happen while the convolution writes its result.
+With trainable parameters too, a 3x3 convolution in bfloat16 on a map of 4x4 pixels or less is a matrix product of its patches, where the
+library's takes three times as long, and its weight gradient six times. Without a norm and on larger maps the result is bit for bit
+that of the modules; else it is the same function up to rounding. A convolution whose attribute `fuse` is False stays a module.
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SMALL_MAP, SMALL_MAP_CHANNELS = 16, 128  # at most so many pixels a map, at least so many channels, for patches to be worth it
+ENABLED = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+
+
+def conv_norm_relu(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d | None = None, add: Tensor | None = None, relu: bool = True) -> Tensor:
+    """relu(norm(conv(x)) + add) for x [B, C, H, W]; differentiable in x and `add`, and in the parameters where they are trainable."""
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    if _fusible(x, conv, norm, dtype):
+        frozen = _frozen(conv, norm, dtype)
+        if not _small(x, conv, dtype):
+            return _FusedConvolution.apply(x.to(dtype), add if add is None else add.to(dtype), frozen, relu)
+        out = _convolve_patches(x.to(dtype), frozen.weight, frozen.bias, conv.stride)
+    else:
+        small = _small(x, conv, dtype)
+        out = _convolve_patches(*(t if t is None else t.to(dtype) for t in (x, conv.weight, conv.bias)), conv.stride) if small else conv(x)
+        if norm is not None:
+            out = norm(out)
+    if add is not None:
+        out += add
+    return F.relu(out, inplace=True) if relu else out
+
+
+def _here(x: Tensor, conv: nn.Conv2d) -> bool:
+    return ENABLED and getattr(conv, "fuse", True) and x.device.type == "cpu"
+
+
+def _fusible(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d | None, dtype: torch.dtype) -> bool:
+    parameters = [*conv.parameters(), *(norm.parameters() if norm is not None else ())]
+    return (_here(x, conv) and dtype in (torch.float32, torch.bfloat16)
+            and conv.weight.dtype == torch.float32 and not any(parameter.requires_grad for parameter in parameters)
+            and (norm is None or not norm.training) and conv.dilation == (1, 1) and conv.groups == 1 and conv.padding_mode == "zeros")
+
+
+@dataclass
+class _Frozen:
+    """A convolution with its norm folded in, in the type of the computation; weight [K, C, h, w] channels last, bias [K] or None."""
+
+    state: tuple
+    weight: Tensor
+    bias: Tensor | None
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+
+
+def _frozen(conv: nn.Conv2d, norm: nn.BatchNorm2d | None, dtype: torch.dtype) -> _Frozen:
+    """The frozen form of `conv` and `norm` in `dtype`, kept with `conv` until a parameter or a running statistic changes."""
+    sources = [conv.weight, conv.bias, *((norm.weight, norm.bias, norm.running_mean, norm.running_var) if norm is not None else ())]
+    state = (dtype, *((tensor.data_ptr(), tensor._version) for tensor in sources if tensor is not None))
+    if getattr(conv, "frozen", None) is None or conv.frozen.state != state:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            weight, bias = conv.weight, conv.bias
+            if norm is not None:
+                scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+                weight = weight * scale[:, None, None, None]
+                bias = norm.bias + ((0.0 if bias is None else bias) - norm.running_mean) * scale
+            weight = weight.to(dtype).contiguous(memory_format=torch.channels_last)
+            conv.frozen = _Frozen(state, weight, None if bias is None else bias.to(dtype), conv.stride, conv.padding)
+    return conv.frozen
+
+
+class _FusedConvolution(torch.autograd.Function):
+    """relu(conv(x) + add) with gradients for x and `add` only."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, add: Tensor | None, conv: _Frozen, relu: bool) -> Tensor:
+        shape = (conv.padding, conv.stride, (1, 1), 1)
+        if add is None:
+            out = torch.ops.mkldnn._convolution_pointwise(x, conv.weight, conv.bias, *shape, "relu" if relu else "none", [], "")
+        else:
+            out = torch.ops.mkldnn._convolution_pointwise.binary(x, add, conv.weight, conv.bias, *shape, "add", None,
+                                                                 "relu" if relu else None, [], None)
+        ctx.save_for_backward(x, out if relu else None)
+        ctx.conv, ctx.added = conv, add is not None
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, out = ctx.saved_tensors
+        conv = ctx.conv
+        if out is not None:
+            gradient = torch.ops.aten.threshold_backward(gradient, out, 0)
+        gradient_x = None
+        if ctx.needs_input_grad[0]:
+            gradient_x = torch.ops.aten.convolution_backward(gradient, x, conv.weight, None, conv.stride, conv.padding, (1, 1), False,
+                                                             (0, 0), 1, (True, False, False))[0]
+        return gradient_x, gradient if ctx.added else None, None, None
+
+
+def _small(x: Tensor, conv: nn.Conv2d, dtype: torch.dtype) -> bool:
+    pixels = -(-x.shape[2] // conv.stride[0]) * -(-x.shape[3] // conv.stride[1])
+    return (_here(x, conv) and dtype == torch.bfloat16 and conv.kernel_size == (3, 3) and conv.padding == (1, 1) and pixels <= SMALL_MAP
+            and min(conv.in_channels, conv.out_channels) >= SMALL_MAP_CHANNELS)
+
+
+def _convolve_patches(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int]) -> Tensor:
+    """3x3 convolution with padding 1 of x [B, C, H, W] by one matrix product; the result is channels last."""
+    out = _PatchConvolution.apply(x, weight, bias, stride)
+    return out.view(len(x), -(-x.shape[2] // stride[0]), -(-x.shape[3] // stride[1]), -1).permute(0, 3, 1, 2)
+
+
+class _PatchConvolution(torch.autograd.Function):
+    """Weights [K, 9 C] times patches [B H' W', 9 C], transposed: [B H' W', K], with all its gradients."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int]) -> Tensor:
+        padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)).contiguous()  # [B, H + 2, W + 2, C]
+        patches = _patches(padded, stride)  # [B, H', W', 3, 3, C], a view
+        ctx.save_for_backward(padded, weight)
+        ctx.stride = stride
+        out = (_flat(weight) @ patches.flatten(3).flatten(0, 2).t()).t().contiguous()  # this order keeps two cores busy, the other does not
+        return out if bias is None else out.add_(bias)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        padded, weight = ctx.saved_tensors
+        gradient_x = gradient_weight = gradient_bias = None
+        if ctx.needs_input_grad[0]:
+            total = torch.zeros(padded.shape, dtype=torch.float32)
+            shares = (gradient @ _flat(weight)).view(_patches(total, ctx.stride).shape)
+            for row in range(3):  # within one position of the window no two patches share a pixel
+                for column in range(3):
+                    _patches(total, ctx.stride)[:, :, :, row, column] += shares[:, :, :, row, column]
+            gradient_x = total[:, 1:-1, 1:-1].to(gradient.dtype).permute(0, 3, 1, 2)
+        if ctx.needs_input_grad[1]:
+            product = gradient.t() @ _patches(padded, ctx.stride).flatten(3).flatten(0, 2)
+            gradient_weight = product.view(len(weight), 3, 3, -1).permute(0, 3, 1, 2)
+        if ctx.needs_input_grad[2]:
+            gradient_bias = gradient.sum(0)
+        return gradient_x, gradient_weight, gradient_bias, None
+
+
+def _patches(padded: Tensor, stride: tuple[int, int]) -> Tensor:
+    """The 3x3 windows of padded [B, H + 2, W + 2, C] as a view [B, H', W', 3, 3, C]."""
+    batch, height, width, channels = padded.shape
+    b, h, w, c = padded.stride()
+    shape = (batch, (height - 3) // stride[0] + 1, (width - 3) // stride[1] + 1, 3, 3, channels)
+    return padded.as_strided(shape, (b, h * stride[0], w * stride[1], h, w, c))
+
+
+def _flat(weight: Tensor) -> Tensor:
+    return weight.permute(0, 2, 3, 1).reshape(len(weight), -1)  # [K, 9 C]
