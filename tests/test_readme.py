@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 from pathlib import Path
+from statistics import mean, stdev
 
 import pytest
 import torch
@@ -92,7 +93,27 @@ def test_every_number_of_the_results_table_has_a_file_behind_it():
     assert len(re.findall(r"^\| [^|]+ \| (?:LeNet|SmallCNN), ours ", table, re.MULTILINE)) == len(rows)
 
 
-@pytest.mark.parametrize("folder", sorted((ROOT / "results/mnist").glob("*")), ids=lambda path: path.name)
+def test_the_table_of_the_reweighting_family_is_that_of_its_files():
+    folders = sorted((ROOT / "results/vir").glob("*"))
+    assert len(folders) == 8
+    for folder in folders:
+        results = [json.loads(file.read_text()) for file in folder.glob("seed*/eval.json")]
+        columns = [[result["A_nat"], result["A_rob"], *(result[m][a] for m in ("A_sa", "A_tr") for a in ("1.0", "1.5", "2.0"))]
+                   for result in results]
+        cells = " | ".join(f"{mean(values):.2f} ± {stdev(values):.2f}" for values in zip(*columns, strict=True))
+        assert len(results) >= 2 and f"| {folder.name.upper()} | {cells} |" in README, folder.name
+
+
+def test_the_table_of_seconds_per_step_is_that_of_its_file():
+    for row in json.loads((ROOT / "results/speed/recipes_lenet.json").read_text())["rows"]:
+        cells = f"{row['seconds']:.4f} | {row['spread']:.4f} | {row['ratio']:.3f} | {row['expected_ratio']:.3f}"
+        assert f"| {row['recipe']} | {cells} |" in README, row["recipe"]
+
+
+RESULTS = sorted([*(ROOT / "results/mnist").glob("*"), *(ROOT / "results/vir").glob("*/seed*")])
+
+
+@pytest.mark.parametrize("folder", RESULTS, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_a_result_names_command_seed_hardware_and_versions(folder):
     result, config = json.loads((folder / "eval.json").read_text()), json.loads((folder / "config.json").read_text())
     for source in (result, config):
