@@ -42,7 +42,14 @@ class ResNet(nn.Module):
             setattr(self, f"layer{stage}", nn.Sequential(*layers))
         self.linear = nn.Linear(in_planes, num_classes)
 
+    @property
+    def first_layer(self) -> nn.Module:
+        return self.conv1
+
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        return self.after_first_layer(self.first_layer(x))  # [B, K]
+
+    def after_first_layer(self, out: Tensor) -> Tensor:
+        out = F.relu(self.bn1(out), inplace=True)
         out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
         return self.linear(F.adaptive_avg_pool2d(out, 1).flatten(1))  # [B, K]

@@ -31,8 +31,16 @@ class SmallCNN(nn.Module):
         nn.init.zeros_(self.classifier.fc3.weight)
         nn.init.zeros_(self.classifier.fc3.bias)
 
+    @property
+    def first_layer(self) -> nn.Module:
+        return self.feature_extractor.conv1
+
     def forward(self, x: Tensor) -> Tensor:
-        features = self.feature_extractor(x)
+        return self.after_first_layer(self.first_layer(x))  # [B, K]
+
+    def after_first_layer(self, features: Tensor) -> Tensor:
+        for layer in list(self.feature_extractor)[1:]:
+            features = layer(features)
         if features.shape[-2:] != (4, 4):
             features = F.adaptive_avg_pool2d(features, 4)
         return self.classifier(features.flatten(1))  # [B, K]
