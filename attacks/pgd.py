@@ -27,7 +27,7 @@ def linf_direction(gradient: Tensor) -> Tensor:
     return gradient.sign()
 
 
-def linf_projection(x: Tensor, epsilon: float) -> Callable[[Tensor], Tensor]:
+def linf_projection(x: Tensor, epsilon: float | Tensor) -> Callable[[Tensor], Tensor]:
     """The projection onto the l_inf ball of radius epsilon around x and then onto [0, 1]: for x in [0, 1] one clamp does both."""
     lower, upper = (x - epsilon).clamp_(min=0.0), (x + epsilon).clamp_(max=1.0)
     return lambda x_adv: torch.clamp(x_adv, lower, upper)
@@ -37,13 +37,14 @@ NORMS = {"linf": (linf_direction, linf_projection)}
 STARTS = ("uniform", "clipped", "gaussian", "clean")
 
 
-def pgd(model: nn.Module, x: Tensor, target: object, *, epsilon: float, step_size: float, num_steps: int,
+def pgd(model: nn.Module, x: Tensor, target: object, *, epsilon: float | Tensor, step_size: float | Tensor, num_steps: int,
         loss_fn: Callable[[Tensor, object], Tensor] = cross_entropy, start: str | Tensor = "uniform", norm: str = "linf",
         mode: str | None = "eval", keys: Tensor | None = None) -> Tensor:
     """Maximise loss_fn(model(x_adv), target) over the epsilon ball around x within [0, 1].
 
     x: [B, C, H, W] in [0, 1]; target: whatever loss_fn(logits_adv, target) -> [B] takes, labels [B] by default; epsilon and
-    step_size in pixel units. Returns x_adv, shaped as x, without a graph. The last iterate is returned, not the best.
+    step_size in pixel units, one number or one each for every example, [B]. Returns x_adv, shaped as x, without a graph. The last iterate
+    is returned, not the best.
 
     start  "uniform": x + U(-epsilon, epsilon); "clipped": the same, clamped to [0, 1] (GAIRAT's released code); "gaussian": x + 0.001
            N(0, 1), which a KL loss needs, its gradient at x being zero; "clean": x; or the first iterate as a tensor. Unless clipped
@@ -56,9 +57,8 @@ def pgd(model: nn.Module, x: Tensor, target: object, *, epsilon: float, step_siz
     Raises ValueError for images outside [0, 1], a negative epsilon, step_size or num_steps, and an unknown start or norm.
     """
     check_images(x)
-    for name, value in {"epsilon": epsilon, "step_size": step_size, "num_steps": num_steps}.items():
-        if not (value >= 0 and math.isfinite(value)):
-            raise ValueError(f"{name} must be a finite number >= 0, not {value}")
+    epsilon, step_size = _checked("epsilon", epsilon, x), _checked("step_size", step_size, x)
+    num_steps = _checked("num_steps", num_steps, x)
     if keys is not None and keys.shape != x.shape[:1]:
         raise ValueError(f"keys of shape {tuple(keys.shape)} do not fit {len(x)} images")
     if norm not in NORMS:
@@ -72,8 +72,27 @@ def pgd(model: nn.Module, x: Tensor, target: object, *, epsilon: float, step_siz
             x_adv.requires_grad_()
             losses = loss_fn(bare(x_adv), target)  # [B]
             gradient, = torch.autograd.grad(losses.sum(), x_adv)  # the sum: a mean only underflows earlier
-            x_adv = project(torch.add(x_adv.detach(), direction(gradient), alpha=step_size))
+            x_adv = project(_move(x_adv.detach(), direction(gradient), step_size))
     return x_adv if num_steps else project(x_adv)
+
+
+def _checked(name: str, value: float | Tensor, x: Tensor) -> float | Tensor:
+    """The number as it is; one value per example, [B], as [B, 1, 1, 1]."""
+    if not (isinstance(value, Tensor) and value.ndim):
+        if not (value >= 0 and math.isfinite(value)):
+            raise ValueError(f"{name} must be a finite number >= 0, not {value}")
+        return value
+    if value.shape != x.shape[:1]:
+        raise ValueError(f"{name} of shape {tuple(value.shape)} does not fit {len(x)} images")
+    if not bool(((value >= 0) & value.isfinite()).all()):
+        raise ValueError(f"every {name} must be a finite number >= 0")
+    return value.view(-1, *[1] * (x.ndim - 1))
+
+
+def _move(x_adv: Tensor, direction: Tensor, step_size: float | Tensor) -> Tensor:
+    if isinstance(step_size, Tensor):
+        return torch.addcmul(x_adv, direction, step_size)
+    return torch.add(x_adv, direction, alpha=step_size)  # one pass over the images
 
 
 def pgd_by_index(model: nn.Module, x: Tensor, target: object, index: Tensor, restart: int, loss_fn: Callable[[Tensor, object], Tensor],
@@ -82,8 +101,8 @@ def pgd_by_index(model: nn.Module, x: Tensor, target: object, index: Tensor, res
     return pgd(model, x, target, loss_fn=loss_fn, keys=example_keys(index, seed, restart), **options)
 
 
-def first_iterate(x: Tensor, epsilon: float, start: str | Tensor, keys: Tensor | None = None) -> Tensor:
-    """The point x_0 from which an attack begins; `start` and `keys` as in `pgd`."""
+def first_iterate(x: Tensor, epsilon: float | Tensor, start: str | Tensor, keys: Tensor | None = None) -> Tensor:
+    """The point x_0 from which an attack begins; `start` and `keys` as in `pgd`, epsilon a number or broadcastable to x."""
     if isinstance(start, Tensor):
         if start.shape != x.shape:
             raise ValueError(f"a start of shape {tuple(start.shape)} does not fit images of shape {tuple(x.shape)}")

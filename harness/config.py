@@ -30,6 +30,7 @@ LIMITS = {
     "seed": (0, 2**31 - 1), "seeds": (0, 2**31 - 1), "ema_decay": (0, 0.999999), "burn_in_epochs": (0, math.inf),
     "inv_lambda": (0, math.inf), "gamma": (0, math.inf), "margin_alpha": (0, math.inf), "extra_fraction": (0, 1),
     "lr_scales": (0, math.inf), "gairat_lambda": (-math.inf, math.inf), "mail_slope": (0, math.inf), "mail_bias": (-1, 1),
+    "num_replays": (1, math.inf), "num_passes": (1, math.inf),
 }
 
 

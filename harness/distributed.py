@@ -41,6 +41,14 @@ def parallel(model: nn.Module) -> nn.Module:
     return DistributedDataParallel(model, device_ids=ids, **{"forward_sync_buffers" if newer else "broadcast_buffers": False})
 
 
+def average_gradients(model: nn.Module) -> None:
+    """The mean over all processes of every gradient, in every process: for backward passes that did not go through `parallel`'s model."""
+    if dist.is_initialized():
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                dist.all_reduce(parameter.grad.div_(dist.get_world_size()))
+
+
 def from_first(value: object) -> object:
     """The first process's value, in every process."""
     if not dist.is_initialized():

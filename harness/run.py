@@ -2,14 +2,12 @@
 import ctypes
 import dataclasses
 import json
-import os
 import platform
 import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -21,6 +19,8 @@ from tqdm import tqdm
 from harness import checkpoint, distributed, plots
 from harness.data import Dataset, training_batches
 from harness.errors import RunError, UserError
+from harness.folder import claim_folder, write_csv, write_text
+from harness.memory import Memory
 from harness.metrics import Means, WeightStatistics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -117,9 +117,8 @@ def command_line() -> str:
 class Run:
     """One training run.  Use as a context: `with Run(cfg, data) as run:`; on Ctrl-C it says how to go on.
 
-    The folder holds config.json, log.csv, last.pt and best.pt (with ema_decay last_ema.pt and best_ema.pt too, and weights.csv where
-    instance weights are logged), and is never one that already holds something. Under torchrun every
-    process has a Run, and the first one writes.
+    The folder holds config.json, log.csv, last.pt and best.pt (with ema_decay last_ema.pt and best_ema.pt, with instance weights
+    weights.csv too), and is never one that already holds something. Under torchrun every process has a Run, and the first one writes.
     """
 
     def __init__(self, cfg: object, data: Dataset):
@@ -134,6 +133,7 @@ class Run:
         self.epoch, self.batch, self.rows, self.weight_rows = 0, 0, [], []
         self.best = {"best": -1.0, "best_ema": -1.0}
         self.average: AveragedModel | None = None
+        self.memories: dict[str, Memory] = {}
         self.batches_per_epoch = min(-(-len(self.train) // cfg.batch_size), cfg.max_batches or 10**9)
         self.started = time.monotonic()
         torch.manual_seed(cfg.seed)
@@ -193,6 +193,23 @@ class Run:
                              "mean": mean, "std": std}
         return distributed.parallel(TrainingPrecision(to_device(model, self.device), self.dtype))
 
+    def split(self, model: nn.Module, split_first_layer: Callable[[nn.Module], tuple]) -> tuple[nn.Module, nn.Module]:
+        """(f0, rest) of a model from `build`, rest(f0(x)) = model(x), in the training precision; their gradients wait for `update`."""
+        try:
+            first, rest = split_first_layer(bare(model))
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        return TrainingPrecision(first, self.dtype), TrainingPrecision(rest, self.dtype)
+
+    def remember(self, name: str, count: int, shape: tuple[int, ...] = ()) -> Memory:
+        """`count` rows of `shape`, zeros at first, that the checkpoint holds under `name` and the processes share after every epoch."""
+        self.memories[name] = Memory(count, shape, self.device)
+        return self.memories[name]
+
+    def places(self, x: Tensor) -> Tensor:
+        """The places [B] of this process's batch `x` in the global batch."""
+        return self.rank + self.world_size * torch.arange(len(x), device=self.device)
+
     def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """The epoch's batches x [B, C, H, W] in [0, 1], y [B] and index [B], behind a progress bar with the time left."""
         torch.manual_seed((self.cfg.seed * 100_003 + epoch) * 1_009 + self.rank)  # dropout: the same after a resumption
@@ -230,6 +247,14 @@ class Run:
         """
         optimizer.zero_grad(set_to_none=True)
         (loss * self.share).backward()  # exactly 1 unless torchrun splits a batch unevenly
+        self._update(loss, optimizer, metrics)
+
+    def update(self, loss: Tensor, optimizer: torch.optim.Optimizer, **metrics: Tensor) -> None:
+        """`step` without its backward pass, on the gradients that this process left in the parameters, `share` times those of a mean."""
+        distributed.average_gradients(self.state["model"])
+        self._update(loss, optimizer, metrics)
+
+    def _update(self, loss: Tensor, optimizer: torch.optim.Optimizer, metrics: dict[str, Tensor]) -> None:
         optimizer.step()
         if self.average:
             self.average.update_parameters(self.state["model"])
@@ -254,7 +279,7 @@ class Run:
         self.folder = Path(distributed.from_first(str(self._make_folder()) if self.rank == 0 else None))
         self.say(f"{self.script}: {len(self.train):,} training images of {self.data.name}, {len(self.val):,} held out; {self.device}, "
                  f"{str(self.dtype).removeprefix('torch.')}, seed {self.cfg.seed}\nrun folder: {self.folder}")
-        self.state = {"model": bare(model), "optimizer": optimizer, "scheduler": scheduler}
+        self.state = {"model": bare(model), "optimizer": optimizer, "scheduler": scheduler, **self.memories}
         if self.cfg.ema_decay:  # begins as a copy after the first step
             self.average = AveragedModel(bare(model), multi_avg_fn=get_ema_multi_avg_fn(self.cfg.ema_decay), use_buffers=True)
             self.state["ema"] = self.average
@@ -272,6 +297,8 @@ class Run:
         """Measure on the held-out images, log, and save last.pt, and best.pt when the held-out A_rob is the highest so far."""
         averages = self.means.compute(distributed.total)
         weights = self.weight_statistics.compute(distributed.total)
+        for memory in self.memories.values():
+            memory.share()
         self.epoch += 1
         if self.rank == 0:
             measured = validate(bare(model), self.val) if len(self.val) else {}
@@ -302,9 +329,9 @@ class Run:
         if better["best"]:
             checkpoint.save(self.folder / "best.pt", contents)
         checkpoint.save(self.folder / "last.pt", contents)  # the one that a resumed run starts from: the last to be written
-        _write_csv(self.folder / "log.csv", self.rows)
+        write_csv(self.folder / "log.csv", self.rows)
         if self.weight_rows:
-            _write_csv(self.folder / "weights.csv", self.weight_rows)
+            write_csv(self.folder / "weights.csv", self.weight_rows)
 
     def _load(self, contents: dict) -> None:
         try:
@@ -321,30 +348,3 @@ class Run:
         left = row["seconds"] * (self.cfg.epochs - self.epoch)
         self.say(f"epoch {self.epoch:>3}/{self.cfg.epochs}  {'  '.join(parts)}  {row['seconds']:.1f} s  "
                  f"{row['images_per_second']:,.0f} images/s" + (f"  {left / 60:.1f} min left" if left else ""))
-
-
-def claim_folder(cfg: object, script: str) -> Path:
-    """The folder of a run: the one to be resumed, out_dir, or runs/<script>/<time>.  Raises UserError for one already in use."""
-    if cfg.resume:
-        return Path(cfg.resume)
-    folder = Path(cfg.out_dir) if cfg.out_dir else _new_folder(Path("runs") / script)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} already holds something, and a run never overwrites: name another --out_dir, or --resume it")
-    return folder
-
-
-def _new_folder(parent: Path) -> Path:
-    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    return next(path for path in (parent / f"{stamp}{suffix}" for suffix in ("", *(f"-{k}" for k in range(2, 1000)))) if not path.exists())
-
-
-def _write_csv(path: Path, rows: list[dict]) -> None:
-    lines = [list(rows[0]), *([row.get(name, "") for name in rows[0]] for row in rows)]
-    write_text(path, "".join(",".join("" if value is None else str(value) for value in line) + "\n" for line in lines))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file so that `path` is at every moment the old one or the whole new one."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

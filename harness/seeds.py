@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from harness.errors import UserError
-from harness.run import claim_folder, command_line, write_text
+from harness.folder import claim_folder, write_text
+from harness.run import command_line
 
 
 def one_a_seed(config: object, script: str) -> Iterator[object]:

@@ -17,8 +17,15 @@ class LeNet(nn.Module):
         self.fc2 = nn.Linear(120, 84)
         self.fc3 = nn.Linear(84, num_classes)
 
+    @property
+    def first_layer(self) -> nn.Module:
+        return self.conv1
+
     def forward(self, x: Tensor) -> Tensor:
-        x = F.max_pool2d(F.relu(self.conv1(x)), 2)
+        return self.after_first_layer(self.first_layer(x))  # [B, K]
+
+    def after_first_layer(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(x), 2)
         x = F.max_pool2d(F.relu(self.conv2(x)), 2)
         if x.shape[-2:] != (5, 5):
             x = F.adaptive_avg_pool2d(x, 5)

@@ -42,7 +42,17 @@ class ResNet(nn.Module):
             setattr(self, f"layer{stage}", nn.Sequential(*layers))
         self.linear = nn.Linear(in_planes, num_classes)
 
+    @property
+    def first_layer(self) -> nn.Module:
+        return self.conv1
+
     def forward(self, x: Tensor) -> Tensor:
-        out = conv_norm_relu(x, self.conv1, self.bn1)
+        return self._after_stem(conv_norm_relu(x, self.conv1, self.bn1))  # [B, K]
+
+    def after_first_layer(self, features: Tensor) -> Tensor:
+        """Logits [B, K] from what `first_layer` gives."""
+        return self._after_stem(F.relu(self.bn1(features)))
+
+    def _after_stem(self, out: Tensor) -> Tensor:
         out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
-        return self.linear(F.adaptive_avg_pool2d(out, 1).flatten(1))  # [B, K]
+        return self.linear(F.adaptive_avg_pool2d(out, 1).flatten(1))

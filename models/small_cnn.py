@@ -33,9 +33,19 @@ class SmallCNN(nn.Module):
         nn.init.zeros_(self.classifier.fc3.weight)
         nn.init.zeros_(self.classifier.fc3.bias)
 
+    @property
+    def first_layer(self) -> nn.Module:
+        return self.feature_extractor.conv1
+
     def forward(self, x: Tensor) -> Tensor:
+        return self._after_first_relu(conv_norm_relu(x, self.first_layer))  # [B, K]
+
+    def after_first_layer(self, features: Tensor) -> Tensor:
+        """Logits [B, K] from what `first_layer` gives."""
+        return self._after_first_relu(F.relu(features))
+
+    def _after_first_relu(self, x: Tensor) -> Tensor:
         layers = self.feature_extractor
-        x = conv_norm_relu(x, layers.conv1)
         x = F.relu(layers.maxpool1(layers.conv2(x)), inplace=True)  # pooled first: a quarter of the ReLUs
         x = conv_norm_relu(x, layers.conv3)
         features = F.relu(layers.maxpool2(layers.conv4(x)), inplace=True)

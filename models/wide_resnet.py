@@ -63,7 +63,14 @@ class WideResNet(nn.Module):
                 nn.init.normal_(module.weight, 0.0, math.sqrt(2.0 / fan_out))
         nn.init.zeros_(self.fc.bias)
 
+    @property
+    def first_layer(self) -> nn.Module:
+        return self.conv1
+
     def forward(self, x: Tensor) -> Tensor:
-        out = self.block3(self.block2(self.block1(self.conv1(x))))
+        return self.after_first_layer(self.first_layer(x))  # [B, K]
+
+    def after_first_layer(self, out: Tensor) -> Tensor:
+        out = self.block3(self.block2(self.block1(out)))
         out = F.relu(self.bn1(out), inplace=True)
         return self.fc(F.adaptive_avg_pool2d(out, 1).flatten(1))  # [B, K]

@@ -20,7 +20,7 @@ from models import build_model
 
 TWINS = [("train_at_mnist", "train_at_cifar10"), ("train_trades_mnist", "train_trades_cifar10"), ("eval_mnist", "eval_cifar10")]
 TRAINERS = ["train_at_mnist", "train_at_cifar10", "train_trades_mnist", "train_trades_cifar10"]
-SCRIPTS = sorted({name for pair in TWINS for name in pair} | {"train_vir"})
+SCRIPTS = sorted({name for pair in TWINS for name in pair} | {"train_vir", "train_free", "train_yopo", "train_iaat"})
 
 
 def weights(file):

@@ -1,0 +1,34 @@
+"""The folder of a run: its name, and files in it that are at every moment the old one or the whole new one."""
+import os
+from datetime import datetime
+from pathlib import Path
+
+from harness.errors import UserError
+
+
+def claim_folder(cfg: object, script: str) -> Path:
+    """The folder of a run: the one to be resumed, out_dir, or runs/<script>/<time>.  Raises UserError for one already in use."""
+    if cfg.resume:
+        return Path(cfg.resume)
+    folder = Path(cfg.out_dir) if cfg.out_dir else _new_folder(Path("runs") / script)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} already holds something, and a run never overwrites: name another --out_dir, or --resume it")
+    return folder
+
+
+def _new_folder(parent: Path) -> Path:
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    return next(path for path in (parent / f"{stamp}{suffix}" for suffix in ("", *(f"-{k}" for k in range(2, 1000)))) if not path.exists())
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    """Write rows under the columns of the first, as `write_text` does; None and what a row lacks are left empty."""
+    lines = [list(rows[0]), *([row.get(name, "") for name in rows[0]] for row in rows)]
+    write_text(path, "".join(",".join("" if value is None else str(value) for value in line) + "\n" for line in lines))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file so that `path` is at every moment the old one or the whole new one."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
