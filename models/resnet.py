@@ -50,6 +50,7 @@ class ResNet(nn.Module):
         return self.after_first_layer(self.first_layer(x))  # [B, K]
 
     def after_first_layer(self, out: Tensor) -> Tensor:
+        """The logits [B, K] from the output of `first_layer` on."""
         out = F.relu(self.bn1(out), inplace=True)
         out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
         return self.linear(F.adaptive_avg_pool2d(out, 1).flatten(1))  # [B, K]

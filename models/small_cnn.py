@@ -39,6 +39,7 @@ class SmallCNN(nn.Module):
         return self.after_first_layer(self.first_layer(x))  # [B, K]
 
     def after_first_layer(self, features: Tensor) -> Tensor:
+        """The logits [B, K] from the output of `first_layer` on."""
         for layer in list(self.feature_extractor)[1:]:
             features = layer(features)
         if features.shape[-2:] != (4, 4):
