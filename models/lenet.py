@@ -25,6 +25,7 @@ class LeNet(nn.Module):
         return self.after_first_layer(self.first_layer(x))  # [B, K]
 
     def after_first_layer(self, x: Tensor) -> Tensor:
+        """The logits [B, K] from the output of `first_layer` on."""
         x = F.max_pool2d(F.relu(x), 2)
         x = F.max_pool2d(F.relu(self.conv2(x)), 2)
         if x.shape[-2:] != (5, 5):

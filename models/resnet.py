@@ -50,7 +50,7 @@ class ResNet(nn.Module):
         return self._after_stem(conv_norm_relu(x, self.conv1, self.bn1))  # [B, K]
 
     def after_first_layer(self, features: Tensor) -> Tensor:
-        """Logits [B, K] from what `first_layer` gives."""
+        """The logits [B, K] from the output of `first_layer` on."""
         return self._after_stem(F.relu(self.bn1(features)))
 
     def _after_stem(self, out: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ class SmallCNN(nn.Module):
         return self._after_first_relu(conv_norm_relu(x, self.first_layer))  # [B, K]
 
     def after_first_layer(self, features: Tensor) -> Tensor:
-        """Logits [B, K] from what `first_layer` gives."""
+        """The logits [B, K] from the output of `first_layer` on."""
         return self._after_first_relu(F.relu(features))
 
     def _after_first_relu(self, x: Tensor) -> Tensor:

@@ -71,6 +71,7 @@ class WideResNet(nn.Module):
         return self.after_first_layer(self.first_layer(x))  # [B, K]
 
     def after_first_layer(self, out: Tensor) -> Tensor:
+        """The logits [B, K] from the output of `first_layer` on."""
         out = self.block3(self.block2(self.block1(out)))
         out = F.relu(self.bn1(out), inplace=True)
         return self.fc(F.adaptive_avg_pool2d(out, 1).flatten(1))  # [B, K]

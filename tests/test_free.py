@@ -5,19 +5,19 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TINY
+from conftest import TINY
 from test_scripts import read_log, same_bits, weights
 
 import train_free
-from harness.config import parse_config, run_script
+from harness.config import parse_config
 from harness.data import load_dataset, training_batches
 from harness.errors import UserError
 from harness.memory import Memory
+from harness.seeds import one_a_seed
 from models import build_model
 
-FREE = tuple(value for pair in zip(TINY[::2], TINY[1::2]) if pair[0] != "--num_steps" for value in pair)
-PLAIN = (*FREE, "--model", "lenet", "--crop_padding", 0, "--no-flip", "--precision", "float32", "--schedule", "steps", "--lr", 0.05,
-         "--epsilon", 0.2)
+PLAIN = (*TINY[:4], *TINY[6:], "--model", "lenet", "--crop_padding", 0, "--no-flip", "--precision", "float32", "--schedule", "steps",
+         "--lr", 0.05, "--epsilon", 0.2)  # TINY without --num_steps
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--")
 
 
@@ -140,25 +140,6 @@ def test_memory_is_read_written_and_saved_as_one():
         Memory(3, (2,), torch.device("cpu")).load_state_dict(memory.state_dict())
 
 
-def test_two_processes_share_what_each_has_written(shell, tmp_path):
-    (tmp_path / "two.py").write_text(f"""
-import sys; sys.path.insert(0, {str(ROOT)!r})
-import torch
-from harness import distributed
-from harness.memory import Memory
-rank, _, device = distributed.start(torch.device("cpu"))
-memory = Memory(5, (), device)
-memory[torch.arange(5)] = torch.full((5,), 7.0)       # what both know
-memory.written.zero_()
-memory[torch.tensor([rank, 2 + rank])] = torch.tensor([0.1 + rank, 0.0])
-memory.share()
-memory.share()                                        # nothing new: nothing changes
-assert torch.equal(memory.values, torch.tensor([0.1, 1.1, 0.0, 0.0, 7.0])), memory.values
-""")
-    done = shell(tmp_path / "two.py", launcher=TORCHRUN)
-    assert done.returncode == 0, done.stderr
-
-
 def test_recipes():
     for name, recipe in train_free.RECIPES.items():
         assert parse_config(train_free.Config, ["--recipe", name], train_free.RECIPES) == recipe
@@ -166,10 +147,11 @@ def test_recipes():
     assert (default.num_replays, default.epochs, default.lr, default.epsilon, default.weight_decay) == (8, 10, 0.04, 8 / 255, 5e-4)
 
 
-def test_seeds_train_one_after_the_other(script, monkeypatch):
+def test_seeds_train_one_after_the_other(script):
     script("train_free", *PLAIN, "--seed", 6, "--out_dir", "alone")
-    monkeypatch.setattr(sys, "argv", ["train_free.py", *map(str, PLAIN), "--seeds", "5", "6", "--out_dir", "all"])
-    run_script(train_free.main, train_free.Config, train_free.RECIPES)
+    several = parse_config(train_free.Config, [*map(str, PLAIN), "--seeds", "5", "6", "--out_dir", "all"])
+    for config in one_a_seed(several, "train_free"):
+        train_free.main(config)
     assert same_bits(weights("all/seed6/last.pt"), weights("alone/last.pt"))
     assert not torch.equal(saved("all/seed5")["delta"]["values"], saved("alone")["delta"]["values"])
 

@@ -28,6 +28,8 @@ def quick(name, flags, colour_folder):
         return (*data, "--num_steps", 1, "--num_restarts", 1, "--num_examples", 6)
     if "--resume" in flags:
         return ()
+    if name == "train_free.py":  # its steps are replays: TINY without --num_steps
+        return (*TINY[:4], *TINY[6:], "--model", "lenet", "--val_size", 4)
     network = () if "--model" in flags else ("--model", "lenet")
     if name.startswith("train_vir"):  # CIFAR-10 recipes crop and flip; at most one batch for each of several seeds
         return (*TINY[2:], "--dataset", "digits", *network, "--num_steps", 1, "--val_size", 4, "--crop_padding", 0)

@@ -13,9 +13,10 @@ from torch import nn
 import train_yopo
 from attacks.noise import example_keys, keyed_uniform
 from attacks.yopo import yopo_inner
-from harness.config import parse_config, run_script
+from harness.config import parse_config
 from harness.data import load_dataset, training_batches
 from harness.errors import UserError
+from harness.seeds import one_a_seed
 from models import MODELS, build_model
 from models.split import split_first_layer
 
@@ -213,10 +214,11 @@ def test_recipes():
     assert (paper.epochs, paper.lr_drop_after, paper.batch_size, mnist.epochs) == (37, (30, 34, 36), 256, 40)
 
 
-def test_seeds_train_one_after_the_other(script, monkeypatch):
+def test_seeds_train_one_after_the_other(script):
     script("train_yopo", *PLAIN, "--seed", 6, "--out_dir", "alone")
-    monkeypatch.setattr(sys, "argv", ["train_yopo.py", *map(str, PLAIN), "--seeds", "5", "6", "--out_dir", "all"])
-    run_script(train_yopo.main, train_yopo.Config, train_yopo.RECIPES)
+    several = parse_config(train_yopo.Config, [*map(str, PLAIN), "--seeds", "5", "6", "--out_dir", "all"])
+    for config in one_a_seed(several, "train_yopo"):
+        train_yopo.main(config)
     assert same_bits(weights("all/seed6/last.pt"), weights("alone/last.pt"))
     assert not same_bits(weights("all/seed5/last.pt"), weights("alone/last.pt"))
 
