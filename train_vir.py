@@ -208,7 +208,7 @@ def train_one_epoch(model: nn.Module, optimizer: Optimizer, run: Run, epoch: int
                                  keys=example_keys(index, cfg.seed, epoch))
         logits = clean_logits(model, x, cfg, weighted)                         # [B, K]
         logits_adv = model(x_adv)                                              # [B, K]
-        weights = weigh(logits, logits_adv, y, kappa, cfg)                     # [B], 1 during the burn-in
+        weights = run.over_all(weigh, logits, logits_adv, y, kappa, cfg)       # [B], 1 during the burn-in
         losses = loss_fn(logits, logits_adv, y, cfg.inv_lambda, weights)       # [B]
         run.step(losses.mean(), optimizer, A_rob=logits_adv.argmax(1) == y, kappa=kappa, weight=weights)
         run.log_weights(weights, y)

@@ -49,6 +49,22 @@ def average_gradients(model: nn.Module) -> None:
                 dist.all_reduce(parameter.grad.div_(dist.get_world_size()))
 
 
+def gather(values: torch.Tensor) -> tuple[torch.Tensor, slice]:
+    """The rows of all processes, rank by rank, [B, ...], and which of them are this process's: those keep their graph."""
+    if not dist.is_initialized():
+        return values, slice(None)
+    rank, count = dist.get_rank(), torch.tensor([len(values)], device=values.device)
+    counts = [torch.empty_like(count) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, count)
+    sizes = [int(number) for number in counts]
+    padded = values.new_zeros(max(sizes), *values.shape[1:])  # processes may hold one example more or less
+    padded[:len(values)] = values.detach()
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    rows = [values if r == rank else part[:size] for r, (part, size) in enumerate(zip(parts, sizes))]
+    return torch.cat(rows), slice(sum(sizes[:rank]), sum(sizes[:rank + 1]))
+
+
 def from_first(value: object) -> object:
     """The first process's value, in every process."""
     if not dist.is_initialized():

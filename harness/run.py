@@ -262,6 +262,15 @@ class Run:
             self.bad_step = torch.where((self.bad_step < 0) & ~torch.isfinite(loss), self.batch, self.bad_step)
             self.means.add(loss=loss.expand(len(next(iter(metrics.values())))), **metrics)
 
+    def over_all(self, weigh: Callable[..., Tensor], *arguments: object) -> Tensor:
+        """The weights [B] of this process's examples where `weigh` sees the batch of all processes: a normalisation goes over all of it.
+
+        Tensors among the arguments, one row an example, are gathered; everything else is handed on.
+        """
+        whole = [distributed.gather(value) if isinstance(value, Tensor) else (value, None) for value in arguments]
+        own = next(rows for _, rows in whole if rows is not None)
+        return weigh(*(value for value, _ in whole))[own]
+
     def log_weights(self, weights: Tensor, y: Tensor) -> None:
         """Take the instance weights [B] of a batch with labels y [B] into the epoch's distribution: a row of weights.csv."""
         self.weight_statistics.add(weights.detach(), y)

@@ -197,3 +197,15 @@ def test_generated_images_join_every_batch(script, colour_folder):
     assert json.loads(Path("run/config.json").read_text())["extra_data"] == "more.npz"
     script("train_vir", *QUICK, "--dataset", colour_folder, "--val_size", 4, "--batch_size", 4, "--out_dir", "without")
     assert not same_bits(weights("run/last.pt"), weights("without/last.pt"))
+
+
+@pytest.mark.parametrize("recipe", ("gairat", "mail-at"))
+def test_torchrun_normalises_the_weights_over_the_batch_of_all_processes(recipe, shell, tmp_path):
+    flags = (*QUICK, "--recipe", recipe, "--mail_norm", "batch", "--burn_in_epochs", 0, "--max_batches", 3, "--batch_size", 65,
+             "--precision", "float32", "--epsilon_warmup_epochs", 0)
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")  # 65: an uneven split
+    assert shell("train_vir.py", *flags, "--out_dir", "one").returncode == 0
+    done = shell("train_vir.py", *flags, "--out_dir", "two", launcher=torchrun)
+    assert done.returncode == 0, done.stderr
+    one, two = weights(tmp_path / "one/last.pt"), weights(tmp_path / "two/last.pt")
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) <= 1e-5
