@@ -21,6 +21,7 @@ ALPHA_MAX = 0.1         # largest pull towards the hyperplane's point nearest to
 OVERSHOOT = 1.05        # eta: how far beyond the hyperplane a step goes
 BACKWARD = 0.9          # beta: what is left of the perturbation after a misclassified iterate
 SEARCH_STEPS = 3        # of the final search on the segment to x
+SHORT = 0.99            # share of the way to the crossing that a step of it goes: on the crossing itself, rounding would decide
 COMPACT_EVERY = 5       # steps between two removals of the examples that are done
 NORMS = ("linf", "l2", "l1")
 
@@ -149,10 +150,10 @@ def _step(model, walk: _Walk, norm: str) -> None:
 
 
 def _search(model, x: Tensor, y: Tensor, found: Tensor, distance: Tensor, gap: Tensor, norm: str) -> tuple[Tensor, Tensor]:
-    """Draw the points found nearer to x: a few steps of the secant method on the gap along the segment between the two."""
+    """Draw the points found nearer to x: a few steps of the secant method on the gap, just short, along the segment between the two."""
     near, gap_near, gap_far = x, gap, _gap(model, found, y)
     for _ in range(SEARCH_STEPS):
-        share = (gap_far / (gap_far - gap_near).clamp_min(TINY)).nan_to_num(0.0).clamp_(0.0, 1.0)
+        share = SHORT * (gap_far / (gap_far - gap_near).clamp_min(TINY)).nan_to_num(0.0).clamp_(0.0, 1.0)
         point = torch.lerp(found, near, per_example(share, x))
         gap_point = _gap(model, point, y)
         hit = distance.isfinite() & (gap_point > 0)
