@@ -47,7 +47,7 @@ def run_script(main: Callable, cls: type, recipes: dict | None = None, sources: 
         if getattr(config, "dry_run", False):
             _print_values(config, given, (sources or {}).get(recipe, {}))
             return
-        for one in one_a_seed(config, Path(name).stem) if getattr(config, "seeds", ()) else [config]:
+        for one in one_a_seed(config, Path(name).stem) if hasattr(config, "seed") and getattr(config, "seeds", ()) else [config]:
             main(one)
     except UserError as error:
         _fail(name, error, 2)

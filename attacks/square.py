@@ -1,0 +1,188 @@
+"""The Square attack: random search with square windows, on scores alone (Andriushchenko et al., "Square Attack: a query-efficient
+black-box adversarial attack via random search", ECCV 2020, Alg. 1 to 3).
+
+Every proposal changes one window of the best point so far, and is kept if it lowers the margin z_y - max_{k != y} z_k. The window covers a
+share p of the image, which halves on a fixed schedule. Every random number of an image comes from its key.
+"""
+import math
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor, nn
+
+from attacks.ball import TINY, check_batch, check_steps, norms, per_example, radii
+from attacks.fab import gap_to_rival
+from attacks.frozen import frozen
+from attacks.noise import example_keys, keyed_uniform
+
+HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries after which the share halves (Sec. 4.2 there), not rescaled
+BLOCK = 50         # queries between two removals of the images that are fooled, and per draw of random numbers
+L2_TILES = 5       # tiles along a side of the first l_2 point
+NORMS = ("linf", "l2")
+
+
+def square(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float | Tensor, norm: str = "linf", num_queries: int = 5000,
+           p_init: float = 0.8, keys: Tensor | None = None) -> Tensor:
+    """Lower the margin over the epsilon ball around x within [0, 1], from logits alone; stop, per image, when it is misclassified.
+
+    x: [B, C, H, W] in [0, 1]; y: [B]; epsilon: a number, or one per example as a tensor [B]; num_queries: forward passes an image,
+    the one at x not counted; p_init: the first share of the image that a window covers; keys: [B] int64 from
+    `attacks.noise.example_keys`, which alone determine what is proposed for an image (its position in the batch without them).
+
+    Returns x_adv, shaped as x: x itself where x is misclassified, else the point of lowest margin. Model in eval mode, then as before.
+    Raises ValueError for images outside [0, 1], a negative epsilon or num_queries, p_init outside (0, 1], and an unknown norm.
+    """
+    keys, radius, x = check_batch(x, y, norm, NORMS, keys), radii(epsilon, x), x.detach()
+    check_steps(num_queries)
+    if not 0.0 < p_init <= 1.0:
+        raise ValueError(f"p_init is a share in (0, 1], not {p_init}")
+    propose = _propose_linf if norm == "linf" else _propose_l2
+    with frozen(model) as bare, torch.no_grad():
+        result = x.clone()
+        search = _Search(torch.arange(len(x), device=x.device), x, y, keys, radius, x, gap_to_rival(bare(x), y))
+        for query in range(num_queries):
+            if query % BLOCK == 0:
+                if bool((fooled := search.gap > 0).any()):
+                    result[search.row] = search.x_adv
+                    search.keep(~fooled)
+                if not len(search.row):
+                    return result
+                draws = keyed_uniform(example_keys(search.keys, query // BLOCK + 1), (BLOCK, 5 + x.shape[1])).to(x.dtype)
+            if query == 0:
+                point = (_stripes if norm == "linf" else _tiles)(search.x, search.radius, search.keys)
+            else:
+                point = propose(search, draws[:, query % BLOCK], share_of_window(p_init, query))
+            gap = gap_to_rival(bare(point), search.y)
+            _accept(search, point, gap, always=query == 0)
+        result[search.row] = search.x_adv
+        return result
+
+
+def share_of_window(p_init: float, query: int) -> float:
+    """The share p of the image that the window of this query covers: p_init, halved after each number of queries in HALVINGS."""
+    return p_init / 2 ** sum(query > halving for halving in HALVINGS)
+
+
+@dataclass
+class _Search:
+    """The images still searched, one row each."""
+    row: Tensor     # [B] position in the batch
+    x: Tensor       # [B, C, H, W] clean image
+    y: Tensor       # [B]
+    keys: Tensor    # [B]
+    radius: Tensor  # [B, 1, 1, 1]
+    x_adv: Tensor   # best point
+    gap: Tensor     # [B] max_{k != y} z_k - z_y there: minus the margin
+
+    def keep(self, rows: Tensor) -> None:
+        for field in fields(self):
+            setattr(self, field.name, getattr(self, field.name)[rows])
+
+
+def _accept(search: _Search, point: Tensor, gap: Tensor, always: bool) -> None:
+    better = (gap > search.gap) & ~(search.gap > 0)
+    if always:  # the first point replaces x even where its margin is larger: the search runs over the ball's corners
+        better = torch.ones_like(better)
+    search.x_adv = point.where(per_example(better, point), search.x_adv)
+    search.gap = gap.where(better, search.gap)
+
+
+def _stripes(x: Tensor, radius: Tensor, keys: Tensor) -> Tensor:
+    """The first l_inf point: vertical stripes of x +- epsilon, one sign a column and channel."""
+    sign = _signs(keyed_uniform(keys, (x.shape[1], 1, x.shape[3])).to(x.dtype))
+    return (x + radius * sign).clamp_(0.0, 1.0)
+
+
+def _propose_linf(search: _Search, draws: Tensor, share: float) -> Tensor:
+    """x +- epsilon in one window, one sign a channel; the other signs where these would change nothing."""
+    channels, height, width = search.x.shape[1:]
+    side = min(max(round(math.sqrt(share * height * width)), 1), height, width)
+    inside = _window(draws[:, :2], side, height, width)
+    sign = _per_channel(_signs(draws[:, 5:5 + channels]))
+    point = (search.x + search.radius * sign).clamp_(0.0, 1.0).where(inside, search.x_adv)
+    still = per_example((point == search.x_adv).flatten(1).all(1), point)
+    other = (search.x - search.radius * sign).clamp_(0.0, 1.0)
+    return other.where(inside & still, point)
+
+
+def _tiles(x: Tensor, radius: Tensor, keys: Tensor) -> Tensor:
+    """The first l_2 point: a grid of tiles, each the pattern of `_pattern` with a random sign a channel, of norm epsilon altogether."""
+    channels, height, width = x.shape[1:]
+    side = max(min(height, width) // L2_TILES, 1)
+    rows, columns = -(-height // side), -(-width // side)
+    sign = _signs(keyed_uniform(keys, (channels, rows, columns)).to(x.dtype))
+    sign = sign.repeat_interleave(side, 2).repeat_interleave(side, 3)[:, :, :height, :width]
+    delta = sign * _pattern(side, x).repeat(rows, columns)[:height, :width]
+    return _onto_sphere(delta, x, radius)
+
+
+def _propose_l2(search: _Search, draws: Tensor, share: float) -> Tensor:
+    """Move the budget of one window, and what is unused, into another along a random pattern (Alg. 3)."""
+    channels, height, width = search.x.shape[1:]
+    side = min(max(round(math.sqrt(share * height * width)), 3), height, width)
+    delta = search.x_adv - search.x
+    to, source = _window(draws[:, :2], side, height, width), _window(draws[:, 2:4], side, height, width)
+    pattern = _placed_pattern(draws[:, :2], draws[:, 4] < 0.5, side, search.x)
+    sign = _per_channel(_signs(draws[:, 5:5 + channels]))
+    unused = (search.radius.square() - per_example(norms(delta, "l2"), delta).square()).clamp_min_(0.0)
+    local = delta * to
+    new = sign * pattern * to + local / _channel_norm(local).clamp_min(TINY)
+    budget = (_channel_norm(delta * (to | source)).square() + unused / channels).sqrt()
+    new = new / _channel_norm(new).clamp_min(TINY) * budget
+    moved = torch.where(to, new, delta.masked_fill(source, 0.0))
+    return _onto_sphere(moved, search.x, search.radius)
+
+
+def _onto_sphere(delta: Tensor, x: Tensor, radius: Tensor) -> Tensor:
+    return (x + delta * (radius / per_example(norms(delta, "l2"), x).clamp_min(TINY))).clamp_(0.0, 1.0)
+
+
+def _offsets(place: Tensor, side: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Row and column of every pixel, [B, H, 1] and [B, 1, W], counted from the corner of a square of `side` pixels.
+
+    place [B, 2], uniform in [0, 1), makes every position of the square in the image equally likely, the last row and column included.
+    """
+    top, left = (place * place.new_tensor([height - side + 1, width - side + 1])).long().unbind(1)
+    row, column = (torch.arange(n, device=place.device) for n in (height, width))
+    return (row - top[:, None])[:, :, None], (column - left[:, None])[:, None, :]
+
+
+def _window(place: Tensor, side: int, height: int, width: int) -> Tensor:
+    """Which pixels lie in the square of `side` pixels at a place [B, 2].  [B, 1, H, W] bool."""
+    row, column = _offsets(place, side, height, width)
+    return (((row >= 0) & (row < side)) & ((column >= 0) & (column < side)))[:, None]
+
+
+def _placed_pattern(place: Tensor, turned: Tensor, side: int, x: Tensor) -> Tensor:
+    """The pattern of unit norm at a place [B, 2], on its side where turned [B], continued outside its square.  [B, 1, H, W]"""
+    row, column = (offset.clamp(0, side - 1) for offset in _offsets(place, side, *x.shape[2:]))
+    pattern = _pattern(side, x)
+    return torch.where(turned[:, None, None], pattern[column, row], pattern[row, column])[:, None]
+
+
+def _pattern(side: int, x: Tensor) -> Tensor:
+    """Two bumps of opposite sign side by side, unit norm (Eq. 2 and 3 there).  [side, side]"""
+    half = side // 2
+    pattern = torch.cat([_bump(half, side, x), -_bump(side - half, side, x)]) if half else _bump(side, side, x)
+    return pattern / pattern.norm()
+
+
+def _bump(height: int, width: int, x: Tensor) -> Tensor:
+    """sum_{k=0}^{M(r,s)} (n + 1 - k)^-2 with n = max(h, w) // 2 and M(r,s) = n - max(|r - h // 2|, |s - w // 2|), r, s from 0."""
+    reach = max(height, width) // 2
+    sums = torch.tensor([(reach + 1 - k) ** -2.0 for k in range(reach + 1)]).cumsum(0).to(x)
+    row, column = (torch.arange(n, device=x.device) for n in (height, width))
+    distance = torch.maximum((row - height // 2).abs()[:, None], (column - width // 2).abs()[None, :])
+    return sums[reach - distance]
+
+
+def _channel_norm(delta: Tensor) -> Tensor:
+    return delta.flatten(2).norm(dim=2)[:, :, None, None]
+
+
+def _signs(uniform: Tensor) -> Tensor:
+    return torch.where(uniform < 0.5, -1.0, 1.0).to(uniform.dtype)
+
+
+def _per_channel(values: Tensor) -> Tensor:
+    return values[:, :, None, None]

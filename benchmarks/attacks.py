@@ -1,0 +1,134 @@
+"""Hold our attacks against the published AutoAttack's (pyautoattack, an optional extra): robust accuracy and processor time, same images.
+
+Each attack alone attacks every image; `autoattack` is the standard ensemble, each member on what the ones before it left; `union` counts an
+image as robust if no attack measured here, alone, broke it. One checker counts for both sides: float32, in the ball, in [0, 1],
+misclassified. Seconds are of the process, so that other programs disturb them little; compare them on an idle machine all the same.
+
+    python benchmarks/attacks.py --checkpoint runs/train_at_mnist/TIME/last.pt --num_examples 1000
+    python benchmarks/attacks.py --checkpoint a/last.pt b/last.pt --seeds 0 1 2 --attacks autoattack --out results/attacks.json
+"""
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script's own folder is on the path, the repository's root is not
+
+import torch
+from torch import Tensor, nn
+
+from attacks.autoattack import STANDARD, autoattack, confirmed
+from attacks.frozen import predict
+from attacks.noise import example_keys
+from attacks.reference import autoattack_reference
+from harness.checkpoint import model_from
+from harness.config import run_script
+from harness.data import first_examples, to_unit
+from harness.errors import UserError
+from harness.report import Protocol, open_subject, output_path
+from harness.run import choose_device, command_line, environment, to_device, write_text
+from models import build_model
+
+PROTOCOL = Protocol(dataset="mnist", channels=1, epsilon=0.3, step_ratio=30)
+Name = Literal["apgd-ce", "apgd-t", "fab-t", "square", "autoattack"]
+
+
+@dataclass(frozen=True)
+class Config:
+    checkpoint: tuple[str, ...] = ()             # files of trained networks
+    arch: str | None = None                      # network of a foreign checkpoint: a model's name, or file.py:callable
+    dataset: str | None = None                   # data set or image folder; default: the checkpoint's
+    epsilon: float | None = None                 # radius, pixels in [0, 1]; default: the checkpoint's
+    norm: Literal["linf", "l2"] = "linf"         # of the radius
+    num_examples: int | None = 1000              # the first so many test images
+    seeds: tuple[int, ...] = (0,)                # of the random numbers of both sides, one run each
+    attacks: tuple[Name, ...] = ("apgd-ce", "apgd-t", "fab-t", "square")  # in this order
+    sides: tuple[Literal["ours", "reference"], ...] = ("ours", "reference")  # which implementations run
+    batch_size: int = 250                        # images at a time
+    step_size: float | None = None               # of the checkpoint's threat model; no attack here has one
+    data_dir: str | None = None                  # folder of the data sets; default: the checkpoint's, or data
+    out: str | None = None                       # JSON file to write, never over another
+    device: str = "auto"                         # auto, cpu, or an accelerator by its name in torch
+
+
+def ours(name: str, seed: int, batch_size: int, model: nn.Module, x: Tensor, y: Tensor, **task: object) -> Tensor:
+    """Our attack of that name on the images x [B, C, H, W], `batch_size` at a time."""
+    keys = example_keys(torch.arange(len(x), device=x.device), seed)
+    if name == "autoattack":
+        return autoattack(model, x, y, keys=keys, batch_size=batch_size, **task)
+    attack = dict(STANDARD)[name]
+    parts = torch.arange(len(x), device=x.device).split(batch_size)
+    return torch.cat([attack(model, x[rows], y[rows], keys=keys[rows], **task) for rows in parts])
+
+
+def reference(name: str, seed: int, batch_size: int, model: nn.Module, x: Tensor, y: Tensor, **task: object) -> Tensor:
+    """The published attack of that name."""
+    members = {} if name == "autoattack" else {"members": (name,)}
+    return autoattack_reference(model, x, y, seed=seed, batch_size=batch_size, **members, **task)
+
+
+SIDES = {"ours": ours, "reference": reference}
+
+
+def measure(attack: Callable, model: nn.Module, x: Tensor, y: Tensor, correct: Tensor, **task: object) -> tuple[dict, Tensor]:
+    """Robust accuracy in percent and seconds of one attack, and which images are robust, [B] bool."""
+    start = time.process_time()
+    x_adv = attack(model, x, y, **task)
+    seconds = time.process_time() - start
+    robust = correct & ~confirmed(model, x_adv, x, y, **task)
+    return {"robust": int(robust.sum()), "accuracy": 100.0 * robust.float().mean().item(), "cpu_seconds": seconds}, robust
+
+
+def compare(model: nn.Module, x: Tensor, y: Tensor, seed: int, cfg: Config, epsilon: float) -> list[dict]:
+    """One row an attack, and one for the union of those run alone, with the figures of each side."""
+    correct = predict(model, x).argmax(dim=1) == y
+    task, rows, standing = {"epsilon": epsilon, "norm": cfg.norm}, [], dict.fromkeys(cfg.sides, correct)
+    for name in cfg.attacks:
+        row = {"attack": name, "seed": seed}
+        for side in cfg.sides:
+            row[side], robust = measure(partial(SIDES[side], name, seed, cfg.batch_size), model, x, y, correct, **task)
+            if name != "autoattack":
+                standing[side] = standing[side] & robust
+        rows.append(row)
+        show(row)
+    rows.append({"attack": "union", "seed": seed} | {
+        side: {"robust": int(robust.sum()), "accuracy": 100.0 * robust.float().mean().item()} for side, robust in standing.items()})
+    show(rows[-1])
+    return rows
+
+
+def show(row: dict) -> None:
+    figures = "   ".join(f"{side} {row[side]['accuracy']:6.2f} % {row[side].get('cpu_seconds', float('nan')):8.1f} s"
+                         for side in SIDES if side in row)
+    print(f"seed {row['seed']}  {row['attack']:<11} {figures}", flush=True)
+
+
+def main(cfg: Config) -> None:
+    if not cfg.checkpoint:
+        raise UserError("name at least one --checkpoint")
+    out = output_path(cfg.out, Path(cfg.out), whole_run=False) if cfg.out else None
+    device, results = choose_device(cfg.device), []
+    for path in map(Path, cfg.checkpoint):
+        subject = open_subject(path.stem, path, cfg, PROTOCOL)
+        data = subject.data
+        model = to_device(model_from(subject.contents, path, cfg.arch, data.num_classes, data.image_shape[0], build_model, print), device)
+        test = first_examples(data.test, cfg.num_examples).to(device)
+        x, y = to_unit(test.images), test.labels
+        print(f"{path}: {len(x):,} test images of {data.name}, {cfg.norm} {subject.epsilon:g}", flush=True)
+        for seed in cfg.seeds:
+            try:
+                rows = compare(model, x, y, seed, cfg, subject.epsilon)
+            except ValueError as error:  # the extra is not installed
+                raise UserError(str(error)) from error
+            results.append({"checkpoint": str(path), "epsilon": subject.epsilon, "norm": cfg.norm, "num_examples": len(x), "rows": rows})
+            if out:
+                facts = {"command": command_line(), "date": time.strftime("%Y-%m-%d"), "batch_size": cfg.batch_size}
+                write_text(out, json.dumps({"results": results, **facts, "environment": environment(device)}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    run_script(main, Config)
