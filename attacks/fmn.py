@@ -14,8 +14,8 @@ def fmn(model: nn.Module, x: Tensor, y: Tensor, *, norm: str = "linf", num_steps
         target: Tensor | None = None, gamma: float = 0.05, step_size: float | None = None, mode: str | None = "eval") -> Tensor:
     """Alternate a step down the margin m = z_y - max_{k != y} z_k with a change of the radius that the perturbation is projected onto.
 
-        radius    ||delta||_p + m / ||grad m||_q until an adversary is found (distance to the boundary of the linearised margin); after
-                  that radius * (1 + gamma) where the iterate is correct, min(radius * (1 - gamma), best) where it is adversarial
+        radius    until an adversary is found max(||delta||_p + m / ||grad m||_q, radius) * (1 + gamma): the distance to the boundary of
+                  the linearised margin; then radius * (1 + gamma) where the iterate is correct, min(radius * (1 - gamma), best) elsewhere
         iterate   delta <- clip( Pi_radius( delta - step_size * grad m / ||grad m||_2 ) )            (Algorithm 1)
 
     x: [B, C, H, W] in [0, 1]; y: [B]; start: images [B, C, H, W] of other classes: those that are misclassified are first brought to the
@@ -25,7 +25,8 @@ def fmn(model: nn.Module, x: Tensor, y: Tensor, *, norm: str = "linf", num_steps
     10 forward passes with a start.
     Returns the closest adversary found, x itself where none was, without a graph. Raises ValueError as `check_arguments` does.
 
-    Differs from the released code: the last iterate is looked at too.
+    Differs from the paper: before the first adversary the radius is at least (1 + gamma) times the last, where the estimate alone can stand
+    still for good, at a tie or at the faces of the box (78 of 100 points of a small network in l_2); the last iterate is looked at too.
     """
     check_arguments(x, y, norm, num_steps)
     if start is not None and start.shape != x.shape:
@@ -35,14 +36,14 @@ def fmn(model: nn.Module, x: Tensor, y: Tensor, *, norm: str = "linf", num_steps
     closest = Closest(x, norm)
     with frozen(model, mode) as bare, torch.enable_grad():
         x_adv = x if start is None else _boundary(bare, x, y, start.detach(), closest)
-        radius = torch.where(closest.distance.isfinite(), closest.distance, torch.full_like(closest.distance, torch.inf))
+        radius = torch.where(closest.distance.isfinite(), closest.distance, torch.zeros_like(closest.distance))
         for step in range(num_steps):
             margin, wrong, gradient = descend(bare, x_adv, y, target)
             closest.offer(x_adv, wrong)
             delta, change = x_adv - x, cosine(gamma, LAST_GAMMA, step, num_steps)
             to_boundary = norm_of(delta, norm) + margin / dual_norm_of(gradient, norm).clamp_(min=1e-12)
-            outwards = torch.where(closest.distance.isinf(), to_boundary, radius * (1 + change))
-            radius = torch.where(wrong, torch.minimum(radius * (1 - change), closest.distance), outwards).clamp_(min=0)
+            outwards = torch.where(closest.distance.isinf(), torch.maximum(to_boundary, radius), radius) * (1 + change)
+            radius = torch.where(wrong, torch.minimum(radius * (1 - change), closest.distance), outwards)
             length = cosine(step_size, step_size * LAST_STEP, step, num_steps)
             delta = delta - gradient * per_example(length / norm_of(gradient, "l2").clamp_(min=1e-12), delta)
             x_adv = (x + project(delta, radius, norm)).clamp_(0, 1)

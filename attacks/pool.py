@@ -65,18 +65,18 @@ class MinimalDistances:
 
 
 def minimal_distances(model: nn.Module, x: Tensor, y: Tensor, *, norms: Sequence[str] = NORMS, budget: str | Budget = "standard",
-                      keys: Tensor | None = None, starts: Sequence[Tensor] = (), extra: dict[str, tuple[Callable, int]] | None = None,
-                      mode: str | None = "eval") -> MinimalDistances:
+                      keys: Tensor | None = None, starts: Sequence[Tensor] = (),
+                      extra: dict[str, tuple[Callable, int]] | None = None) -> MinimalDistances:
     """Attack every correctly classified example in every norm with the pool and keep the closest adversary of each.
 
     First DDN, on the nearest boundary and on `num_targets` classes, finds adversaries everywhere; they are where the attacks of each norm
     begin (ALMA in l_2; PDPGD and PGD with bisection in l_inf; PDPGD and ALMA in l_1), and the best of each norm is polished. Before a
-    candidate counts it is clamped to [0, 1] and classified once more, alone, in the model's own precision and in the given mode; only
-    strictly misclassified ones count. Each is measured in all `norms` in float64, so d_linf <= d_l2 <= d_l1 holds of the results.
+    candidate counts it is clamped to [0, 1] and classified once more, in eval mode and the precision of x; only strictly
+    misclassified ones count. Each is measured in all `norms` in float64, so d_linf <= d_l2 <= d_l1 holds of the results.
 
     x: [B, C, H, W] in [0, 1]; y: [B]; budget: a name in BUDGETS or a Budget; keys: [B] of `attacks.noise.example_keys` for the random
     start of PGD, which else begins at x; starts: candidates [B, C, H, W] from elsewhere (adversaries of another attack, images of other
-    classes), from which FMN begins too; extra: name -> (attack (model, x, y, *, norm, mode) -> x_adv, gradients an example), run in
+    classes), from which FMN begins too; extra: name -> (attack (model, x, y, *, norm) -> x_adv, gradients an example), run in
     every norm. Nothing is random but the keyed start: an example's result does not depend on the batch beyond rounding.
     Raises ValueError for an unknown budget or norm, and as `check_arguments` does.
     """
@@ -85,7 +85,7 @@ def minimal_distances(model: nn.Module, x: Tensor, y: Tensor, *, norms: Sequence
     budget = BUDGETS[budget] if isinstance(budget, str) else budget
     for norm in norms:
         check_arguments(x, y, norm, budget.num_steps)
-    logits = predict(model, x, mode)
+    logits = predict(model, x)
     misclassified = logits.argmax(dim=1) != y
     result = MinimalDistances(tuple(norms), misclassified, {}, {}, {})
     for norm in norms:
@@ -93,7 +93,7 @@ def minimal_distances(model: nn.Module, x: Tensor, y: Tensor, *, norms: Sequence
         result.x_adv[norm], result.winner[norm], result.single[norm] = x.detach().clone(), torch.full_like(y, -1), {}
     rows = (~misclassified).nonzero().squeeze(1)
     if len(rows):
-        pool = _Pool(model, x.detach(), y, rows, result, budget, mode)
+        pool = _Pool(model, x.detach(), y, rows, result, budget)
         pool.run([start.detach().clamp(0, 1)[rows] for start in starts], None if keys is None else keys[rows], extra or {})
     return result
 
@@ -101,11 +101,11 @@ def minimal_distances(model: nn.Module, x: Tensor, y: Tensor, *, norms: Sequence
 class _Pool:
     """One run of the pool over the correctly classified examples, `rows` of the batch."""
 
-    def __init__(self, model: nn.Module, x: Tensor, y: Tensor, rows: Tensor, result: MinimalDistances, budget: Budget, mode: str | None):
-        self.model, self.x, self.y, self.rows, self.result, self.budget, self.mode = model, x[rows], y[rows], rows, result, budget, mode
+    def __init__(self, model: nn.Module, x: Tensor, y: Tensor, rows: Tensor, result: MinimalDistances, budget: Budget):
+        self.model, self.x, self.y, self.rows, self.result, self.budget = model, x[rows], y[rows], rows, result, budget
         self.distance = {norm: torch.full(rows.shape, torch.inf, dtype=torch.float64, device=x.device) for norm in NORMS}
         self.nearest = dict.fromkeys(NORMS, self.x)  # in every norm, asked for or not: where the attacks begin
-        self.targets = rivals(predict(model, self.x, mode), self.y, budget.num_targets) if budget.num_targets else None  # [B, T]
+        self.targets = rivals(predict(model, self.x), self.y, budget.num_targets) if budget.num_targets else None  # [B, T]
 
     def run(self, starts: list[Tensor], keys: Tensor | None, extra: dict[str, tuple[Callable, int]]) -> None:
         budget = self.budget
@@ -132,7 +132,7 @@ class _Pool:
     def attack(self, name: str, gradients: int, attack: Callable, **options: object) -> None:
         """Run one attack on every example and offer what it finds."""
         started = time.monotonic()
-        self.offer(name, attack(self.model, self.x, self.y, mode=self.mode, **options))
+        self.offer(name, attack(self.model, self.x, self.y, **options))
         self._count(name, gradients, started)
 
     def attack_targets(self, name: str, attack: Callable, starts: Tensor | None, **options: object) -> Tensor:
@@ -140,9 +140,9 @@ class _Pool:
         started, count = time.monotonic(), self.targets.shape[1]
         x, y = self.x.repeat_interleave(count, dim=0), self.y.repeat_interleave(count)
         options |= {} if starts is None else {"start": starts}
-        x_adv = attack(self.model, x, y, target=self.targets.flatten(), num_steps=self.budget.target_steps, mode=self.mode, **options)
+        x_adv = attack(self.model, x, y, target=self.targets.flatten(), num_steps=self.budget.target_steps, **options)
         if "norm" in options:
-            x_adv = polish(self.model, x, y, x_adv, norm=options["norm"], num_steps=self.budget.polish_steps, mode=self.mode)
+            x_adv = polish(self.model, x, y, x_adv, norm=options["norm"], num_steps=self.budget.polish_steps)
         for one in x_adv.unflatten(0, (-1, count)).unbind(dim=1):
             self.offer(name, one)
         self._count(name, count * (self.budget.target_steps + self.budget.polish_steps * ("norm" in options)), started)
@@ -154,7 +154,7 @@ class _Pool:
         x_adv, result = x_adv.detach().to(self.x.dtype).clamp(0, 1), self.result
         if name not in result.attacks:
             result.attacks.append(name)
-        with frozen(self.model, self.mode) as bare:
+        with frozen(self.model) as bare:
             wrong = is_wrong(bare(x_adv), self.y)
         for norm in NORMS:
             distance = torch.where(wrong, norm_of(x_adv.double() - self.x.double(), norm), torch.inf)
