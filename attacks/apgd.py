@@ -1,0 +1,194 @@
+"""Auto-PGD: PGD with momentum that sets its own step size (Croce & Hein, "Reliable Evaluation of Adversarial Robustness with an Ensemble
+of Diverse Parameter-free Attacks", ICML 2020, Alg. 1).
+
+    z_{k+1} = Pi( x_k + eta_k * d(grad f(x_k)) )
+    x_{k+1} = Pi( x_k + 0.75 * (z_{k+1} - x_k) + 0.25 * (x_k - x_{k-1}) )
+
+The first step size is 2 epsilon. At each checkpoint an example halves its own and returns to its best point if the loss rose in fewer than
+75 % of the steps since the last checkpoint, or if neither the step size nor the best loss has changed since then.
+"""
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor, nn
+
+from attacks.ball import check_batch, check_steps, direction, per_example, project, radii, random_point, ranked_targets, wrong
+from attacks.dlr import dlr_loss, targeted_dlr_loss
+from attacks.frozen import frozen
+from attacks.noise import example_keys
+from attacks.pgd import cross_entropy
+
+MOMENTUM = 0.75     # alpha: the share of the gradient step
+RISE_SHARE = 0.75   # rho: of the steps between two checkpoints that must raise the loss
+COMPACT_EVERY = 5   # steps between two removals of the examples that are fooled
+LOSSES = {"ce": cross_entropy, "dlr": dlr_loss}
+NORMS = ("linf", "l2")
+
+
+def apgd(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float | Tensor, norm: str = "linf", num_steps: int = 100,
+         loss: str | Callable[[Tensor, Tensor], Tensor] = "ce", start: str | Tensor = "uniform",
+         keys: Tensor | None = None) -> Tensor:
+    """Maximise the loss over the epsilon ball around x within [0, 1]; stop, per example, at the first misclassified point.
+
+    x: [B, C, H, W] in [0, 1]; y: [B]; epsilon: a number, or one per example as a tensor [B]; loss: "ce", "dlr" or a function
+    loss(logits, y) -> [B]; start: "uniform", or the first iterate as a tensor, which is projected; keys: [B] int64 from
+    `attacks.noise.example_keys`, on which alone the random start of an example depends (its position in the batch without them).
+
+    Returns x_adv, shaped as x, without a graph: x itself where x is misclassified, else the first misclassified iterate, else the
+    iterate of largest loss. The model is in eval mode during the attack and as before after it.
+    Raises ValueError for images outside [0, 1], a negative epsilon or num_steps, an unknown norm, loss or start.
+    """
+    keys, radius, x = check_batch(x, y, norm, NORMS, keys), radii(epsilon, x), x.detach()
+    check_steps(num_steps)
+    if isinstance(loss, str) and loss not in LOSSES:
+        raise ValueError(f"unknown loss {loss!r}: choose one of {', '.join(LOSSES)}, or give a function of logits and labels")
+    first = _start(x, radius, norm, start, keys)
+    with frozen(model) as bare:
+        return _attack_standing(bare, x, y, _clean_logits(bare, x), radius, norm, num_steps, first, _loss_function(loss))
+
+
+def apgd_targeted(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float | Tensor, norm: str = "linf", num_steps: int = 100,
+                  num_targets: int = 9, keys: Tensor | None = None) -> Tensor:
+    """APGD on the targeted DLR loss, towards each of min(num_targets, K - 1) classes in turn by descending clean logit.
+
+    Arguments, errors and result as in `apgd`; an example that one target fools is not attacked again, and one that none fools comes back
+    as the last target's best point. Each target has a random start of its own. For two and three classes see `attacks.dlr`.
+    """
+    keys, radius, x = check_batch(x, y, norm, NORMS, keys), radii(epsilon, x), x.detach()
+    check_steps(num_steps, num_targets)
+    with frozen(model) as bare:
+        logits = _clean_logits(bare, x)
+        targets, x_adv, logits_adv = ranked_targets(logits, y, num_targets), x, logits
+        for rank in range(targets.shape[1]):
+            standing = (~wrong(logits_adv, y)).nonzero().squeeze(1)
+            if not len(standing):
+                break
+            found = _attack_towards(bare, x[standing], y[standing], targets[standing, rank], radius[standing], norm, num_steps,
+                                    example_keys(keys[standing], rank))
+            x_adv = x_adv.index_copy(0, standing, found)
+            logits_adv = logits_adv.index_copy(0, standing, _clean_logits(bare, found))
+        return x_adv
+
+
+def checkpoints(num_steps: int) -> list[int]:
+    """The steps w_j = ceil(p_j * num_steps), p_1 = 0.22, p_{j+1} = p_j + max(p_j - p_{j-1} - 0.03, 0.06) (Eq. 3 there)."""
+    shares, steps = [0.0, 0.22], []
+    while shares[-1] <= 1.0:
+        steps.append(math.ceil(round(shares[-1] * num_steps, 9)))
+        shares.append(shares[-1] + max(shares[-1] - shares[-2] - 0.03, 0.06))
+    return sorted(set(steps))
+
+
+@dataclass
+class _Walk:
+    """The examples still attacked, one row each: where they stand in the batch, their task, their iterates and their schedule."""
+    row: Tensor          # [B] position in the batch
+    x: Tensor            # [B, C, H, W] clean image
+    y: Tensor            # [B]
+    target: Tensor       # [B] what the loss takes beside the logits and y; y itself for an untargeted loss
+    radius: Tensor       # [B, 1, 1, 1]
+    x_adv: Tensor        # x_k
+    x_last: Tensor       # x_{k-1}
+    gradient: Tensor     # at x_k
+    loss: Tensor         # [B] at x_k
+    x_best: Tensor       # the iterate of largest loss ...
+    best_gradient: Tensor
+    best_loss: Tensor    # [B]
+    step_size: Tensor    # [B, 1, 1, 1]
+    rises: Tensor        # [B] steps since the last checkpoint that raised the loss
+    checked_loss: Tensor  # [B] best loss at the last checkpoint
+    halved: Tensor       # [B] whether the last checkpoint halved the step size
+
+    def keep(self, rows: Tensor) -> None:
+        for field in fields(self):
+            setattr(self, field.name, getattr(self, field.name)[rows])
+
+
+def _attack_standing(model, x, y, clean_logits, radius, norm, num_steps, first, loss_fn):
+    standing = (~wrong(clean_logits, y)).nonzero().squeeze(1)
+    if not len(standing):
+        return x
+    found = _ascend(model, x[standing], y[standing], y[standing], radius[standing], norm, num_steps, first[standing], loss_fn)
+    return x.index_copy(0, standing, found)
+
+
+def _attack_towards(model, x, y, target, radius, norm, num_steps, keys):
+    return _ascend(model, x, y, target, radius, norm, num_steps, random_point(x, radius, norm, keys), targeted_dlr_loss)
+
+
+def _ascend(model: nn.Module, x: Tensor, y: Tensor, target: Tensor, radius: Tensor, norm: str, num_steps: int, first: Tensor,
+            loss_fn: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+    """Algorithm 1 from the point `first`, on examples none of which is misclassified yet; loss_fn(logits, y, target) -> [B]."""
+    loss, gradient = _evaluate(model, first, y, target, loss_fn)
+    walk = _Walk(torch.arange(len(x), device=x.device), x, y, target, radius, first, first, gradient, loss, first, gradient, loss,
+                 2.0 * radius, torch.zeros_like(loss), loss, torch.zeros_like(loss, dtype=torch.bool))
+    result, last_check, checks = first.clone(), 0, set(checkpoints(num_steps))
+    for k in range(1, num_steps + 1):
+        if (k - 1) % COMPACT_EVERY == 0 and bool((fooled := walk.best_loss.isposinf()).any()):
+            result[walk.row] = walk.x_best
+            walk.keep(~fooled)
+            if not len(walk.row):
+                return result
+        _step(model, walk, norm, 1.0 if k == 1 else MOMENTUM, loss_fn)
+        if k in checks:
+            _check(walk, k - last_check)
+            last_check = k
+    result[walk.row] = walk.x_best
+    return result
+
+
+def _step(model, walk: _Walk, norm: str, momentum: float, loss_fn) -> None:
+    """One step of every example, and the record of its best point."""
+    z = project(walk.x_adv + walk.step_size * direction(walk.gradient, norm), walk.x, walk.radius, norm)
+    if momentum < 1.0:
+        z = project(walk.x_adv + momentum * (z - walk.x_adv) + (1.0 - momentum) * (walk.x_adv - walk.x_last),
+                    walk.x, walk.radius, norm)
+    walk.x_last, walk.x_adv = walk.x_adv, z
+    loss, walk.gradient = _evaluate(model, z, walk.y, walk.target, loss_fn)
+    walk.rises = walk.rises + (loss > walk.loss)
+    walk.loss, better = loss, loss > walk.best_loss
+    wide = per_example(better, z)
+    walk.x_best, walk.best_gradient = z.where(wide, walk.x_best), walk.gradient.where(wide, walk.best_gradient)
+    walk.best_loss = loss.where(better, walk.best_loss)
+
+
+def _check(walk: _Walk, num_steps: int) -> None:
+    """Halve the step size of the examples that make no headway and put them back to their best point (conditions 1 and 2)."""
+    stuck = (walk.rises < RISE_SHARE * num_steps) | (~walk.halved & (walk.best_loss <= walk.checked_loss))
+    wide = per_example(stuck, walk.x)
+    walk.step_size = (walk.step_size / 2.0).where(wide, walk.step_size)
+    walk.x_adv, walk.gradient = walk.x_best.where(wide, walk.x_adv), walk.best_gradient.where(wide, walk.gradient)
+    walk.loss = walk.best_loss.where(stuck, walk.loss)
+    walk.halved, walk.checked_loss, walk.rises = stuck, walk.best_loss, torch.zeros_like(walk.rises)
+
+
+def _evaluate(model, x_adv: Tensor, y: Tensor, target: Tensor, loss_fn) -> tuple[Tensor, Tensor]:
+    """The loss [B], infinite where x_adv is misclassified, so that no later point replaces it as the best; and its gradient."""
+    with torch.enable_grad():
+        point = x_adv.detach().requires_grad_()
+        logits = model(point)
+        losses = loss_fn(logits, y, target)
+        gradient, = torch.autograd.grad(losses.sum(), point)
+    return losses.detach().masked_fill(wrong(logits.detach(), y), torch.inf), gradient
+
+
+def _loss_function(loss) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    function = LOSSES.get(loss, loss) if isinstance(loss, str) else loss
+    return lambda logits, y, _: function(logits, y)
+
+
+def _start(x: Tensor, radius: Tensor, norm: str, start: str | Tensor, keys: Tensor) -> Tensor:
+    if isinstance(start, Tensor):
+        if start.shape != x.shape:
+            raise ValueError(f"a start of shape {tuple(start.shape)} does not fit images of shape {tuple(x.shape)}")
+        return project(start.detach(), x, radius, norm)
+    if start != "uniform":
+        raise ValueError(f"unknown start {start!r}: 'uniform', or the first iterate as a tensor")
+    return random_point(x, radius, norm, keys)
+
+
+def _clean_logits(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(x)

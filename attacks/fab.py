@@ -1,0 +1,189 @@
+"""FAB, the fast adaptive boundary attack, in its targeted form (Croce & Hein, "Minimally distorted adversarial examples with a fast
+adaptive boundary attack", ICML 2020, Alg. 1; targeted as in AutoAttack, ICML 2020).
+
+The boundary towards class t is linearised at x_k: w = grad(z_t - z_y), c = (z_t - z_y)(x_k). With P the projection onto that hyperplane
+within the box [0, 1],
+
+    alpha   = min( |P(x_k) - x_k| / (|P(x_k) - x_k| + |P(x) - x|), 0.1 )
+    x_{k+1} = clip( (1 - alpha) (x_k + 1.05 (P(x_k) - x_k)) + alpha (x + 1.05 (P(x) - x)) )
+
+and a misclassified x_{k+1} is drawn back towards x by a tenth. No random numbers: the first iterate is x.
+"""
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor, nn
+
+from attacks.ball import TINY, check_batch, check_steps, norms, per_example, radii, ranked_targets
+from attacks.frozen import frozen
+
+ALPHA_MAX = 0.1         # largest pull towards the hyperplane's point nearest to x
+OVERSHOOT = 1.05        # eta: how far beyond the hyperplane a step goes
+BACKWARD = 0.9          # beta: what is left of the perturbation after a misclassified iterate
+SEARCH_STEPS = 3        # of the final search on the segment to x
+COMPACT_EVERY = 5       # steps between two removals of the examples that are done
+NORMS = ("linf", "l2", "l1")
+
+
+def fab_targeted(model: nn.Module, x: Tensor, y: Tensor, *, norm: str = "linf", num_steps: int = 100, num_targets: int = 9,
+                 epsilon: float | Tensor | None = None, keys: Tensor | None = None) -> Tensor:
+    """The closest misclassified point found on the way to each of min(num_targets, K - 1) classes, by descending clean logit.
+
+    x: [B, C, H, W] in [0, 1]; y: [B]; norm: "linf", "l2" or "l1". With `epsilon`, a number or one per example [B], an example is done
+    with at its first misclassified point within epsilon. `keys` are accepted as by every attack of an ensemble; nothing here is random.
+
+    Returns x_adv, shaped as x, in [0, 1], without a graph: x itself where x is misclassified, and where nothing was found. A point found
+    farther than epsilon is returned too: it is an upper bound on the distance. The model is in eval mode and as before afterwards.
+    Raises ValueError for images outside [0, 1], a negative epsilon or num_steps, and an unknown norm.
+    """
+    check_batch(x, y, norm, NORMS, keys)
+    check_steps(num_steps, num_targets)
+    x = x.detach()
+    enough = torch.full_like(x[:, 0, 0, 0], -1.0) if epsilon is None else radii(epsilon, x).flatten()  # [B]; -1: never
+    with frozen(model) as bare:
+        gap, targets = _clean(bare, x, y, num_targets)
+        x_adv, distance = x.clone(), torch.full_like(enough, torch.inf).masked_fill_(gap > 0, 0.0)
+        for rank in range(targets.shape[1]):
+            rows = ((gap <= 0) & (distance > enough)).nonzero().squeeze(1)
+            if not len(rows):
+                break
+            found, reached = _walk_to(bare, x[rows], y[rows], targets[rows, rank], enough[rows], norm, num_steps)
+            found, reached = _search(bare, x[rows], y[rows], found, reached, gap[rows], norm)
+            nearer = rows[reached < distance[rows]]
+            x_adv[nearer], distance[nearer] = found[reached < distance[rows]], reached[reached < distance[rows]]
+        return x_adv
+
+
+def project_box(x: Tensor, w: Tensor, c: Tensor, norm: str) -> Tensor:
+    """The nearest point to x in [0, 1] on the hyperplane {x + d: <w, d> + c = 0}, batched.
+
+    x, w: [B, D] with x in [0, 1]; c: [B]; returns [B, D]. Where the hyperplane misses the box: the box's point nearest to it in which every
+    coordinate with w_i != 0 lies on its bound. Towards the hyperplane coordinate i has room m_i and contributes |w_i| per unit; the
+    optimum moves it by min(m_i, lambda) in l_inf and min(m_i, lambda |w_i|) in l_2, and in l_1 fills the rooms by descending |w_i|.
+    """
+    sign = -torch.sign(c)[:, None] * w.sign()
+    room, rate = torch.where(sign > 0, 1.0 - x, x) * sign.abs(), w.abs()
+    step = _fill_by_rate(room, rate, c.abs()) if norm == "l1" else _fill_evenly(room, rate, c.abs(), norm)
+    return (x + sign * step).clamp_(0.0, 1.0)
+
+
+def _fill_evenly(room: Tensor, rate: Tensor, amount: Tensor, norm: str) -> Tensor:
+    """min(room, lambda * g) with g = 1 ("linf") or rate ("l2") and lambda such that sum(rate * min(room, lambda * g)) = amount.
+
+    The sum is concave and piecewise linear in lambda, so Newton's method from 0 approaches the root from below, and is there as soon as
+    no further coordinate fills its room. An amount beyond reach leads to lambda = inf, hence to room.
+    """
+    slope = rate if norm == "linf" else rate.square()
+    knee = room if norm == "linf" else room / rate.clamp_min(TINY)
+    gain, scale = rate * room, slope.sum(1)
+    level, count = torch.zeros_like(amount), torch.full_like(amount, -1.0)
+    while True:
+        full = knee <= level[:, None]
+        filled = full.sum(1).to(count.dtype)
+        if bool((filled == count).all()):
+            break
+        count = filled
+        rest = slope.masked_fill(full, 0.0).sum(1)
+        missing = (amount - (gain * full).sum(1)).clamp_min_(0.0)
+        level = torch.maximum(level, torch.where(rest > TINY * scale, missing / rest, torch.inf))
+    level = level[:, None].clamp_max(torch.finfo(room.dtype).max)
+    return torch.minimum(room, level if norm == "linf" else level * rate)
+
+
+def _fill_by_rate(room: Tensor, rate: Tensor, amount: Tensor) -> Tensor:
+    order = rate.argsort(dim=1, descending=True)
+    rate, room = rate.gather(1, order), room.gather(1, order)
+    gain = rate * room
+    before = gain.cumsum(1) - gain
+    step = torch.minimum(room, (amount[:, None] - before).clamp_min_(0.0) / rate.clamp_min(TINY))
+    return torch.zeros_like(step).scatter_(1, order, step)
+
+
+@dataclass
+class _Walk:
+    """The examples still walking, one row each."""
+    row: Tensor       # [B] position in the batch
+    x: Tensor         # [B, C, H, W] clean image
+    y: Tensor         # [B]
+    target: Tensor    # [B] class
+    enough: Tensor    # [B] distance at which an example is done
+    x_adv: Tensor     # x_k
+    found: Tensor     # nearest misclassified point so far
+    distance: Tensor  # [B] its distance, infinite where there is none
+
+    def keep(self, rows: Tensor) -> None:
+        for field in fields(self):
+            setattr(self, field.name, getattr(self, field.name)[rows])
+
+
+def _walk_to(model, x: Tensor, y: Tensor, target: Tensor, enough: Tensor, norm: str, num_steps: int) -> tuple[Tensor, Tensor]:
+    """Walk along the boundary towards one class: the nearest misclassified point and its distance [B], x and infinity for none."""
+    walk = _Walk(torch.arange(len(x), device=x.device), x, y, target, enough, x, x, torch.full_like(enough, torch.inf))
+    found, distance = x.clone(), walk.distance.clone()
+    for k in range(num_steps):
+        if k % COMPACT_EVERY == 0 and bool((done := walk.distance <= walk.enough).any()):
+            found[walk.row], distance[walk.row] = walk.found, walk.distance
+            walk.keep(~done)
+            if not len(walk.row):
+                return found, distance
+        _step(model, walk, norm)
+    found[walk.row], distance[walk.row] = walk.found, walk.distance
+    return found, distance
+
+
+def _step(model, walk: _Walk, norm: str) -> None:
+    x, x_k = walk.x.flatten(1), walk.x_adv.flatten(1)
+    w, c = _linearise(model, walk.x_adv, walk.y, walk.target)
+    w, at_x = w.flatten(1), c + (w.flatten(1) * (x - x_k)).sum(1)
+    d_k = project_box(x_k, w, c, norm) - x_k
+    d = project_box(x, w, at_x, norm) - x
+    length_k, length = norms(d_k, norm), norms(d, norm)
+    alpha = (length_k / (length_k + length).clamp_min(TINY)).clamp_max(ALPHA_MAX)[:, None]
+    point = ((1 - alpha) * (x_k + OVERSHOOT * d_k) + alpha * (x + OVERSHOOT * d)).clamp_(0.0, 1.0).view_as(walk.x)
+    hit = _gap(model, point, walk.y) > 0
+    reached = norms(point - walk.x, norm)
+    nearer = hit & (reached < walk.distance) & ~(walk.distance <= walk.enough)
+    walk.found = point.where(per_example(nearer, point), walk.found)
+    walk.distance = reached.where(nearer, walk.distance)
+    walk.x_adv = torch.where(per_example(hit, point), torch.lerp(walk.x, point, BACKWARD), point)
+
+
+def _search(model, x: Tensor, y: Tensor, found: Tensor, distance: Tensor, gap: Tensor, norm: str) -> tuple[Tensor, Tensor]:
+    """Draw the points found nearer to x: a few steps of the secant method on the gap along the segment between the two."""
+    near, gap_near, gap_far = x, gap, _gap(model, found, y)
+    for _ in range(SEARCH_STEPS):
+        share = (gap_far / (gap_far - gap_near).clamp_min(TINY)).nan_to_num(0.0).clamp_(0.0, 1.0)
+        point = torch.lerp(found, near, per_example(share, x))
+        gap_point = _gap(model, point, y)
+        hit = distance.isfinite() & (gap_point > 0)
+        wide = per_example(hit, x)
+        found, near = point.where(wide, found), near.where(wide, point)
+        gap_far, gap_near = gap_point.where(hit, gap_far), gap_near.where(hit, gap_point)
+    return found, norms(found - x, norm).where(distance.isfinite(), distance)
+
+
+def _clean(model, x: Tensor, y: Tensor, num_targets: int) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        logits = model(x)
+    return gap_to_rival(logits, y), ranked_targets(logits, y, num_targets)
+
+
+def gap_to_rival(logits: Tensor, y: Tensor) -> Tensor:
+    """max_{k != y} z_k - z_y: positive where misclassified.  logits [B, K], y [B] -> [B]."""
+    others = logits.scatter(1, y[:, None], -torch.inf)
+    return others.amax(1) - logits.gather(1, y[:, None]).squeeze(1)
+
+
+def _gap(model, x_adv: Tensor, y: Tensor) -> Tensor:
+    with torch.no_grad():
+        return gap_to_rival(model(x_adv), y)
+
+
+def _linearise(model, x_adv: Tensor, y: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient w of z_t - z_y at x_adv, zero where it is not finite, and that difference c [B]."""
+    with torch.enable_grad():
+        point = x_adv.detach().requires_grad_()
+        logits = model(point)
+        difference = (logits.gather(1, target[:, None]) - logits.gather(1, y[:, None])).squeeze(1)
+        w, = torch.autograd.grad(difference.sum(), point)
+    return w.nan_to_num(0.0, 0.0, 0.0), difference.detach()
