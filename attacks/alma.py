@@ -21,15 +21,17 @@ def alma(model: nn.Module, x: Tensor, y: Tensor, *, norm: str = "l2", num_steps:
         mu <- 0.9 mu + 0.1 dP/dc,     rho <- 1.2 rho every 10 steps where no adversary was met and c did not fall by 5 %
 
     x: [B, C, H, W] in [0, 1]; y: [B]; m is the margin z_y - max_{k != y} z_k, or z_y - z_target with target [B]; start: the first
-    iterate, x by default. The step falls to 1 % of
-    the first, whose length is that of a distance of 0.1 (l2) or 0.5 (l1). num_steps gradients an example and one forward pass more.
+    iterate, x by default (an adversary helps where m is flat around x). The step falls to 1 % of the first, which goes to a distance of
+    0.1 (l2) or 0.5 (l1). num_steps gradients and two forward passes an example.
     Returns the closest adversary found, x itself where none was, without a graph. Raises ValueError as `check_arguments` does; the
     norms are l_2 and l_1.
 
     Differs from the paper: the margin is divided by its value at x instead of by a difference of ranked logits, which needs three
-    classes; both make the attack independent of the scale of the logits.
+    classes (both make the attack independent of the scale of the logits); the gradient is scaled by its length, not pixel by pixel.
     """
     check_arguments(x, y, norm, num_steps, tuple(FIRST_DISTANCE))
+    if start is not None and start.shape != x.shape:
+        raise ValueError(f"a start of shape {tuple(start.shape)} does not fit images of shape {tuple(x.shape)}")
     x = x.detach()
     closest, x_adv = Closest(x, norm), x if start is None else start.detach()
     rho, mu = torch.ones_like(closest.distance), torch.ones_like(closest.distance)

@@ -228,4 +228,4 @@ def _solve(program: Program, time_limit: float) -> tuple[np.ndarray | None, bool
     status, info = solver.getModelStatus(), solver.getInfo()
     if info.primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible:
         return np.array(solver.getSolution().col_value), False
-    return None, status == highspy.HighsModelStatus.kInfeasible
+    return None, status in (highspy.HighsModelStatus.kInfeasible, highspy.HighsModelStatus.kUnboundedOrInfeasible)  # all is bounded
