@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from attacks.alma import alma
 from attacks.bisection import pgd_bisection
 from attacks.ddn import ddn
+from attacks.fab import fab_targeted
 from attacks.fmn import fmn
 from attacks.frozen import frozen, predict
 from attacks.minimal import NORMS, check_arguments, is_wrong, norm_of, per_example, rivals
@@ -29,18 +30,26 @@ class Budget:
     num_rounds: int       # of the bisection in l_inf
     round_steps: int      # of each of them
     polish_steps: int
+    fab_steps: int        # of FAB on each of fab_targets classes
+    fab_targets: int
     thorough: bool = False  # every attack in every norm, FMN included
 
 
 BUDGETS = {
-    "fast": Budget(num_steps=100, target_steps=0, num_targets=0, num_rounds=6, round_steps=20, polish_steps=20),
-    "standard": Budget(num_steps=200, target_steps=100, num_targets=4, num_rounds=8, round_steps=40, polish_steps=40),
-    "strong": Budget(num_steps=1000, target_steps=300, num_targets=9, num_rounds=10, round_steps=100, polish_steps=100, thorough=True),
+    "fast": Budget(num_steps=100, target_steps=0, num_targets=0, num_rounds=6, round_steps=20, polish_steps=20, fab_steps=20,
+                   fab_targets=3),
+    "standard": Budget(num_steps=200, target_steps=100, num_targets=4, num_rounds=8, round_steps=40, polish_steps=40, fab_steps=50,
+                       fab_targets=9),
+    "strong": Budget(num_steps=1000, target_steps=300, num_targets=9, num_rounds=10, round_steps=100, polish_steps=100, fab_steps=100,
+                     fab_targets=9, thorough=True),
 }
-# The attacks of each norm, which begin at the closest adversary there is; those of the thorough budget besides; the one aimed at classes.
-PLAN = {"linf": (pdpgd,), "l2": (alma,), "l1": (pdpgd, alma)}
-THOROUGH = {"linf": (fmn,), "l2": (pdpgd, fmn), "l1": (fmn,)}
-TARGETED = {"linf": pdpgd, "l2": alma, "l1": pdpgd}
+
+# The attacks of each norm, which begin at the closest adversary there is, those of the thorough budget, and the one aimed at classes: in
+# this order of the norms, because what is found in l_2 is a good start in the others.
+PLAN = {"l2": (alma,), "linf": (pdpgd,), "l1": (pdpgd, alma)}
+THOROUGH = {"l2": (pdpgd, fmn), "linf": (fmn,), "l1": (fmn,)}
+TARGETED = {"l2": alma, "linf": pdpgd, "l1": pdpgd}
+TARGETED_ALWAYS = ("linf", "l1")  # in l_2 FAB, aimed at every class, leaves it little to find
 
 
 @dataclass
@@ -69,9 +78,9 @@ def minimal_distances(model: nn.Module, x: Tensor, y: Tensor, *, norms: Sequence
                       extra: dict[str, tuple[Callable, int]] | None = None) -> MinimalDistances:
     """Attack every correctly classified example in every norm with the pool and keep the closest adversary of each.
 
-    First DDN, on the nearest boundary and on `num_targets` classes, finds adversaries everywhere; they are where the attacks of each norm
-    begin (ALMA in l_2; PDPGD and PGD with bisection in l_inf; PDPGD and ALMA in l_1), and the best of each norm is polished. Before a
-    candidate counts it is clamped to [0, 1] and classified once more, in eval mode and the precision of x; only strictly
+    First DDN and targeted FAB in l_2 find adversaries everywhere; they are where the attacks of each norm begin (ALMA in l_2; PDPGD in
+    l_inf, beside PGD with bisection; PDPGD and ALMA in l_1; PDPGD also aimed at `num_targets` classes), and the best of each norm is
+    polished. Before a candidate counts it is clamped to [0, 1] and classified once more, in eval mode and the precision of x; only strictly
     misclassified ones count. Each is measured in all `norms` in float64, so d_linf <= d_l2 <= d_l1 holds of the results.
 
     x: [B, C, H, W] in [0, 1]; y: [B]; budget: a name in BUDGETS or a Budget; keys: [B] of `attacks.noise.example_keys` for the random
@@ -113,16 +122,19 @@ class _Pool:
             self.attack(f"start {number}", 0, lambda *_, start=start, **options: start)
         self.attack("ddn", budget.num_steps, ddn, num_steps=budget.num_steps)
         aimed = self.attack_targets("ddn targeted", ddn, None) if budget.num_targets else None
-        for norm in self.result.norms:
+        self.attack_fab("l2")
+        for norm in [norm for norm in PLAN if norm in self.result.norms]:
             if norm == "linf":
                 self.attack("bisection linf", budget.num_rounds * budget.round_steps, pgd_bisection, num_steps=budget.round_steps,
                             num_rounds=budget.num_rounds, keys=keys)
-            for attack in PLAN[norm] + (THOROUGH[norm] if budget.thorough else ()):
+            for number, attack in enumerate(PLAN[norm] + (THOROUGH[norm] if budget.thorough else ())):
                 self.attack(f"{attack.__name__} {norm}", budget.num_steps, attack, norm=norm, num_steps=budget.num_steps,
-                            start=self.nearest[norm])
+                            start=self.nearest[norm if number else "l2"])
             for number, start in enumerate(starts):
                 self.attack(f"fmn {norm} from start {number}", budget.num_steps, fmn, norm=norm, num_steps=budget.num_steps, start=start)
-            if budget.num_targets:
+            if budget.thorough and norm != "l2":
+                self.attack_fab(norm)
+            if budget.num_targets and (budget.thorough or norm in TARGETED_ALWAYS):
                 self.attack_targets(f"{TARGETED[norm].__name__} {norm} targeted", TARGETED[norm], aimed, norm=norm)
             for name, (attack, gradients) in extra.items():
                 self.attack(f"{name} {norm}", gradients, attack, norm=norm)
@@ -134,6 +146,10 @@ class _Pool:
         started = time.monotonic()
         self.offer(name, attack(self.model, self.x, self.y, **options))
         self._count(name, gradients, started)
+
+    def attack_fab(self, norm: str) -> None:
+        steps, targets = self.budget.fab_steps, self.budget.fab_targets
+        self.attack(f"fab {norm}", steps * targets, fab_targeted, norm=norm, num_steps=steps, num_targets=targets)
 
     def attack_targets(self, name: str, attack: Callable, starts: Tensor | None, **options: object) -> Tensor:
         """Run one attack on every example and each of its targets, offer what it finds, and give that: [B * T, ...]."""

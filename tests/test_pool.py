@@ -8,7 +8,8 @@ from attacks.minimal import NORMS, is_wrong, norm_of
 from attacks.noise import example_keys
 from attacks.pool import BUDGETS, Budget, minimal_distances
 
-SMALL = Budget(num_steps=40, target_steps=20, num_targets=2, num_rounds=4, round_steps=10, polish_steps=10)
+SMALL = Budget(num_steps=40, target_steps=20, num_targets=2, num_rounds=4, round_steps=10, polish_steps=10, fab_steps=5,
+               fab_targets=2)
 
 
 @pytest.fixture(scope="module")
