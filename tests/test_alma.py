@@ -1,0 +1,79 @@
+"""ALMA against the closed form of linear models, its penalty, and the polish."""
+import pytest
+import torch
+from nets import interior, linear, linear_distance, tiny_mlp
+
+from attacks.alma import _penalty_slope, alma
+from attacks.minimal import NORMS, is_wrong, norm_of
+from attacks.polish import nearest_loss, polish
+
+norms = pytest.mark.parametrize("norm", NORMS)
+
+
+@pytest.mark.parametrize("norm", ("l2", "l1"))
+@pytest.mark.parametrize("num_classes", (2, 5))
+def test_alma_finds_the_distance_of_a_linear_model(norm, num_classes):
+    model = linear(num_classes)
+    x, y = interior(model)
+    x_adv = alma(model, x, y, norm=norm, num_steps=500)
+    expected = linear_distance(model, x, y, norm)
+    assert is_wrong(model(x_adv), y).all()
+    assert (norm_of(x_adv - x, norm) >= expected * (1 - 1e-9)).all()
+    if norm == "l1":  # its last steps leave a little on pixels that should be still
+        assert (norm_of(x_adv - x, norm) <= 1.3 * expected).all()
+        x_adv = polish(model, x, y, x_adv, norm=norm)
+        assert is_wrong(model(x_adv), y).all()
+    torch.testing.assert_close(norm_of(x_adv - x, norm), expected, rtol=0.01, atol=0)
+
+
+def test_the_penalty_slope_is_the_derivative_of_p2():
+    constraint = torch.linspace(-2, 2, 9, dtype=torch.float64).requires_grad_()
+    rho, mu = torch.full_like(constraint, 1.5), torch.full_like(constraint, 0.7)
+    above = mu * constraint + mu * rho * constraint.square() + rho.square() * constraint ** 3 / 6
+    penalty = torch.where(constraint >= 0, above, mu * constraint / (1 - rho * constraint.clamp(max=0)))
+    slope, = torch.autograd.grad(penalty.sum(), constraint)
+    torch.testing.assert_close(_penalty_slope(constraint.detach(), rho, mu), slope)
+
+
+def test_the_norms_are_l2_and_l1():
+    model = linear()
+    with pytest.raises(ValueError, match="unknown norm 'linf': choose one of l2, l1"):
+        alma(model, *interior(model), norm="linf")
+
+
+# The polish
+
+@norms
+def test_one_step_of_the_polish_is_exact_on_a_linear_model(norm):
+    model = linear(2)
+    x, y = interior(model)
+    far = (x + 0.45 * (model[1].weight[1 - y] - model[1].weight[y]).view_as(x).sign()).clamp(0, 1).detach()
+    assert is_wrong(model(far), y).all()
+    x_adv = polish(model, x, y, far, norm=norm, num_steps=1)
+    assert is_wrong(model(x_adv), y).all()
+    torch.testing.assert_close(norm_of(x_adv - x, norm), linear_distance(model, x, y, norm), rtol=2e-4, atol=0)
+
+
+@norms
+def test_the_polish_never_makes_an_adversary_worse_and_leaves_the_rest_alone(norm):
+    model, file = tiny_mlp()
+    x, y = torch.from_numpy(file["images"])[:, None] / 255, torch.from_numpy(file["labels"])
+    far = torch.cat([x[4:], x[:4]])
+    x_adv = polish(model, x, y, far, norm=norm)
+    wrong = is_wrong(model(far), y)
+    assert wrong.any() and is_wrong(model(x_adv), y)[wrong].all()
+    assert (norm_of(x_adv - x, norm) < norm_of(far - x, norm))[wrong].all()
+    assert torch.equal(x_adv[~wrong], far[~wrong])
+    still = polish(model, x, model(x).argmax(dim=1), x, norm=norm)
+    assert torch.equal(still, x)
+
+
+@norms
+def test_the_nearest_point_of_a_half_space_within_the_box(norm):
+    x = torch.tensor([[0.9, 0.5, 0.2, 0.5]], dtype=torch.float64)
+    gradient = torch.tensor([[-2.0, 1.0, 1.0, 0.0]], dtype=torch.float64)  # room for 0.1, 0.5, 0.2 and any
+    moved = nearest_loss(x, gradient, torch.tensor([0.5], dtype=torch.float64), norm)[0].tolist()
+    expected = {"linf": [0.1, -0.15, -0.15, 0.0], "l2": [0.1, -0.15, -0.15, 0.0], "l1": [0.1, -0.3, 0.0, 0.0]}[norm]
+    assert moved == pytest.approx(expected, abs=1e-12)
+    out_of_reach = nearest_loss(x, gradient, torch.tensor([5.0], dtype=torch.float64), norm)[0].tolist()
+    assert out_of_reach == pytest.approx([0.1, -0.5, -0.2, 0.0])
