@@ -17,7 +17,7 @@ NONE = np.iinfo(np.int64).max
 
 @dataclass(frozen=True)
 class ClassDistances:
-    """Per point the smallest distances in one norm, in grey levels of 0 to 255 (l_2: squared), [n] int64; NONE where there is no such point.
+    """Per point the smallest distances in one norm, in grey levels of 0 to 255 (l_2: squared), [n] int64; NONE where there is none.
 
     prefix: [n], entry j is the smallest inter-class distance among the first j + 1 points of a random order, NONE as long as there is none.
     """
@@ -44,6 +44,18 @@ class ClassDistances:
     def intra_unit(self) -> np.ndarray:
         """The intra-class distances of images in [0, 1], without those of classes of one point."""
         return self.unit(self.intra[self.intra != NONE])
+
+
+def summarize(found: ClassDistances, thresholds: tuple[float, ...]) -> dict[str, object]:
+    """Smallest, median and largest distances of images in [0, 1], and what each threshold t means on their scale.
+
+    `of_half`: t over half the smallest inter-class distance; `within_2t`: share of the points with a point of another class within 2 t.
+    """
+    inter, intra = found.inter_unit(), found.intra_unit()
+    scale = [{"t": t, "of_half": t / (inter.min() / 2), "within_2t": float((inter <= 2 * t).mean())} for t in thresholds]
+    sizes = {name: {"min": float(values.min()), "median": float(np.median(values)), "max": float(values.max()), "points": len(values)}
+             for name, values in (("inter", inter), ("intra", intra)) if len(values)}
+    return sizes | {"half_min_inter": float(inter.min() / 2), "duplicates": found.duplicates, "thresholds": scale}
 
 
 def class_distances(images: torch.Tensor, labels: torch.Tensor, norms: tuple[str, ...] = NORMS, seed: int = 0,

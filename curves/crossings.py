@@ -1,5 +1,6 @@
 """Where one robustness curve lies above another, and whether the sample supports that they cross."""
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -57,9 +58,9 @@ def crossings(parts: list[Stretch]) -> list[Crossing]:
     supported stretches of opposite sign one crossing is, at the last change of sign before the second of them.
     """
     kept = [part for part in parts if part.supported]
-    bounds = {right.start: (left.end, right.start) for left, right in zip(kept, kept[1:]) if left.gap * right.gap < 0}
+    bounds = {right.start: (left.end, right.start) for left, right in pairwise(kept) if left.gap * right.gap < 0}
     found = []
-    for left, right in zip(parts, parts[1:]):
+    for left, right in pairwise(parts):
         if left.gap * right.gap < 0:
             after, before = bounds.get(right.start, (left.end, right.start))
             found.append(Crossing(right.start, right.start in bounds, after, before))

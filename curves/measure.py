@@ -11,13 +11,23 @@ NORMS = ("linf", "l2", "l1")
 @dataclass(frozen=True)
 class Measured:
     """What is known of each of B points: predicted class [B], and by norm the smallest distance [B] (0 where misclassified, inf where
-    nothing was found), the adversarial example there [B, ...] (the clean point in both of those cases) and its margin [B] in float64."""
+    nothing was found), the adversarial example there [B, ...] (the clean point in both of those cases), its margin [B] in float64, and
+    which attack found it [B], -1 for none or unknown."""
 
     pred: Tensor
     clean_margin: Tensor
     distance: dict[str, Tensor]
     x_adv: dict[str, Tensor]
     margin: dict[str, Tensor]
+    winner: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What an attack hands over for b points: by norm images [b, ...], and which of its parts each is from [b]; -1 for none."""
+
+    x_adv: dict[str, Tensor]
+    winner: dict[str, Tensor]
 
 
 def norms_of(delta: Tensor) -> dict[str, Tensor]:
@@ -26,11 +36,11 @@ def norms_of(delta: Tensor) -> dict[str, Tensor]:
     return {"linf": flat.abs().amax(dim=1), "l2": flat.norm(dim=1), "l1": flat.abs().sum(dim=1)}
 
 
-def measure(model: nn.Module, x: Tensor, y: Tensor, norms: tuple[str, ...], attack: Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]],
+def measure(model: nn.Module, x: Tensor, y: Tensor, norms: tuple[str, ...], attack: Callable[[Tensor, Tensor, Tensor], Candidates],
             margin_of: Callable[[Tensor, Tensor], Tensor]) -> Measured:
     """Attack the correctly classified points and keep, in each of `norms`, the closest adversarial example of all that came back.
 
-    model: in eval mode; x: [B, ...] in [0, 1]; y: [B]. attack(x, y, rows) -> {name: x_adv} is called with the correctly classified
+    model: in eval mode; x: [B, ...] in [0, 1]; y: [B]. attack(x, y, rows) -> Candidates is called with the correctly classified
     points alone, `rows` [b] being their places in the batch. margin_of(logits, y) -> [B] is negative exactly where y has lost. Each
     candidate is clamped to [0, 1], classified again and measured in all norms, so that one found in any norm counts in every other.
     """
@@ -41,8 +51,9 @@ def measure(model: nn.Module, x: Tensor, y: Tensor, norms: tuple[str, ...], atta
     distance = {norm: torch.where(wrong, 0.0, torch.inf).double() for norm in norms}
     x_adv, margin = {norm: x.clone() for norm in norms}, {norm: clean_margin.clone() for norm in norms}
     rows = (~wrong).nonzero().squeeze(1)
-    candidates = attack(x[rows], y[rows], rows) if len(rows) else {}
-    for candidate in candidates.values():
+    winner = {norm: torch.full_like(y, -1) for norm in norms}
+    candidates = attack(x[rows], y[rows], rows) if len(rows) else Candidates({}, {})
+    for source, candidate in candidates.x_adv.items():
         candidate = candidate.detach().clamp(0.0, 1.0)
         with torch.no_grad():
             found = model(candidate).double()
@@ -51,5 +62,5 @@ def measure(model: nn.Module, x: Tensor, y: Tensor, norms: tuple[str, ...], atta
         for norm in norms:
             better = adversarial & (sizes[norm] < distance[norm][rows])
             distance[norm][rows[better]], margin[norm][rows[better]] = sizes[norm][better], value[better]
-            x_adv[norm][rows[better]] = candidate[better]
-    return Measured(pred, clean_margin, distance, x_adv, margin)
+            x_adv[norm][rows[better]], winner[norm][rows[better]] = candidate[better], candidates.winner[source][better]
+    return Measured(pred, clean_margin, distance, x_adv, margin, winner)

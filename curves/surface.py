@@ -2,14 +2,16 @@
 
     S(epsilon, alpha) = sum_i w_i 1[f(x_i + delta_i(epsilon)) = y_i] / sum_i w_i,    w_i = exp(-alpha m_i(epsilon))
 
-The weights are those of Zeng et al. (AAAI 2021, Eq. 17-19), m_i(epsilon) is the probability margin at the perturbation. S(epsilon, 0) is
-1 - R(epsilon). S never rises with alpha: its derivative is -Cov_w(m, 1[correct]), and a wrong point's margin is never above a correct one's.
-In epsilon it may go either way for alpha > 0, since the weights change too.
+The weights are those of Zeng et al. (AAAI 2021, Eq. 17-19), m_i(epsilon) is the probability margin at the perturbation. S(epsilon, 0)
+is 1 - R(epsilon). S never rises with alpha: its derivative is -Cov_w(m, 1[correct]), and a wrong point's margin is never above a correct
+one's. In epsilon it may go either way for alpha > 0, since the weights change too.
 """
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+
+FEW = 30  # effective points, below which an estimate rests on a handful
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ def climb(epsilons: np.ndarray, distances: np.ndarray, clean_margin: np.ndarray,
     before, lowest, rows = distances.copy(), np.array(clean_margin, dtype=np.float64), []
     for epsilon in epsilons:
         margin, norm = attack(float(epsilon))
+        norm = np.minimum(norm, epsilon)  # rounding in the images
         distances = np.where((margin < 0) & (norm < distances), norm, distances)
         lowest = np.minimum(lowest, margin)
         reached = np.minimum(lowest, np.where(np.isfinite(before), stored_margin, np.inf))
@@ -62,11 +65,27 @@ def climb(epsilons: np.ndarray, distances: np.ndarray, clean_margin: np.ndarray,
 
 
 def surface(epsilons: np.ndarray, distances: np.ndarray, margins: np.ndarray, alphas: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """S and n_eff, [E, A] each, from distances [n] and margins [E, n] as in `Ladder`, or [A, E, n] with one attack an alpha."""
-    margins = np.broadcast_to(margins, (len(alphas), *np.shape(margins)[-2:]))
-    values = np.array([[weighted_share(distances > epsilon, margin_weights(margins[a, e], alpha)) for a, alpha in enumerate(alphas)]
+    """S and n_eff, [E, A] each, from distances [n] and margins [E, n] as in `Ladder`."""
+    values = np.array([[weighted_share(distances > epsilon, margin_weights(margins[e], alpha)) for alpha in alphas]
                        for e, epsilon in enumerate(epsilons)])  # [E, A, 2]
     return values[..., 0], values[..., 1]
+
+
+def both(epsilons: np.ndarray, alphas: tuple[float, ...], known: tuple[np.ndarray, np.ndarray, np.ndarray],
+         attack: Callable[[float, float], tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
+    """A_sa and A_tr with their effective sample sizes, and the tilted curve, [E, A] each, and the distances [n] that A_sa agrees with.
+
+    known: distances, margins at the clean points, and margins at the stored examples, [n] each. attack(epsilon, alpha) as in `climb`,
+    on the loss weighted by exp(-alpha m): one unweighted attack serves A_sa at every alpha, A_tr has one for each.
+    """
+    distances, clean, stored = known
+    plain = climb(epsilons, distances, clean, stored, lambda epsilon: attack(epsilon, 0.0))
+    parts = [climb(epsilons, distances, clean, stored, lambda epsilon, alpha=alpha: attack(epsilon, alpha)) if alpha else plain
+             for alpha in alphas]
+    found = dict(zip(("A_sa", "n_eff_sa"), surface(epsilons, plain.distances, plain.margins, alphas)))
+    columns = [surface(epsilons, part.distances, part.margins, (alpha,)) for part, alpha in zip(parts, alphas)]
+    found |= {name: np.concatenate([column[k] for column in columns], axis=1) for k, name in enumerate(("A_tr", "n_eff_tr"))}
+    return found | {"tilted": tilted(epsilons, plain.distances, alphas), "distances": plain.distances, "improved": plain.improved}
 
 
 def tilted(epsilons: np.ndarray, distances: np.ndarray, betas: tuple[float, ...]) -> np.ndarray:

@@ -1,14 +1,23 @@
 """Distances of points from a model's decision boundary, on disk: distances.npz, which grows point by point and can be taken up again."""
+import dataclasses
 import hashlib
 import json
 import os
+import time
 import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
 from harness.errors import UserError
+from harness.report import dumps
+from harness.run import claim_folder, command_line, write_text
+from harness.sources import Split
 
 FILE = "distances.npz"
 NORMS = ("linf", "l2", "l1")
@@ -23,6 +32,7 @@ class Results:
     status                pending; misclassified (distance 0); ok; censored (no adversarial example found, distance inf)
     upper_NORM            distance of the closest adversarial example found
     lower_NORM            certified lower bound of the distance, 0 where there is none
+    attack_NORM           which of about["attacks"] found it, -1 for none or unknown
     margin_NORM           probability margin at that adversarial example; clean_margin: at the point itself
     x_adv_NORM            the adversarial example itself, where it was asked for
 
@@ -33,13 +43,15 @@ class Results:
     columns: dict[str, np.ndarray] = field(default_factory=dict)
 
     @classmethod
-    def empty(cls, about: dict, index: np.ndarray, label: np.ndarray, norms: tuple[str, ...], image_shape: tuple[int, ...] | None) -> "Results":
+    def empty(cls, about: dict, index: np.ndarray, label: np.ndarray, norms: tuple[str, ...],
+              image_shape: tuple[int, ...] | None) -> "Results":
         """All points pending; with an `image_shape` the adversarial examples are kept too."""
         n = len(index)
         columns = {"index": index.astype(np.int64), "label": label.astype(np.int64), "pred": np.full(n, -1),
                    "status": np.full(n, PENDING, dtype="U13"), "clean_margin": np.full(n, np.nan)}
         for norm in norms:
-            columns |= {f"upper_{norm}": np.full(n, np.inf), f"lower_{norm}": np.zeros(n), f"margin_{norm}": np.full(n, np.nan)}
+            columns |= {f"upper_{norm}": np.full(n, np.inf), f"lower_{norm}": np.zeros(n), f"margin_{norm}": np.full(n, np.nan),
+                        f"attack_{norm}": np.full(n, -1)}
             if image_shape:
                 columns[f"x_adv_{norm}"] = np.zeros((n, *image_shape), np.float32)
         return cls(about, columns)
@@ -70,11 +82,12 @@ class Results:
         return np.flatnonzero(self.columns["status"] == PENDING)
 
     def put(self, rows: np.ndarray, measured: object) -> None:
-        """Enter what was measured (pred, clean_margin, and by norm distance, margin and x_adv, as tensors) for `rows` [b]."""
+        """Enter what was measured (pred, clean_margin, and by norm distance, margin, x_adv and winner, as tensors) for `rows` [b]."""
         self.columns["pred"][rows] = measured.pred.cpu().numpy()
         self.columns["clean_margin"][rows] = measured.clean_margin.cpu().numpy()
         for norm in self.norms:
-            for column, values in (("upper", measured.distance), ("margin", measured.margin), ("x_adv", measured.x_adv)):
+            for column, values in (("upper", measured.distance), ("margin", measured.margin), ("x_adv", measured.x_adv),
+                                   ("attack", measured.winner)):
                 if f"{column}_{norm}" in self.columns:
                     self.columns[f"{column}_{norm}"][rows] = values[norm].cpu().numpy()
         found = np.isfinite(np.stack([self.upper(norm)[rows] for norm in self.norms])).all(axis=0)
@@ -108,7 +121,7 @@ def read(path: Path) -> Results:
             raise ValueError("its columns are not those of distances")
     except FileNotFoundError:
         raise UserError(f"there is no {path}: compute it first") from None
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zipfile.zlib.error) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path} cannot be read as distances ({str(error).splitlines()[0] if str(error) else type(error).__name__}): "
                         "delete it and compute again") from error
     return results
@@ -157,3 +170,69 @@ def original_json(results: Results) -> dict[str, dict[str, list[float]]]:
 def sha256(path: Path) -> str:
     """Checksum of a file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+# ---- the folder ----------------------------------------------------------------------------------------------------------------------
+
+def claim(cfg: object, script: str) -> Path:
+    """The folder to write: the one to be resumed, cfg.out, or runs/<script>/<time>, with config.json in it.
+
+    Raises UserError for a folder that already holds something or cannot be written.
+    """
+    try:
+        folder = claim_folder(SimpleNamespace(resume=cfg.resume, out_dir=cfg.out), script)
+    except UserError as error:
+        raise UserError(str(error).replace("--out_dir", "--out")) from None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        facts = {"script": script, "command_line": command_line()}
+        write_text(folder / "config.json", dumps(facts | dataclasses.asdict(cfg) | {"resume": None}))
+    except OSError as error:
+        raise UserError(f"cannot write to {folder} ({error.strerror}): name another --out") from error
+    return folder
+
+
+def begin(folder: Path, about: dict, points: Split, norms: tuple[str, ...], adversaries: bool, resume: bool) -> Results:
+    """The results in `folder` when resuming and there are any, or all points pending.  Raises UserError where they are of other things."""
+    index, label = points.index.cpu().numpy(), points.labels.cpu().numpy()
+    shape = tuple(points.images.shape[1:]) if adversaries else None
+    if not resume or not (folder / FILE).exists():
+        return Results.empty(about, index, label, norms, shape)
+    results = read(folder)
+    other = [key for key in ("sha256", "data", "budget", "seed") if results.about.get(key) != about[key]]
+    same_points = np.array_equal(results.columns["index"], index) and np.array_equal(results.columns["label"], label)
+    if other or not same_points or set(results.norms) != set(norms):
+        raise UserError(f"{folder / FILE} is of other {', '.join(other) or 'points or norms'}: it cannot be gone on with")
+    return results
+
+
+@contextmanager
+def saving(results: Results, folder: Path, seconds: float = 10.0) -> Iterator[Callable[[], None]]:
+    """Yield a function to be called after every batch: it saves when the last time is `seconds` ago; at the end, however it comes, all is
+    saved."""
+    last = time.monotonic()
+
+    def saved() -> None:
+        nonlocal last
+        if time.monotonic() - last > seconds:
+            results.save(folder)
+            last = time.monotonic()
+
+    results.save(folder)
+    try:
+        yield saved
+    finally:
+        results.save(folder)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write plain values; rows of numbers take one line each."""
+    write_text(path, dumps(value))
+
+
+def write_csv(path: Path, head: tuple[str, ...], rows: list[tuple]) -> None:
+    """Write rows under a heading, numbers to nine digits, nothing for nan."""
+    def cell(value: object) -> str:
+        return ("" if np.isnan(value) else f"{value:.9g}") if isinstance(value, (float, np.floating)) else str(value)
+
+    write_text(path, "".join(",".join(map(cell, row)) + "\n" for row in [head, *rows]))

@@ -96,7 +96,7 @@ def _fc1_shapes(arrays: dict[str, np.ndarray], image_shape: tuple[int, int, int]
 
 
 def _channels_first(rows: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """A weight [H * W * C, out] for features in the order H, W, C as one [out, C * H * W] for features (C, H, W) flattened as torch does."""
+    """A weight [H * W * C, out] for features in the order H, W, C as one [out, C * H * W] for them in torch's order C, H, W."""
     channels, height, width = shape
     return rows.view(height, width, channels, -1).permute(3, 2, 0, 1).reshape(rows.shape[1], -1)
 
@@ -112,8 +112,8 @@ def _filled(layer: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module:
 
 def _cnn(t: dict[str, Tensor], image_shape: tuple[int, int, int]) -> nn.Sequential:
     channels, height, width = image_shape
-    conv1, conv2 = (_filled(nn.Conv2d(inputs, outputs, 4, stride=2, padding=1), t[f"weights_{name}"].permute(3, 2, 0, 1), t[f"biases_{name}"])
-                    for name, inputs, outputs in (("conv1", channels, 16), ("conv2", 16, 32)))
+    conv1, conv2 = (_filled(nn.Conv2d(count, out, 4, stride=2, padding=1), t[f"weights_{name}"].permute(3, 2, 0, 1), t[f"biases_{name}"])
+                    for name, count, out in (("conv1", channels, 16), ("conv2", 16, 32)))
     fc1 = _linear(_channels_first(t["weights_fc1"], (32, height // 4, width // 4)), t["biases_fc1"])
     return nn.Sequential(conv1, nn.ReLU(), conv2, nn.ReLU(), nn.Flatten(), fc1, nn.ReLU(), _linear(t["weights_fc2"].T, t["biases_fc2"]))
 
@@ -136,7 +136,7 @@ def image_split(path: str | Path, images: np.ndarray | None, labels: np.ndarray 
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or not len(images):
         raise UserError(f"{path}: images is {images.dtype} {list(images.shape)}, not uint8 [N, H, W, C]")
     if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1] or labels.min() < 0:
-        raise UserError(f"{path}: labels is {labels.dtype} {list(labels.shape)}, not integers from 0, one for each of {len(images):,} images")
+        raise UserError(f"{path}: labels is {labels.dtype} {list(labels.shape)}, not integers from 0 for {len(images):,} images")
     pixels = torch.from_numpy(images)
     pixels = pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
     return Split(pixels.contiguous(), torch.from_numpy(labels.astype(np.int64)), torch.arange(len(labels)))

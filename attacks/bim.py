@@ -1,7 +1,8 @@
-"""Minimal l_inf perturbations by bisecting the radius of PGD, as the robustness curves of Risse et al. (ICANN 2021) were computed.
+"""Minimal l_inf perturbations from the basic iterative method (Kurakin et al., ICLR 2017) with a bisection of its radius: how the
+robustness curves of Risse et al. (ICANN 2021) were computed.
 
-For comparison only: one class of loss, no random start and a step tied to the radius leave its distances 17 % too far on the network
-that they were published for. attacks.pool is what curves are drawn from.
+For comparison only: one loss, no random start and a step tied to the radius leave its distances 17 % too far on the network that
+they were published for. attacks.pool is what curves are drawn from.
 """
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from attacks.frozen import frozen
 from attacks.pgd import check_images, cross_entropy
 
 
-def pgd_bisection(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float = 0.3, num_steps: int = 40, steps_per_radius: float = 30.0,
+def bim_bisection(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float = 0.3, num_steps: int = 40, steps_per_radius: float = 30.0,
                   growth: float = 1.5, num_growths: int = 20, num_bisections: int = 20) -> tuple[Tensor, Tensor]:
     """The smallest adversarial perturbation found by BIM on the cross-entropy, the radius searched for each example on its own.
 
