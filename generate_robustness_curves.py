@@ -183,7 +183,7 @@ def distances(cfg: Config) -> None:
     found = class_distances(points.images, points.labels, cfg.chosen_norms, cfg.seed,
                             partial(tqdm, desc="class distances", unit="block", disable=None))
     about = {"dataset": cfg.dataset, "split": cfg.split, "num_points": len(points)}
-    output.class_distances(found, folder, about, cfg.thresholds, cfg.look, cfg.plot, time.monotonic() - started)
+    output.class_distances(found, points, folder, about, cfg.thresholds, cfg.look, cfg.plot, time.monotonic() - started)
 
 
 def surface(cfg: Config) -> None:

@@ -39,7 +39,7 @@ def panels(several: list[Results], look: Look) -> dict[str, list[dict]]:
 
 def draw_curves(several: list[Results], folder: Path, look: Look, marks: dict[str, tuple[float, ...]]) -> list[Path]:
     """curves.png: R(t) of every model, a panel a norm."""
-    return plots.curves(panels(several, look), folder / "curves", confidence=look.confidence, units=look.units, marks=marks,
+    return plots.curves(panels(several, look), folder / "curves", confidence=look.confidence, band=look.band, units=look.units, marks=marks,
                         formats=look.formats)
 
 
@@ -139,7 +139,8 @@ def draw_sample_size(several: list[Results], folder: Path, look: Look) -> list[P
     models = [{"label": f"{len(values):,} points", "n": len(values), "censored": Curve(values).censored}
               | curve_points(values, np.zeros(len(values)), look.band, look.confidence)
               for values in (results.upper(norm), results.upper(norm)[rows])]
-    return plots.curves({norm: models}, folder / "sample_size", confidence=look.confidence, units=look.units, formats=look.formats)
+    return plots.curves({norm: models}, folder / "sample_size", confidence=look.confidence, band=look.band, units=look.units,
+                        formats=look.formats)
 
 
 def draw_scaled(several: list[Results], images: np.ndarray, folder: Path, look: Look) -> list[Path]:

@@ -12,6 +12,7 @@ from curves.class_distances import ClassDistances, summarize
 from curves.figures import Look
 from harness.curve_store import Results, write_csv, write_json
 from harness.run import command_line, environment
+from harness.sources import Split
 
 Thresholds = dict[str, tuple[float, ...]]
 
@@ -80,11 +81,13 @@ def _print_pairs(found: dict[str, list[dict]], points: int) -> None:
             print(f"{norm:<4}  {entry['first']} - {entry['second']}: {text}, band +-{100 * entry['half_width']:.1f}; crossings: {crossed}")
 
 
-def class_distances(found: dict[str, ClassDistances], folder: Path, about: dict, thresholds: Thresholds, look: Look, plot: bool,
-                    seconds: float) -> None:
-    """class_distances.json, its figures, and the extremes of the inter-class distances on the screen.  about: data set and points."""
+def class_distances(found: dict[str, ClassDistances], points: Split, folder: Path, about: dict, thresholds: Thresholds, look: Look,
+                    plot: bool, seconds: float) -> None:
+    """class_distances.npz and .json, the figures, and on the screen the extremes of the inter-class distances.  about: the data set."""
     entries = {norm: summarize(part, thresholds[norm]) for norm, part in found.items()}
     write_json(folder / "class_distances.json", facts(seconds) | about | {"norms": entries})
+    columns = {f"{kind}_{norm}": part.unit(getattr(part, kind)) for norm, part in found.items() for kind in ("inter", "intra", "prefix")}
+    np.savez_compressed(folder / "class_distances.npz", index=points.index.cpu().numpy(), label=points.labels.cpu().numpy(), **columns)
     names, inter = " ".join(found), [entries[norm]["inter"] for norm in found]
     shown = " | ".join(" ".join(f"{part[end]:.2f}" for part in inter) for end in ("min", "max"))
     print(f"inter-class distances, smallest {names} | largest {names}: {shown}  ({about['num_points']:,} points, {seconds:.1f} s)")

@@ -51,22 +51,29 @@ def _steps(axis: object, t: np.ndarray, values: np.ndarray, end: float, **option
     axis.step(np.append(t, max(end, t[-1])), 100 * np.append(values, values[-1]), where="post", linewidth=1.4, **options)
 
 
-def curves(panels: dict[str, list[dict]], stem: Path, *, confidence: float = 0.95, units: str = "raw",
-           marks: dict[str, tuple[float, ...]] | None = None, title: str = "", formats: tuple[str, ...] = ("png",)) -> list[Path]:
+def curves(panels: dict[str, list[dict]], stem: Path, *, confidence: float = 0.95, band: str = "dkw", units: str = "raw",
+           marks: dict[str, tuple[float, ...]] | None = None, formats: tuple[str, ...] = ("png",)) -> list[Path]:
     """R(t) of several models, one panel a norm, each with its band.
 
     panels: norm -> models, each with `label`, `n`, `censored` (a number of points) and the columns t, R, low, high and, where lower
     bounds are known, R_certified: the bracket is drawn dotted. marks: norm -> sizes with a thin line.
     """
     figure, axes = _axes(1, len(panels))
+    kind = f"{100 * confidence:g} % {'simultaneous' if band == 'dkw' else 'point-wise'} band"
     for axis, (norm, models) in zip(axes[0], panels.items()):
         _curve_panel(axis, models, norm, units, (marks or {}).get(norm, ()))
-        few = len(models) <= FEW
-        band = f"shaded: {100 * confidence:g} % band" if few else f"{100 * confidence:g} % band: $\\pm$ " + _half_width(models)
-        axis.set(xlabel=_size_label(norm, units), title=f"{title}{NORM_NAMES[norm]}  ({band})")
+        note = f"shaded: {kind}" if len(models) <= FEW else f"{kind}: $\\pm$ {_half_width(models)} at most"
+        axis.set_xlabel(_size_label(norm, units))
+        axis.set_title(f"{NORM_NAMES[norm]}  ({note})", fontsize=10)
     axes[0][0].set_ylabel("points with an adversarial example\nwithin t: R(t), %")
-    axes[0][0].legend(loc="lower right", frameon=True, framealpha=0.85, edgecolor="none", fontsize=8)
+    _legend_above(figure, axes[0])
     return _write(figure, stem, formats)
+
+
+def _legend_above(figure: object, axes: np.ndarray) -> None:
+    """One legend over all panels, each entry once: none of the curves is under it."""
+    entries = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
+    figure.legend(entries.values(), entries, loc="outside upper center", ncols=min(len(entries), 2 * len(axes)), frameon=False, fontsize=9)
 
 
 def _half_width(models: list[dict]) -> str:
@@ -79,7 +86,7 @@ def _curve_panel(axis: object, models: list[dict], norm: str, units: str, marks:
     end = 1.02 * scale * max(model["t"][-1] for model in models) or 1.0
     for k, model in enumerate(models):
         t = scale * model["t"]
-        label = model["label"] + (f" ({model['censored']} of {model['n']} censored)" if model["censored"] else "")
+        label = f"{model['label']} (n = {model['n']:,})"
         _steps(axis, t, model["R"], end, label=label, **_style(k))
         if len(models) <= FEW:
             low, high = (100 * np.append(model[name], model[name][-1]) for name in ("low", "high"))
@@ -136,7 +143,7 @@ def quantiles(panels: dict[tuple[str, str], list[dict]], stem: Path, formats: tu
                  title=f"Quantiles, {NORM_NAMES[second]} against {NORM_NAMES[first]}")
         axis.set_xlim(left=0)
         axis.set_ylim(bottom=0)
-    axes[0][0].legend(loc="best", frameon=True, framealpha=0.85, edgecolor="none", fontsize=8)
+    _legend_above(figure, axes[0])
     return _write(figure, stem, formats)
 
 
@@ -177,7 +184,7 @@ def class_distances(panels: dict[str, dict], stem: Path, *, units: str = "raw", 
         axis.set(xlabel=f"distance, {NORM_NAMES[norm]} norm, {UNITS[units][1]}", title=f"{title}{NORM_NAMES[norm]}", ylim=(0, 101))
         axis.set_xlim(left=0)
     axes[0][0].set_ylabel("points within that distance, %")
-    axes[0][0].legend(loc="center left", frameon=True, framealpha=0.85, edgecolor="none", fontsize=8)
+    _legend_above(figure, axes[0])
     return _write(figure, stem, formats)
 
 
@@ -256,7 +263,7 @@ def scaled(models: list[dict], stem: Path, formats: tuple[str, ...] = ("png",)) 
             t, values = model["linf"]
             _steps(axis, factor * t, values, end, label=rf"$\ell_\infty \times$ {factor:.2f} ({name})", **_style(k))
         axis.set(xlabel=_size_label("l2", "raw"), title=model["label"], ylim=(0, 101), xlim=(0, end))
-        axis.legend(loc="lower right", frameon=True, framealpha=0.85, edgecolor="none", fontsize=8)
+        axis.legend(loc="upper left", frameon=True, framealpha=0.85, edgecolor="none", fontsize=8)
     axes[0][0].set_ylabel("R(t), %")
     return _write(figure, stem, formats)
 
@@ -270,7 +277,7 @@ def grid(rows: dict[str, list[dict]], stem: Path, *, units: str = "raw", formats
             axis = axes[row][column]
             _curve_panel(axis, [models[0], models[column + 1]], norm, units, ())
             axis.set_xlabel(_size_label(norm, units), fontsize=9)
-            axis.legend(loc="lower right", frameon=True, framealpha=0.85, edgecolor="none", fontsize=7)
+            axis.legend(loc="upper left", frameon=True, framealpha=0.85, edgecolor="none", fontsize=7)
             if column == 0:
                 axis.set_ylabel("R(t), %")
     return _write(figure, stem, formats)
@@ -282,6 +289,8 @@ def examples(images: np.ndarray, rows: list[tuple[str, np.ndarray]], stem: Path,
     A perturbation is drawn around mid-grey, stretched so that its largest pixel change is the whole range; that change is written below.
     """
     figure, axes = _axes(1 + len(rows), len(images), 1.35, 1.5)
+    for axis in axes.flat:
+        axis.spines[:].set_visible(False)
     for row, (name, values) in enumerate([("image", images), *rows]):
         for column, value in enumerate(values):
             axis, size = axes[row][column], float(np.abs(value).max())
@@ -305,6 +314,6 @@ def distributions(panels: list[dict], stem: Path, formats: tuple[str, ...] = ("p
         for k, (name, (t, values)) in enumerate(panel["lines"].items()):
             _steps(axis, t, values, end, label=name, **_style(k))
         axis.set(xlabel=panel["xlabel"], title=panel["title"], ylim=(0, 101), xlim=(0, end))
-        axis.legend(loc="lower right", frameon=True, framealpha=0.85, edgecolor="none", fontsize=8)
+        axis.legend(loc="upper left", frameon=True, framealpha=0.85, edgecolor="none", fontsize=8)
     axes[0][0].set_ylabel("R(t), %")
     return _write(figure, stem, formats)
