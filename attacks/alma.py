@@ -1,0 +1,81 @@
+"""ALMA (Rony et al., "Augmented Lagrangian Adversarial Attacks", ICCV 2021)."""
+import torch
+from torch import Tensor, nn
+
+from attacks.frozen import frozen
+from attacks.minimal import Closest, check_arguments, descend, is_wrong, logit_margin, norm_of, per_example
+
+LAST_STEP = 0.01            # the last step's size over the first's
+FIRST_DISTANCE = {"l2": 0.1, "l1": 0.5}  # how far the first step goes
+MULTIPLIER = (1e-6, 1e12)   # range of the multiplier mu
+CHECK_EVERY, SHRINKS, GROWTH = 10, 0.95, 1.2  # every so many steps rho grows where the constraint has not come closer
+
+
+def alma(model: nn.Module, x: Tensor, y: Tensor, *, norm: str = "l2", num_steps: int = 500, start: Tensor | None = None,
+         target: Tensor | None = None, momentum: float = 0.9, mode: str | None = "eval") -> Tensor:
+    """Descend an augmented Lagrangian of the distance and the constraint, with a penalty multiplier of each example's own.
+
+        x_{t+1} = clip( x_t - step * momentum of g / rms(||g||_2) ),    g = grad [ ||x_t - x||_p + P(c(x_t), rho, mu) ]
+        c(x') = m(x') / |m(x)|
+        P(c, rho, mu) = mu c + mu rho c^2 + rho^2 c^3 / 6 for c >= 0,   mu c / (1 - rho c) for c < 0              (penalty P2)
+        mu <- 0.9 mu + 0.1 dP/dc,     rho <- 1.2 rho every 10 steps where no adversary was met and c did not fall by 5 %
+
+    x: [B, C, H, W] in [0, 1]; y: [B]; m is the margin z_y - max_{k != y} z_k, or z_y - z_target with target [B]; start: the first
+    iterate, x by default. The step falls to 1 % of
+    the first, whose length is that of a distance of 0.1 (l2) or 0.5 (l1). num_steps gradients an example and one forward pass more.
+    Returns the closest adversary found, x itself where none was, without a graph. Raises ValueError as `check_arguments` does; the
+    norms are l_2 and l_1.
+
+    Differs from the paper: the margin is divided by its value at x instead of by a difference of ranked logits, which needs three
+    classes; both make the attack independent of the scale of the logits.
+    """
+    check_arguments(x, y, norm, num_steps, tuple(FIRST_DISTANCE))
+    x = x.detach()
+    closest, x_adv = Closest(x, norm), x if start is None else start.detach()
+    rho, mu = torch.ones_like(closest.distance), torch.ones_like(closest.distance)
+    velocity, square, step_size = torch.zeros_like(x), None, None
+    met, before = torch.zeros_like(y, dtype=torch.bool), torch.full_like(rho, torch.inf)
+    with frozen(model, mode) as bare, torch.enable_grad():
+        with torch.no_grad():
+            scale = logit_margin(bare(x), y, target).abs().clamp_(min=1e-12)
+        for step in range(num_steps):
+            margin, wrong, gradient = descend(bare, x_adv, y, target)
+            constraint = margin / scale
+            closest.offer(x_adv, wrong)
+            met = met | wrong
+            if step:
+                mu = (0.9 * mu + 0.1 * _penalty_slope(constraint, rho, mu)).clamp_(*MULTIPLIER)
+            if step and step % CHECK_EVERY == 0:
+                rho = torch.where(~met & (constraint > SHRINKS * before), rho * GROWTH, rho)
+                met, before = torch.zeros_like(met), constraint
+            pull = _norm_gradient(x_adv - x, norm) + gradient * per_example(_penalty_slope(constraint, rho, mu) / scale, x)
+            length = norm_of(pull, "l2").clamp_(min=1e-12)
+            step_size = _first_step(x, pull / per_example(length, x), norm) if step_size is None else step_size
+            decay = 0.9 + 0.09 * step / num_steps
+            square = decay * square + (1 - decay) * length.square() if step else length.square()
+            velocity = momentum * velocity + pull * per_example(step_size * LAST_STEP ** (step / num_steps) / square.sqrt(), x)
+            x_adv = (x_adv - velocity).clamp_(0, 1)
+        with torch.no_grad():
+            closest.offer(x_adv, is_wrong(bare(x_adv), y))
+    return closest.x_adv
+
+
+def _norm_gradient(delta: Tensor, norm: str) -> Tensor:
+    """A subgradient of ||delta||_p: 0 at 0.  [B, ...] -> [B, ...]."""
+    return delta.sign() if norm == "l1" else delta / per_example(norm_of(delta, norm).clamp_(min=1e-12), delta)
+
+
+def _penalty_slope(constraint: Tensor, rho: Tensor, mu: Tensor) -> Tensor:
+    """dP/dc of the penalty P2, all [B]: mu at c = 0, growing above, falling towards 0 below."""
+    above = mu + 2 * mu * rho * constraint + (rho * constraint).square() / 2
+    return torch.where(constraint >= 0, above, mu / (1 - rho * constraint.clamp(max=0)).square())
+
+
+def _first_step(x: Tensor, direction: Tensor, norm: str) -> Tensor:
+    """How far along -direction, within the box, the distance becomes FIRST_DISTANCE: [B, ...] twice -> [B]."""
+    lower, upper = torch.zeros(len(x), device=x.device, dtype=x.dtype), torch.full((len(x),), 10.0, device=x.device, dtype=x.dtype)
+    for _ in range(20):
+        middle = (lower + upper) / 2
+        far = norm_of((x - direction * per_example(middle, x)).clamp_(0, 1) - x, norm) > FIRST_DISTANCE[norm]
+        lower, upper = torch.where(far, lower, middle), torch.where(far, middle, upper)
+    return upper

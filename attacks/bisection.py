@@ -1,0 +1,58 @@
+"""The smallest radius at which PGD succeeds, by bisection of each example's own radius.
+
+Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", ICLR 2018, at a radius that is halved in on; with momentum
+(Dong et al., "Boosting Adversarial Attacks with Momentum", CVPR 2018) and a falling step.
+"""
+import torch
+from torch import Tensor, nn
+
+from attacks.frozen import frozen
+from attacks.minimal import Closest, check_arguments, descend, is_wrong, per_example
+from attacks.noise import keyed_uniform
+
+MOMENTUM = 0.75
+FIRST_STEP, LAST_STEP = 1.0, 0.02  # in radii; the step falls linearly
+
+
+def pgd_bisection(model: nn.Module, x: Tensor, y: Tensor, *, norm: str = "linf", num_steps: int = 40, num_rounds: int = 8,
+                  upper: Tensor | None = None, target: Tensor | None = None, keys: Tensor | None = None,
+                  mode: str | None = "eval") -> Tensor:
+    """Bisect the l_inf radius: PGD on the margin within it either finds an adversary, whose distance becomes the upper end, or does not.
+
+    x: [B, C, H, W] in [0, 1]; y: [B]; upper: the radii to begin from [B], 1 by default, the first tried being half of it; target: [B]
+    classes whose margin z_y - z_target is followed; keys: [B] of `attacks.noise.example_keys`, then PGD starts at x + U(-radius, radius),
+    else at x. num_rounds * num_steps gradients and num_rounds forward passes an example.
+    Returns the closest adversary found, x itself where none was, without a graph. Raises ValueError as `check_arguments` does; the only
+    norm is l_inf.
+    """
+    check_arguments(x, y, norm, num_steps, ("linf",))
+    x = x.detach()
+    closest = Closest(x, norm)
+    upper = torch.ones_like(closest.distance) if upper is None else upper.to(x.dtype).clamp(max=1)
+    lower = torch.zeros_like(upper)
+    noise = None if keys is None else 2 * keyed_uniform(keys, x.shape[1:]).to(x.dtype) - 1
+    with frozen(model, mode) as bare, torch.enable_grad():
+        for _ in range(num_rounds):
+            radius = (lower + upper) / 2
+            found = _within(bare, x, y, radius, num_steps, target, noise)
+            closest.offer(found.x_adv, found.distance.isfinite())
+            lower = torch.where(found.distance.isfinite(), lower, radius)
+            upper = torch.where(found.distance.isfinite(), found.distance, upper)
+    return closest.x_adv
+
+
+def _within(bare: nn.Module, x: Tensor, y: Tensor, radius: Tensor, num_steps: int, target: Tensor | None, noise: Tensor | None) -> Closest:
+    """The closest adversary that PGD meets in the balls of `radius` [B]."""
+    bound = per_example(radius, x)
+    lowest, highest = (x - bound).clamp_(min=0), (x + bound).clamp_(max=1)
+    found, velocity = Closest(x, "linf"), torch.zeros_like(x)
+    x_adv = x if noise is None else torch.clamp(x + bound * noise, lowest, highest)
+    for step in range(num_steps):
+        _, wrong, gradient = descend(bare, x_adv, y, target)
+        found.offer(x_adv, wrong)
+        velocity = MOMENTUM * velocity + (1 - MOMENTUM) * gradient.sign()
+        size = FIRST_STEP + (LAST_STEP - FIRST_STEP) * step / max(num_steps - 1, 1)
+        x_adv = torch.clamp(x_adv - size * bound * velocity, lowest, highest)
+    with torch.no_grad():
+        found.offer(x_adv, is_wrong(bare(x_adv), y))
+    return found
