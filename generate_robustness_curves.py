@@ -7,6 +7,7 @@ An attack's distance is an upper bound of d, so the curve is a lower bound of R.
 
 compute     distances of one or several models: distances.npz, curves.csv, summary.json and figures in one folder (--resume goes on with it)
 compare     models at the same points: crossings, simultaneous bands, McNemar's tests, one norm against another
+exact       l_inf distances of small ReLU networks with proof, from stored adversarial examples (compute --adversaries)
 distances   how far apart the classes of a data set are, in exact integers
 surface     robust accuracy over the perturbation size and the attacker's preference for small margins (Zeng et al., AAAI 2021)
 figures     draw again from stored results, with --paper the figures of the paper too
@@ -15,6 +16,7 @@ figures     draw again from stored results, with --paper the figures of the pape
     python generate_robustness_curves.py compute --model runs/at runs/trades --n_points 1000 --out runs/curves
     python generate_robustness_curves.py compare --results runs/curves
     python generate_robustness_curves.py surface --results runs/curves
+    python generate_robustness_curves.py exact --results runs/curves --time_limit 60
     python generate_robustness_curves.py distances --dataset mnist
     python generate_robustness_curves.py figures --results runs/curves --paper
 """
@@ -37,7 +39,9 @@ from attacks.pool import minimal_distances
 from curves import figures as drawing
 from curves import output
 from curves import surface as surfaces
+from curves.certified import affine_layers, certified_distances
 from curves.class_distances import class_distances
+from curves.exact import exact_distances
 from curves.measure import Candidates, measure, norms_of
 from harness import curve_store
 from harness.config import run_script
@@ -45,7 +49,7 @@ from harness.curve_models import names_of, open_subject, reopen
 from harness.data import to_unit
 from harness.errors import UserError
 from harness.evaluation import num_outputs
-from harness.points import choose, load_split
+from harness.points import choose, load_split, pick
 from harness.run import choose_device, to_device
 from harness.sources import Split
 from losses.margin import margin_weights, probability_margin
@@ -57,7 +61,7 @@ NORMS = {"inf": "linf", "2": "l2", "1": "l1"}
 
 @dataclass(frozen=True)
 class Config:
-    command: Literal["compute", "compare", "distances", "surface", "figures"] = "compute"  # may stand first without its flag
+    command: Literal["compute", "compare", "exact", "distances", "surface", "figures"] = "compute"  # may stand first without its flag
     model: tuple[str, ...] = ()                  # compute: checkpoints, run folders or .mat files; --model_path is the same
     arch: str | None = None                      # network of foreign checkpoints: a model's name, or file.py:callable
     nn_type: Literal["cnn", "fc1"] | None = None  # kind of a .mat network; its keys tell, this is only compared
@@ -69,7 +73,10 @@ class Config:
     norms: tuple[Literal["inf", "2", "1"], ...] = ("inf", "2", "1")  # norms of the perturbation
     budget: Literal["fast", "standard", "strong", "original"] = "standard"  # pool of attacks; original: PGD bisection, for comparison
     adversaries: bool = False                    # keep the adversarial examples in distances.npz
-    results: tuple[str, ...] = ()                # compare, surface, figures: folders that compute wrote
+    certify: Literal["none", "crown"] = "none"   # lower bounds of the distances: CROWN, for chains of affine maps and ReLUs
+    rel_gap: float = 1e-4                        # exact: a point is closed when upper / lower <= 1 + rel_gap
+    time_limit: float = 60.0                     # exact: seconds a point; what is not closed then is reported as open
+    results: tuple[str, ...] = ()                # compare, exact, surface, figures: folders that compute wrote
     thresholds_linf: tuple[float, ...] = (0.01, 0.03, 0.1, 0.2, 0.3)  # l_inf sizes for intervals and tests, pixels in [0, 1]
     thresholds_l2: tuple[float, ...] = (0.5, 1.0, 2.0, 3.0)  # l_2 sizes, pixels in [0, 1]
     thresholds_l1: tuple[float, ...] = (2.0, 5.0, 10.0, 20.0)  # l_1 sizes, pixels in [0, 1]
@@ -144,22 +151,28 @@ def fill(results: curve_store.Results, model: nn.Module, points: Split, folder: 
     """Measure the points that are pending, and save as they are done."""
     pending = results.pending()
     attack = partial(attack_pool, model, results.about, cfg.budget, results.norms)
+    layers = chain(model, points) if cfg.certify == "crown" else None
     with tqdm(total=len(results), initial=len(results) - len(pending), desc=results.name, unit="point", disable=None) as bar, \
             curve_store.saving(results, folder) as saved:
         for rows in np.split(pending, range(cfg.batch_size, len(pending), cfg.batch_size)):
             part = points[torch.from_numpy(rows)]
             keys = example_keys(part.index, cfg.seed)
-            found = measure(model, to_unit(part.images), part.labels, results.norms, margin_of=probability_margin,
+            x, y = to_unit(part.images), part.labels
+            found = measure(model, x, y, results.norms, margin_of=probability_margin,
                             attack=lambda x, y, kept, keys=keys: attack(x, y, keys[kept]))
+            for norm in results.norms if layers else ():
+                results.lower(norm)[rows] = certified_distances(layers, x, y, found.distance[norm], norm=norm).numpy()
             results.put(rows, found)
             saved()
             bar.update(len(rows))
 
 
-def fit(points: Split, rows: np.ndarray) -> Split:
-    """The points whose places in the data set are `rows`, in that order."""
-    at = {int(place): k for k, place in enumerate(points.index)}
-    return points[torch.tensor([at[int(place)] for place in rows])]
+def chain(model: nn.Module, points: Split) -> list[tuple[Tensor, Tensor]]:
+    """The network as affine maps with ReLUs between them.  Raises UserError for any other."""
+    try:
+        return affine_layers(model, points.images.shape[1:])
+    except ValueError as error:
+        raise UserError(f"no proof for this network: {error}") from error
 
 
 # ---- the other commands --------------------------------------------------------------------------------------------------------------
@@ -186,6 +199,30 @@ def distances(cfg: Config) -> None:
     output.class_distances(found, points, folder, about, cfg.thresholds, cfg.look, cfg.plot, time.monotonic() - started)
 
 
+def exact(cfg: Config) -> None:
+    """Proofs of l_inf distances, from the stored adversarial examples on: status "exact", or "open" with a bracket."""
+    stored, several = curve_store.find(cfg.results), []
+    if without := [results.name for _, results in stored if "x_adv_linf" not in results.columns]:
+        raise UserError(f"{', '.join(without)}: no adversarial examples in l_inf to begin from (compute with --adversaries)")
+    subjects = [reopen(results.about, build_model) for _, results in stored]
+    layers = [chain(subject.model, subject.split) for subject in subjects]
+    folder, started = curve_store.claim(cfg, SCRIPT), time.monotonic()
+    for (_, results), subject, network in zip(stored, subjects, layers):
+        own, points = folder / results.name if len(stored) > 1 else folder, pick(subject.split, results.columns["index"])
+        results.about |= {"rel_gap": cfg.rel_gap, "time_limit": cfg.time_limit}
+        rows = np.flatnonzero(results.columns["status"] == curve_store.OK)
+        with tqdm(rows, desc=results.name, unit="point", disable=None) as bar, curve_store.saving(results, own) as saved:
+            for row in bar:
+                part, x_adv = points[slice(row, row + 1)], torch.from_numpy(results.columns["x_adv_linf"][row:row + 1])
+                found, = exact_distances(network, to_unit(part.images), part.labels, x_adv, rel_gap=cfg.rel_gap, time_limit=cfg.time_limit)
+                results.put_proof(row, found)
+                saved()
+        several.append(results)
+        closed, open_ = (int((results.columns["status"] == status).sum()) for status in (curve_store.EXACT, curve_store.OPEN))
+        print(f"{results.name}: {closed:,} points exact within {cfg.rel_gap:g}, {open_:,} open after {cfg.time_limit:g} s")
+    output.curves(several, folder, cfg.thresholds, cfg.look, cfg.plot, time.monotonic() - started)
+
+
 def surface(cfg: Config) -> None:
     """Robust accuracy over the perturbation size and the attacker's preference, at the points and around the distances of `results`."""
     stored, device, epsilons = curve_store.find(cfg.results), choose_device(cfg.device), np.unique(cfg.epsilons)
@@ -194,7 +231,7 @@ def surface(cfg: Config) -> None:
     folder, started, found = curve_store.claim(cfg, SCRIPT), time.monotonic(), {}
     for _, results in stored:
         subject = reopen(results.about, build_model)
-        model, points = to_device(subject.model, device), fit(subject.split, results.columns["index"]).to(device)
+        model, points = to_device(subject.model, device), pick(subject.split, results.columns["index"]).to(device)
         known = results.upper("linf"), results.columns["clean_margin"], results.columns["margin_linf"]
         attacks = len(epsilons) * (1 + sum(alpha > 0 for alpha in cfg.alphas))
         with tqdm(total=attacks * len(points), desc=results.name, unit="point", unit_scale=True, disable=None) as bar:
@@ -225,7 +262,7 @@ def figures(cfg: Config) -> None:
     drawn, missing = drawing.draw_curves(several, folder, cfg.look, cfg.thresholds), []
     if cfg.paper:
         try:
-            images = to_unit(fit(reopen(several[0].about, build_model).split, several[0].columns["index"]).images).numpy()
+            images = to_unit(pick(reopen(several[0].about, build_model).split, several[0].columns["index"]).images).numpy()
         except UserError as error:
             print(f"note: {error}")
             images = None
@@ -235,7 +272,7 @@ def figures(cfg: Config) -> None:
         print(line)
 
 
-COMMANDS = {"compute": compute, "compare": compare, "distances": distances, "surface": surface, "figures": figures}
+COMMANDS = {"compute": compute, "compare": compare, "exact": exact, "distances": distances, "surface": surface, "figures": figures}
 
 
 def spelling(words: list[str]) -> list[str]:

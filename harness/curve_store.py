@@ -21,7 +21,7 @@ from harness.sources import Split
 
 FILE = "distances.npz"
 NORMS = ("linf", "l2", "l1")
-PENDING, OK, MISCLASSIFIED, CENSORED = "pending", "ok", "misclassified", "censored"
+PENDING, OK, MISCLASSIFIED, CENSORED, EXACT, OPEN = "pending", "ok", "misclassified", "censored", "exact", "open"
 
 
 @dataclass
@@ -29,7 +29,8 @@ class Results:
     """One model's distances.  columns, n entries each:
 
     index, label, pred    the point's place in the data set, its class, and the class that the model gives it
-    status                pending; misclassified (distance 0); ok; censored (no adversarial example found, distance inf)
+    status                pending; misclassified (distance 0); ok; censored (no adversarial example found, distance inf);
+                          exact (upper and lower end of l_inf agree), open (a proof was tried and ran out of time)
     upper_NORM            distance of the closest adversarial example found
     lower_NORM            certified lower bound of the distance, 0 where there is none
     attack_NORM           which of about["attacks"] found it, -1 for none or unknown
@@ -93,6 +94,13 @@ class Results:
         found = np.isfinite(np.stack([self.upper(norm)[rows] for norm in self.norms])).all(axis=0)
         wrong = self.columns["pred"][rows] != self.columns["label"][rows]
         self.columns["status"][rows] = np.where(wrong, MISCLASSIFIED, np.where(found, OK, CENSORED))
+
+    def put_proof(self, row: int, found: object) -> None:
+        """Enter the bracket of one point in l_inf: found has upper, lower, status and x_adv, flat, which proves the upper end."""
+        self.upper("linf")[row] = min(self.upper("linf")[row], found.upper)
+        self.lower("linf")[row] = max(self.lower("linf")[row], found.lower)
+        self.columns["x_adv_linf"][row] = found.x_adv.reshape(self.columns["x_adv_linf"].shape[1:])
+        self.columns["status"][row] = EXACT if found.status == "exact" else OPEN
 
     def save(self, folder: Path) -> None:
         """Write distances.npz so that it is at every moment the old file or the whole new one."""

@@ -54,3 +54,11 @@ def choose(split: Split, n_points: int | None, indices: str | None) -> Split:
     if n_points is not None and n_points > len(split):
         raise UserError(f"--n_points {n_points:,} is more than the set has: {len(split):,}")
     return split if n_points is None else split[slice(0, n_points)]
+
+
+def pick(split: Split, places: np.ndarray) -> Split:
+    """The images whose places in the data set are `places` [n], in that order.  Raises UserError where one is not there."""
+    row = {place: k for k, place in enumerate(split.index.tolist())}
+    if missing := [place for place in places.tolist() if place not in row]:
+        raise UserError(f"the data set has no image {missing[0]}: it is not the one these distances were measured on")
+    return split[torch.tensor([row[place] for place in places.tolist()])]
