@@ -42,7 +42,7 @@ from curves import surface as surfaces
 from curves.certified import affine_layers, certified_distances
 from curves.class_distances import class_distances
 from curves.exact import exact_distances
-from curves.measure import Candidates, measure, norms_of
+from curves.measure import Candidates, measure, nearest_of_another_class, norms_of
 from harness import curve_store
 from harness.config import run_script
 from harness.curve_models import names_of, open_subject, reopen
@@ -72,6 +72,7 @@ class Config:
     indices: str | None = None                   # text file with the places of the points to take
     norms: tuple[Literal["inf", "2", "1"], ...] = ("inf", "2", "1")  # norms of the perturbation
     budget: Literal["fast", "standard", "strong", "original"] = "standard"  # pool of attacks; original: PGD bisection, for comparison
+    num_starts: int = 2000                       # attacks begin also at the nearest image of another class among so many
     adversaries: bool = False                    # keep the adversarial examples in distances.npz
     certify: Literal["none", "crown"] = "none"   # lower bounds of the distances: CROWN, for chains of affine maps and ReLUs
     rel_gap: float = 1e-4                        # exact: a point is closed when upper / lower <= 1 + rel_gap
@@ -113,15 +114,17 @@ class Config:
         return drawing.Look(self.confidence, self.band, self.units, self.format)
 
 
-def attack_pool(model: nn.Module, about: dict, budget: str, norms: tuple[str, ...], x: Tensor, y: Tensor, keys: Tensor) -> Candidates:
+def attack_pool(model: nn.Module, about: dict, others: tuple[Tensor, Tensor], budget: str, norms: tuple[str, ...], x: Tensor, y: Tensor,
+                keys: Tensor) -> Candidates:
     """The closest of all that the attacks of a budget find; `about` learns which these are and how many gradients each costs a point.
 
-    The budget "original" is the published system's l_inf attack, measured in every norm.
+    others: images and the classes that the model gives them, from which attacks begin as well. The budget "original" is the published
+    system's l_inf attack, measured in every norm.
     """
     if budget == "original":
         about |= {"attacks": ["bim bisection"], "gradients": {"bim bisection": 40 * 41}}
         return Candidates({"linf": bim_bisection(model, x, y)[0]}, {"linf": torch.zeros_like(y)})
-    found = minimal_distances(model, x, y, norms=norms, budget=budget, keys=keys)
+    found = minimal_distances(model, x, y, norms=norms, budget=budget, keys=keys, starts=[nearest_of_another_class(x, y, *others)])
     about |= {"attacks": found.attacks, "gradients": found.gradients}
     return Candidates(found.x_adv, found.winner)
 
@@ -140,17 +143,19 @@ def compute(cfg: Config) -> None:
         own = folder / name if len(files) > 1 else folder
         about = subject.about | {"budget": cfg.budget, "seed": cfg.seed}
         results = curve_store.begin(own, about, points[name], cfg.chosen_norms, cfg.adversaries, bool(cfg.resume))
-        fill(results, to_device(subject.model, device), points[name].to(device), own, cfg)
+        model, others = to_device(subject.model, device), subject.split[slice(0, cfg.num_starts)].to(device)
+        fill(results, model, points[name].to(device), predicted(model, others, cfg.batch_size), own, cfg)
         several.append(results)
         if cfg.save:
             curve_store.write_json(own / "robustness_curves.json", curve_store.original_json(results))
     output.curves(several, folder, cfg.thresholds, cfg.look, cfg.plot, time.monotonic() - started)
 
 
-def fill(results: curve_store.Results, model: nn.Module, points: Split, folder: Path, cfg: Config) -> None:
+def fill(results: curve_store.Results, model: nn.Module, points: Split, others: tuple[Tensor, Tensor], folder: Path,
+         cfg: Config) -> None:
     """Measure the points that are pending, and save as they are done."""
     pending = results.pending()
-    attack = partial(attack_pool, model, results.about, cfg.budget, results.norms)
+    attack = partial(attack_pool, model, results.about, others, cfg.budget, results.norms)
     layers = chain(model, points) if cfg.certify == "crown" else None
     with tqdm(total=len(results), initial=len(results) - len(pending), desc=results.name, unit="point", disable=None) as bar, \
             curve_store.saving(results, folder) as saved:
@@ -165,6 +170,13 @@ def fill(results: curve_store.Results, model: nn.Module, points: Split, folder: 
             results.put(rows, found)
             saved()
             bar.update(len(rows))
+
+
+def predicted(model: nn.Module, points: Split, batch_size: int) -> tuple[Tensor, Tensor]:
+    """The images of points and the classes that the model gives them."""
+    images = to_unit(points.images)
+    with torch.no_grad():
+        return images, torch.cat([model(x).argmax(1) for x in images.split(batch_size)])
 
 
 def chain(model: nn.Module, points: Split) -> list[tuple[Tensor, Tensor]]:

@@ -155,6 +155,7 @@ def draw_scaled(several: list[Results], images: np.ndarray, folder: Path, look: 
 
 def draw_examples(results: Results, images: np.ndarray, folder: Path, look: Look) -> list[Path]:
     """examples.png: the first points that were attacked, and their perturbations in each norm."""
-    rows = np.flatnonzero(results.columns["status"] == "ok")[:8]
+    sizes = results.upper(results.norms[0])
+    rows = np.flatnonzero((sizes > 0) & np.isfinite(sizes))[:8]
     return plots.examples(images[rows], [(norm, results.columns[f"x_adv_{norm}"][rows] - images[rows]) for norm in results.norms],
                           folder / "examples", look.formats) if len(rows) else []

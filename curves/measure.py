@@ -64,3 +64,11 @@ def measure(model: nn.Module, x: Tensor, y: Tensor, norms: tuple[str, ...], atta
             distance[norm][rows[better]], margin[norm][rows[better]] = sizes[norm][better], value[better]
             x_adv[norm][rows[better]], winner[norm][rows[better]] = candidate[better], candidates.winner[source][better]
     return Measured(pred, clean_margin, distance, x_adv, margin, winner)
+
+
+def nearest_of_another_class(x: Tensor, y: Tensor, images: Tensor, pred: Tensor) -> Tensor:
+    """For each of x [B, ...] the image of `images` [M, ...] nearest in l_2 whose prediction `pred` [M] is not y [B]: an adversarial example
+    to begin from where gradients vanish.  x itself where every prediction is y."""
+    apart = torch.cdist(x.flatten(1), images.flatten(1)).masked_fill(pred == y[:, None], torch.inf)
+    distance, nearest = apart.min(dim=1)
+    return torch.where(distance.isfinite().view(-1, *[1] * (x.dim() - 1)), images[nearest], x)

@@ -14,7 +14,7 @@ from attacks.bim import bim_bisection
 from curves import transfer
 from curves.crossings import compare, stretches
 from curves.curve import Curve
-from curves.measure import Candidates, measure, norms_of
+from curves.measure import Candidates, measure, nearest_of_another_class, norms_of
 from curves.report import band, curve_points, pair, summarize
 from curves.statistics import clopper_pearson, difference_half_width, dkw_half_width, mcnemar
 from curves.toys import crossing_pair, sine_points
@@ -265,6 +265,13 @@ def test_a_perturbation_found_for_one_norm_counts_in_the_others():
     other = measure(Linear().eval(), x, y, ("l2",), lambda *a: Candidates({"linf": exact_adversaries(*a).x_adv["linf"]},
                                                                          {"linf": a[1] * 0}), probability_margin)
     assert torch.isfinite(other.distance["l2"]).all() and (other.distance["l2"] >= alone.distance["l2"]).all()
+
+
+def test_attacks_begin_at_the_nearest_image_that_has_another_class():
+    images, pred = torch.tensor([[0.0], [0.2], [0.9], [1.0]]).view(4, 1, 1, 1), torch.tensor([0, 0, 1, 2])
+    x, y = torch.tensor([[0.5], [0.94], [0.1]]).view(3, 1, 1, 1), torch.tensor([0, 1, 0])
+    assert torch.equal(nearest_of_another_class(x, y, images, pred).flatten(), torch.tensor([0.9, 1.0, 0.9]))
+    assert torch.equal(nearest_of_another_class(x, y * 0, images, pred * 0), x)
 
 
 def test_bim_bisection_reaches_the_linear_distance():

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import TINY
 from scipy.io import savemat
 
 from attacks.bim import bim_bisection
@@ -164,6 +165,62 @@ def test_the_papers_figures_are_drawn_from_files(run, measured, tmp_path, capsys
     assert "not drawn: model_comparison" in capsys.readouterr().out
 
 
+@pytest.fixture
+def tiny(tmp_path):
+    """A .mat file of a network of the kind fc1 with twelve hidden units, trained for a moment on the digits."""
+    path, random = tmp_path / "tiny.mat", np.random.default_rng(0)
+    arrays = {"U": random.normal(size=(784, 12)) * 0.1, "bU": np.zeros((1, 12))}
+    arrays |= {"W": random.normal(size=(12, 10)) * 0.5, "bW": np.zeros((1, 10))}
+    savemat(path, arrays)
+    model, train = mat.load_network(path)[0], load_dataset("digits", ".").train
+    optimizer, x = torch.optim.Adam(model.parameters(), 1e-2), to_unit(train.images)
+    for _ in range(40):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), train.labels).backward()
+        optimizer.step()
+    first, second = model[1], model[3]
+    savemat(path, {"U": first.weight.T.detach().numpy(), "bU": first.bias.detach().numpy()[None],
+                   "W": second.weight.T.detach().numpy(), "bW": second.bias.detach().numpy()[None]})
+    return path
+
+
+@pytest.mark.filterwarnings("ignore:highspy")
+def test_proofs_close_the_bracket(run, tiny, tmp_path, capsys):
+    run("--dataset", "digits", "--n_points", 6, "--model", tiny, "--norms", "inf", "2", "--adversaries", "--certify", "crown",
+        "--out", "bracket", "--budget", "fast", "--no-plot")
+    run("exact", "--results", "bracket", "--rel_gap", 1e-3, "--out", "proved", "--format", "png")
+    before, after = (curve_store.read(tmp_path / name) for name in ("bracket", "proved"))
+    right = before.columns["status"] == "ok"
+    assert right.sum() >= 4 and np.isfinite(before.upper("l2")).all()  # also where every hidden unit is off and no gradient leads away
+    assert (after.columns["status"][right] == "exact").all()
+    for norm in ("linf", "l2"):
+        assert (before.lower(norm)[right] > 0.3 * before.upper(norm)[right]).all() and (before.lower(norm) <= before.upper(norm)).all()
+    low, high = after.lower("linf")[right], after.upper("linf")[right]
+    assert (high <= before.upper("linf")[right]).all() and (low >= before.lower("linf")[right]).all() and (high / low <= 1.0011).all()
+    assert "exact within 0.001, 0 open" in capsys.readouterr().out
+    rows = list(csv.DictReader((tmp_path / "proved/curves.csv").read_text().splitlines()))
+    assert all(float(row["R"]) <= float(row["R_certified"]) + 1e-12 for row in rows)
+
+
+def test_proofs_need_adversaries_and_a_chain_of_layers(run, measured, network, colour_folder, tmp_path):
+    with pytest.raises(UserError, match="no adversarial examples"):
+        run("--dataset", "digits", "--n_points", 2, "--model", network, "--norms", "inf", "--out", "without", "--no-plot", *QUICK)
+        run("exact", "--results", "without")
+    (tmp_path / "net.py").write_text("import torch\ndef Net():\n    return torch.nn.Sequential(torch.nn.MaxPool2d(4), torch.nn.Flatten(), "
+                                     "torch.nn.Linear(49, 10))\n")
+    torch.save(torch.nn.Sequential(torch.nn.MaxPool2d(4), torch.nn.Flatten(), torch.nn.Linear(49, 10)).state_dict(), "pooled.pt")
+    with pytest.raises(UserError, match="no proof for this network"):
+        run("--dataset", "digits", "--n_points", 2, "--model", "pooled.pt", "--arch", "net.py:Net", "--certify", "crown", *QUICK)
+
+
+def test_a_run_of_ours_brings_its_data_set_and_its_name(run, script, tmp_path):
+    script("train_at_mnist", *TINY, "--model", "lenet", "--out_dir", "at")
+    run("--model", "at", "at/best.pt", "--n_points", 4, "--norms", "inf", "--out", "curves", *QUICK)
+    found = json.loads((tmp_path / "curves/summary.json").read_text())["models"]
+    assert set(found) == {"at", "at-best"} and found["at"]["about"]["dataset"] == "digits"
+    assert (tmp_path / "curves/at-best/distances.npz").exists()
+
+
 def test_class_distances_of_the_digits(run, tmp_path, capsys):
     run("distances", "--dataset", "digits", "--norms", "inf", "1", "--out", "classes", "--format", "png")
     found = json.loads((tmp_path / "classes/class_distances.json").read_text())
@@ -202,10 +259,18 @@ def test_bad_input_is_one_line_before_anything_is_written(run, network, flags, m
     assert not (tmp_path / "never").exists()
 
 
-def test_bad_input_ends_with_code_two(shell, tmp_path, network):
-    for args in (("--dataset", "digits", "--model_path", network, "--norms", "3"), ("compare", "--results", tmp_path)):
-        done = shell(SCRIPT, *args)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith(f"{SCRIPT}: error: ")
+def test_bad_input_ends_with_code_two(shell, network):
+    done = shell(SCRIPT, "--dataset", "digits", "--model_path", network, "--norms", "3")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith(f"{SCRIPT}: error: ")
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (("compare", "--results", "."), "no distances.npz in"), (("surface",), "no --results given"), (("distances",), "needs --dataset"),
+    (("exact", "--results", "missing"), "no distances.npz in missing"), ((), "name at least one --model")])
+def test_a_command_without_what_it_works_on_is_refused(run, words, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        run(*words, "--out", "never")
+    assert not (tmp_path / "never").exists()
 
 
 def test_a_network_for_other_images_is_refused(run, colour_folder, network):
