@@ -92,7 +92,7 @@ class Config:
     plot: bool = True                            # draw the figures
     paper: bool = False                          # figures: the paper's as well
     format: tuple[Literal["png", "pdf", "svg"], ...] = ("png", "pdf")  # of the figures
-    batch_size: int = 250                        # points at a time; changes no distance
+    batch_size: int = 250                        # points at a time; changes distances by rounding alone
     seed: int = 0                                # of random starts, resamples and orders
     out: str | None = None                       # folder to write; default: runs/generate_robustness_curves/<time>
     resume: str | None = None                    # compute: folder of a computation to go on with
@@ -148,7 +148,7 @@ def compute(cfg: Config) -> None:
         several.append(results)
         if cfg.save:
             curve_store.write_json(own / "robustness_curves.json", curve_store.original_json(results))
-    output.curves(several, folder, cfg.thresholds, cfg.look, cfg.plot, time.monotonic() - started)
+    output.curves(several, folder, cfg.thresholds, cfg.look, cfg.plot, output.facts(started, device))
 
 
 def fill(results: curve_store.Results, model: nn.Module, points: Split, others: tuple[Tensor, Tensor], folder: Path,
@@ -201,14 +201,15 @@ def distances(cfg: Config) -> None:
     """How far apart the classes of a data set are."""
     if not cfg.dataset:
         raise UserError("distances needs --dataset: mnist, cifar10, an image folder, mat:FILE or npz:FILE")
-    points = choose(load_split(cfg.dataset, cfg.data_dir or "data", cfg.split), cfg.n_points, cfg.indices).to(choose_device(cfg.device))
+    device = choose_device(cfg.device)
+    points = choose(load_split(cfg.dataset, cfg.data_dir or "data", cfg.split), cfg.n_points, cfg.indices).to(device)
     if len(torch.unique(points.labels)) < 2:
         raise UserError(f"all {len(points):,} points have one class: there is no inter-class distance")
     folder, started = curve_store.claim(cfg, SCRIPT), time.monotonic()
     found = class_distances(points.images, points.labels, cfg.chosen_norms, cfg.seed,
                             partial(tqdm, desc="class distances", unit="block", disable=None))
     about = {"dataset": cfg.dataset, "split": cfg.split, "num_points": len(points)}
-    output.class_distances(found, points, folder, about, cfg.thresholds, cfg.look, cfg.plot, time.monotonic() - started)
+    output.class_distances(found, points, folder, about, cfg.thresholds, cfg.look, cfg.plot, output.facts(started, device))
 
 
 def exact(cfg: Config) -> None:
@@ -232,7 +233,7 @@ def exact(cfg: Config) -> None:
         several.append(results)
         closed, open_ = (int((results.columns["status"] == status).sum()) for status in (curve_store.EXACT, curve_store.OPEN))
         print(f"{results.name}: {closed:,} points exact within {cfg.rel_gap:g}, {open_:,} open after {cfg.time_limit:g} s")
-    output.curves(several, folder, cfg.thresholds, cfg.look, cfg.plot, time.monotonic() - started)
+    output.curves(several, folder, cfg.thresholds, cfg.look, cfg.plot, output.facts(started, torch.device("cpu")))
 
 
 def surface(cfg: Config) -> None:
@@ -248,7 +249,7 @@ def surface(cfg: Config) -> None:
         attacks = len(epsilons) * (1 + sum(alpha > 0 for alpha in cfg.alphas))
         with tqdm(total=attacks * len(points), desc=results.name, unit="point", unit_scale=True, disable=None) as bar:
             found[results.name] = surfaces.both(epsilons, cfg.alphas, known, partial(attack_all, model, points, cfg, bar))
-    output.surface(found, epsilons, np.array(cfg.alphas), folder, cfg.look, cfg.plot, time.monotonic() - started)
+    output.surface(found, epsilons, np.array(cfg.alphas), folder, cfg.look, cfg.plot, output.facts(started, device))
 
 
 def attack_all(model: nn.Module, points: Split, cfg: Config, bar: tqdm, epsilon: float, alpha: float) -> tuple[np.ndarray, np.ndarray]:
@@ -302,6 +303,8 @@ def spelling(words: list[str]) -> list[str]:
 
 
 def main(cfg: Config) -> None:
+    if empty := [name for name in ("norms", "epsilons", "alphas") if not getattr(cfg, name)]:
+        raise UserError(f"--{empty[0]} names nothing")
     COMMANDS[cfg.command](cfg)
 
 

@@ -17,13 +17,13 @@ from harness.sources import Split
 Thresholds = dict[str, tuple[float, ...]]
 
 
-def facts(seconds: float) -> dict[str, object]:
-    """What a reader needs in order to repeat a measurement."""
-    return {"version": 1, "command_line": command_line(), "date": time.strftime("%Y-%m-%d"), "seconds": round(seconds, 1),
-            "environment": environment(torch.device("cpu"))}
+def facts(started: float, device: torch.device) -> dict[str, object]:
+    """What a reader needs in order to repeat a measurement that began at `started` of the monotonic clock."""
+    return {"version": 1, "command_line": command_line(), "date": time.strftime("%Y-%m-%d"),
+            "seconds": round(time.monotonic() - started, 1), "environment": environment(device)}
 
 
-def curves(several: list[Results], folder: Path, thresholds: Thresholds, look: Look, plot: bool, seconds: float) -> None:
+def curves(several: list[Results], folder: Path, thresholds: Thresholds, look: Look, plot: bool, run: dict) -> None:
     """curves.csv, summary.json, curves.png, and a table on the screen."""
     entries, rows, head = {}, [], ("t", "R", "low", "high", "R_certified")
     for results in several:
@@ -35,7 +35,7 @@ def curves(several: list[Results], folder: Path, thresholds: Thresholds, look: L
             unknown = np.full(len(columns["t"]), np.nan)
             rows += [(results.name, norm, *values) for values in zip(*(columns.get(name, unknown) for name in head))]
     write_csv(folder / "curves.csv", ("model", "norm", *head), rows)
-    write_json(folder / "summary.json", facts(seconds) | {"confidence": look.confidence, "band": look.band, "models": entries})
+    write_json(folder / "summary.json", run | {"confidence": look.confidence, "band": look.band, "models": entries})
     _print_curves(entries)
     if plot:
         figures.draw_curves(several, folder, look, thresholds)
@@ -62,7 +62,7 @@ def comparison(several: list[Results], folder: Path, thresholds: Thresholds, loo
     across = {results.name: transfer.correlations({norm: results.upper(norm) for norm in results.norms})
               | ({"scales": transfer.scales(results.upper("linf"), results.upper("l2"))} if {"linf", "l2"} <= set(results.norms) else {})
               for results in several}
-    write_json(folder / "compare.json", facts(time.monotonic() - started) | {"points": len(several[0]), "confidence": look.confidence,
+    write_json(folder / "compare.json", facts(started, torch.device("cpu")) | {"points": len(several[0]), "confidence": look.confidence,
                                                                             "norms": found, "transfer": across})
     _print_pairs(found, len(several[0]))
     if plot:
@@ -82,15 +82,15 @@ def _print_pairs(found: dict[str, list[dict]], points: int) -> None:
 
 
 def class_distances(found: dict[str, ClassDistances], points: Split, folder: Path, about: dict, thresholds: Thresholds, look: Look,
-                    plot: bool, seconds: float) -> None:
+                    plot: bool, run: dict) -> None:
     """class_distances.npz and .json, the figures, and on the screen the extremes of the inter-class distances.  about: the data set."""
     entries = {norm: summarize(part, thresholds[norm]) for norm, part in found.items()}
-    write_json(folder / "class_distances.json", facts(seconds) | about | {"norms": entries})
+    write_json(folder / "class_distances.json", run | about | {"norms": entries})
     columns = {f"{kind}_{norm}": part.unit(getattr(part, kind)) for norm, part in found.items() for kind in ("inter", "intra", "prefix")}
     np.savez_compressed(folder / "class_distances.npz", index=points.index.cpu().numpy(), label=points.labels.cpu().numpy(), **columns)
     names, inter = " ".join(found), [entries[norm]["inter"] for norm in found]
     shown = " | ".join(" ".join(f"{part[end]:.2f}" for part in inter) for end in ("min", "max"))
-    print(f"inter-class distances, smallest {names} | largest {names}: {shown}  ({about['num_points']:,} points, {seconds:.1f} s)")
+    print(f"inter-class distances, smallest {names} | largest {names}: {shown}  ({about['num_points']:,} points, {run['seconds']} s)")
     for norm, entry in entries.items():
         print(f"{norm:<4} half the smallest {entry['half_min_inter']:.4f}, copies in another class {entry['duplicates']:,}; "
               + "; ".join(f"t {point['t']:g} is {point['of_half']:.2f} of it, {100 * point['within_2t']:.1f} % of points within 2t"
@@ -101,7 +101,7 @@ def class_distances(found: dict[str, ClassDistances], points: Split, folder: Pat
 
 
 def surface(found: dict[str, dict[str, np.ndarray]], epsilons: np.ndarray, alphas: np.ndarray, folder: Path, look: Look, plot: bool,
-            seconds: float) -> None:
+            run: dict) -> None:
     """surface.csv, surface.npz, the figures, and a warning where few points carry the weight.  found: model -> `curves.surface.both`."""
     names, rows = ("A_sa", "A_tr", "n_eff_sa", "n_eff_tr", "tilted"), []
     for model, part in found.items():
@@ -114,7 +114,7 @@ def surface(found: dict[str, dict[str, np.ndarray]], epsilons: np.ndarray, alpha
         if part["improved"]:
             print(f"note: {model}: PGD came closer than the stored distance of {part['improved']:,} points, and the surface uses its own")
     write_csv(folder / "surface.csv", ("model", "epsilon", "alpha", *names), rows)
-    write_json(folder / "summary.json", facts(seconds) | {"models": list(found), "epsilons": epsilons.tolist(), "alphas": alphas.tolist()})
+    write_json(folder / "summary.json", run | {"models": list(found), "epsilons": epsilons.tolist(), "alphas": alphas.tolist()})
     if plot:
         figures.draw_surfaces(found, epsilons, alphas, folder, look)
     print(f"written: {folder}")

@@ -73,7 +73,8 @@ def curves(panels: dict[str, list[dict]], stem: Path, *, confidence: float = 0.9
 def _legend_above(figure: object, axes: np.ndarray) -> None:
     """One legend over all panels, each entry once: none of the curves is under it."""
     entries = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
-    figure.legend(entries.values(), entries, loc="outside upper center", ncols=min(len(entries), 2 * len(axes)), frameon=False, fontsize=9)
+    fitting = int(figure.get_figwidth() / (0.7 + 0.075 * max(map(len, entries))))  # inches: of the line, and of a character
+    figure.legend(entries.values(), entries, loc="outside upper center", ncols=max(1, min(len(entries), fitting)), frameon=False, fontsize=9)
 
 
 def _half_width(models: list[dict]) -> str:
@@ -86,7 +87,8 @@ def _curve_panel(axis: object, models: list[dict], norm: str, units: str, marks:
     end = 1.02 * scale * max(model["t"][-1] for model in models) or 1.0
     for k, model in enumerate(models):
         t = scale * model["t"]
-        label = f"{model['label']} (n = {model['n']:,})"
+        censored = f", {model['censored']:,} censored" if model["censored"] else ""
+        label = f"{model['label']} (n = {model['n']:,}{censored})"
         _steps(axis, t, model["R"], end, label=label, **_style(k))
         if len(models) <= FEW:
             low, high = (100 * np.append(model[name], model[name][-1]) for name in ("low", "high"))
@@ -94,10 +96,10 @@ def _curve_panel(axis: object, models: list[dict], norm: str, units: str, marks:
         if "R_certified" in model:
             axis.step(t, 100 * model["R_certified"], where="post", linewidth=1.1, color=_style(k)["color"], linestyle=":",
                       label=f"{model['label']}, certified: R is at most this")
-        if model["censored"]:
+        if model["censored"] and len(models) <= FEW:
             top = 100 * model["R"][-1]
-            axis.annotate(f"{100 - top:.1f} % censored", (end, top), xytext=(-2, 3), textcoords="offset points", ha="right", fontsize=8,
-                          color=_style(k)["color"])
+            axis.annotate(f"{100 - top:.1f} % censored", (end, top), xytext=(-2, -4), textcoords="offset points", ha="right", va="top",
+                          fontsize=8, path_effects=_halo(), color=_style(k)["color"])
     for mark in marks:
         if scale * mark < end:
             axis.axvline(scale * mark, color=GREY, linewidth=0.9, linestyle="--")
@@ -233,16 +235,21 @@ def surface_difference(epsilons: np.ndarray, alphas: np.ndarray, values: dict[st
 
 def _heat(figure: object, axis: object, x: np.ndarray, y: np.ndarray, table: np.ndarray, cmap: str, limits: tuple[float, float],
           label: str) -> None:
-    from matplotlib import patheffects
-
     mesh = axis.pcolormesh(x, y, table.T, cmap=cmap, vmin=limits[0], vmax=limits[1], shading="gouraud")
     if np.ptp(table) > 0:
         lines = axis.contour(x, y, table.T, levels=8, colors="black", linewidths=0.7)
         labels = axis.clabel(lines, fontsize=8, fmt="%g")
         for text in labels:
-            text.set_path_effects([patheffects.withStroke(linewidth=2, foreground="white")])
+            text.set_path_effects(_halo())
     figure.colorbar(mesh, ax=axis, label=label)
     axis.grid(False)
+
+
+def _halo() -> list:
+    """A white rim that keeps text legible on lines and colours."""
+    from matplotlib import patheffects
+
+    return [patheffects.withStroke(linewidth=2, foreground="white")]
 
 
 def _surface_labels(axis: object, units: str) -> None:

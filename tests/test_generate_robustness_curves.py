@@ -243,6 +243,7 @@ def test_points_by_their_places_and_from_files(run, network, tmp_path):
 
 REFUSED = [
     (("--norms", "3"), "invalid choice: '3'"),
+    (("--norms",), "--norms names nothing"),
     (("--n_points", "361"), "more than the set has: 360"),
     (("--n_points", "0"), "must be finite and at least 1"),
     (("--dataset", "mat:missing.mat"), "there is no file missing.mat"),
