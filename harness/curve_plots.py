@@ -74,7 +74,8 @@ def _legend_above(figure: object, axes: np.ndarray) -> None:
     """One legend over all panels, each entry once: none of the curves is under it."""
     entries = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
     fitting = int(figure.get_figwidth() / (0.7 + 0.075 * max(map(len, entries))))  # inches: of the line, and of a character
-    figure.legend(entries.values(), entries, loc="outside upper center", ncols=max(1, min(len(entries), fitting)), frameon=False, fontsize=9)
+    columns = max(1, min(len(entries), fitting))
+    figure.legend(entries.values(), entries, loc="outside upper center", ncols=columns, frameon=False, fontsize=9)
 
 
 def _half_width(models: list[dict]) -> str:
