@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from harness import mat
 from harness.errors import UserError
 
 FORMAT = 1
@@ -116,9 +117,11 @@ def load_model(path: str | Path, arch: str | None = None, num_classes: int = 10,
     `_orig_mod.`. Parameters that the network has no place for are reported when they form whole unused blocks; anything missing
     or of another shape is an error. build: (name, num_classes, in_channels, mean, std) -> module, `models.build_model` by default.
 
-    A checkpoint never names the code to run: one trained with a user's file is loaded with that file given as `arch`.
-    Raises UserError in one line for whatever does not fit.
+    A MATLAB file (.mat) tells its own network, as harness.mat reads it. A checkpoint never names the code to run: one trained with a
+    user's file is loaded with that file given as `arch`. Raises UserError in one line for whatever does not fit.
     """
+    if Path(path).suffix == ".mat":
+        return mat.load_network(path)[0]
     return model_from(read(path), path, arch, num_classes, in_channels, build, report)
 
 

@@ -29,6 +29,10 @@ LIMITS = {
     "lr_drop_after": (0, math.inf), "epsilon_warmup_epochs": (0, math.inf), "crop_padding": (0, math.inf),
     "seed": (0, 2**31 - 1), "seeds": (0, 2**31 - 1), "ema_decay": (0, 0.999999), "burn_in_epochs": (0, math.inf),
     "inv_lambda": (0, math.inf), "gamma": (0, math.inf), "margin_alpha": (0, math.inf), "extra_fraction": (0, 1),
+    "n_points": (1, math.inf), "num_starts": (1, math.inf),
+    "num_resamples": (100, 10**6), "rel_gap": (1e-6, 0.5), "time_limit": (0.1, math.inf),
+    "confidence": (0.5, 0.9999), "epsilons": (0, 1),
+    "thresholds_linf": (0, math.inf), "thresholds_l2": (0, math.inf), "thresholds_l1": (0, math.inf),
     "lr_scales": (0, math.inf), "gairat_lambda": (-math.inf, math.inf), "mail_slope": (0, math.inf), "mail_bias": (-1, 1),
     "num_replays": (1, math.inf), "num_passes": (1, math.inf),
 }
@@ -185,7 +189,7 @@ def _build_parser(cls: type, recipes: dict | None) -> _Parser:
 
 def _options(kind: object) -> dict:
     """argparse options for a type hint: a plain type, Literal, tuple[T, ...], bool or T | None."""
-    if isinstance(kind, types.UnionType):
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
         kind = next(part for part in typing.get_args(kind) if part is not types.NoneType)
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}

@@ -1,6 +1,6 @@
 """Where images come from: the named data sets, image folders, and files of generated images.
 
-mnist, cifar10, cifar100, svhn   from torchvision, downloaded on first use; svhn without its `extra` part
+mnist, fmnist, cifar10, cifar100, svhn   from torchvision, downloaded on first use; svhn without its `extra` part
 tiny-imagenet                    tiny-imagenet-200.zip or the folder it unpacks to, downloaded on first use
 digits                           1,797 real handwritten digits that scikit-learn carries, resized to 28x28: nothing to download
 a folder                         any image folder, train/CLASS/* and test/CLASS/*
@@ -335,6 +335,7 @@ def _tiny_validation_labels(files: dict[str, Path | zipfile.Path], images: list[
 
 DATASETS = {
     "mnist": partial(_with_targets, "MNIST"),
+    "fmnist": partial(_with_targets, "FashionMNIST"),
     "cifar10": partial(_with_targets, "CIFAR10"),
     "cifar100": partial(_with_targets, "CIFAR100"),
     "svhn": load_svhn,
