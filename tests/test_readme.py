@@ -44,7 +44,34 @@ def workplace(script, colour_folder):
     script("train_at_cifar10", *TINY[2:], "--dataset", colour_folder, "--val_size", 4, "--model", "lenet")
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if "benchmarks" not in command])
+@pytest.fixture
+def curves_workplace(script, shell):
+    """The two runs of the commands on robustness curves, of a network whose distances can be proved, and their curves."""
+    Path("net.py").write_text(NETWORK)
+    for name in ("at", "trades"):
+        script(f"train_{name}_mnist", *TINY, "--model", "net.py:Net", "--lr", 0.1, "--max_batches", 6, "--out_dir", f"runs/{name}")
+
+    def measure(out):
+        done = shell(CURVES, "compute", "--model", "runs/at", "runs/trades", *SMALL, "--adversaries", "--out", out)
+        assert done.returncode == 0, done.stderr
+
+    return measure
+
+
+CURVES, SMALL = "generate_robustness_curves.py", ("--n_points", 6, "--budget", "fast", "--format", "png", "--arch", "net.py:Net")
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if CURVES in command])
+def test_the_command_on_robustness_curves_runs(command, curves_workplace, shell):
+    _, name, *flags = shlex.split(command)
+    if "--results" in flags:
+        curves_workplace("runs/curves")
+    quick_flags = {"compute": SMALL, "surface": ("--num_steps", 2), "distances": ("--dataset", "digits")}.get(flags[0], ())
+    done = shell(name, *flags, *quick_flags)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if "benchmarks" not in command and CURVES not in command])
 def test_the_command_runs(command, workplace, script, colour_folder):
     name, *flags = shlex.split(command)[1:]
     if "theirs.pt" in flags:
@@ -74,7 +101,8 @@ def test_every_column_of_the_log_is_explained(script):
     script("train_vir", "--recipe", "vir-at-digits", *TINY, "--ema_decay", 0.9, "--out_dir", "vir")
     section = README.split("## log.csv")[1].split("\n## ")[0]
     explained = {name for row in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
-    assert explained == columns("run") | columns("vir")
+    script("train_iaat", "--recipe", "digits", *TINY, "--out_dir", "iaat")
+    assert explained == columns("run") | columns("vir") | columns("iaat")
 
 
 def rows_of_results():
