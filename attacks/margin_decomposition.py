@@ -1,6 +1,6 @@
 """Margin decomposition attacks MD and MDMT (Ma et al., "Imbalanced Gradients: A Subtle Cause of Overestimated Adversarial Robustness").
 
-The margin max_{k != y} z_k - z_y is a difference of two terms whose gradients may cancel or differ in size by orders of magnitude. The first
+The margin max_{k != y} z_k - z_y is a difference of two terms whose gradients may cancel, or differ in size by orders. The first
 stage follows one term alone, the second the whole margin:
 
     stage 1   ascend -z_y (first run) or z_o (second run), where step 0 ascends z_y, which leads away from the boundary and out of the
