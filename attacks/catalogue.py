@@ -4,14 +4,19 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from attacks.apgd import apgd, apgd_targeted
+from attacks.fab import fab_targeted
 from attacks.fgsm import fgsm
+from attacks.fmn import fmn
 from attacks.margin_decomposition import md, mdmt
 from attacks.noise import example_keys
 from attacks.pgd import cross_entropy, pgd
 from attacks.spsa import spsa
+from attacks.square import square
 
-ENSEMBLES = {"mde": ("md", "mdmt")}  # what counts for a column: an example is broken where a member breaks it
-SETS = {"zeng": (), "vir": ("fgsm", "pgd100", "cw", "mde", "spsa"), "all": ("fgsm", "pgd100", "cw", "mde", "spsa")}
+ENSEMBLES = {"autoattack": ("apgd-ce", "apgd-t", "fab-t", "square"), "mde": ("apgd-ce", "md", "mdmt", "fab-t")}  # broken by a member
+VIR = ("fgsm", "pgd100", "cw", "fmn100", "autoattack", "mde", "square", "spsa")  # the columns of the VIR tables
+SETS = {"zeng": (), "vir": VIR, "all": VIR}
 
 
 @dataclass(frozen=True)
@@ -76,8 +81,13 @@ def _attacks(epsilon: float, norm: str, margin_loss: Callable, num_spsa_examples
         "fgsm": (lambda m, x, y, k: fgsm(m, x, y, epsilon=epsilon), {"settings": {"num_steps": 1, "start": "clean"}, "norms": ("linf",)}),
         "cw": stepping(20, margin_loss),
         "pgd100": stepping(100, cross_entropy),
+        "fmn100": (lambda m, x, y, k: fmn(m, x, y, norm=norm), {"settings": {"num_steps": 100}, "minimal": True}),
+        "apgd-ce": (lambda m, x, y, k: apgd(m, x, y, **ball, keys=k), {"settings": {"num_steps": 100}}),
+        "apgd-t": (lambda m, x, y, k: apgd_targeted(m, x, y, **ball, keys=k), {"settings": {"num_steps": 100}}),
         "md": (lambda m, x, y, k: md(m, x, y, **ball, keys=k), {"settings": {"num_steps": 50}}),
         "mdmt": (lambda m, x, y, k: mdmt(m, x, y, **ball, keys=k), {"settings": {"num_steps": 50}}),
+        "fab-t": (lambda m, x, y, k: fab_targeted(m, x, y, **ball, keys=k), {"settings": {"num_steps": 100}, "minimal": True}),
+        "square": (lambda m, x, y, k: square(m, x, y, **ball, keys=k), {"settings": {"num_queries": 5000}, "uses_gradients": False}),
         "spsa": (lambda m, x, y, k: spsa(m, x, y, epsilon=epsilon, keys=k), {
             "settings": {"num_steps": 100, "num_samples": 256, "delta": 0.001, "lr": 0.01}, "norms": ("linf",),
             "uses_gradients": False, "limit": num_spsa_examples}),

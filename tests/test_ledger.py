@@ -153,11 +153,11 @@ def test_logits_do_not_depend_on_the_others_and_a_hidden_gradient_is_zero():
 def test_the_catalogue_gives_every_attack_by_name_and_refuses_others():
     columns = members_of(("vir",))
     attacks = strong_attacks(columns, epsilon=EPSILON, norm="linf", seed=0, margin_loss=cw_loss, num_spsa_examples=2)
-    assert {member for members in columns.values() for member in members} == attacks.keys() and columns["mde"][0] == "md"
+    assert {member for members in columns.values() for member in members} == attacks.keys() and columns["mde"][1:3] == ("md", "mdmt")
     assert list(weighted_attacks(short_pgd, cross_entropy, lambda alpha: cross_entropy, (1.0, 2.0), 3)) == ["A_rob", "A_tr_1", "A_tr_2"]
     data = split_of(2)
-    for attack in attacks.values():
-        if attack.limit is None:
+    for name, attack in attacks.items():
+        if name in ("fgsm", "cw", "pgd100", "apgd-ce", "md"):
             x = data.images.float() / 255
             assert (attack.run(network(), x, data.labels, data.index, 0) - x).abs().max() <= EPSILON + 1e-6
     with pytest.raises(ValueError, match="unknown attack 'pdg'"):
