@@ -1,8 +1,9 @@
 """Projected gradient descent (Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", ICLR 2018).
 
-    x_0 = x + noise;    x_{t+1} = Pi( x_t + step_size * sign( grad_x loss(f(x_t), target) ) )
+    x_0 = x + noise;    x_{t+1} = Pi( x_t + step_size * direction( grad_x loss(f(x_t), target) ) )
 
-Pi projects onto the ball of radius epsilon around x and then onto the box [0, 1].
+direction is the steepest ascent in the norm of the ball: the sign in l_inf, the gradient over its length in l_2. Pi projects onto the
+ball of radius epsilon around x and then onto the box [0, 1].
 """
 import math
 from collections.abc import Callable
@@ -33,7 +34,42 @@ def linf_projection(x: Tensor, epsilon: float | Tensor) -> Callable[[Tensor], Te
     return lambda x_adv: torch.clamp(x_adv, lower, upper)
 
 
-NORMS = {"linf": (linf_direction, linf_projection)}
+def linf_noise(uniform: Tensor) -> Tensor:
+    """Numbers uniform in [0, 1), [B, C, H, W], as a point uniform in the l_inf unit ball: 2 u - 1."""
+    return 2.0 * uniform - 1.0
+
+
+def length(vectors: Tensor) -> Tensor:
+    """The l_2 norm of each example, shaped to broadcast over it: [B, C, H, W] -> [B, 1, 1, 1]."""
+    return torch.linalg.vector_norm(vectors.flatten(1), dim=1).view(-1, *(1,) * (vectors.ndim - 1))
+
+
+def l2_direction(gradient: Tensor) -> Tensor:
+    """Steepest ascent in the l_2 norm: gradient / ||gradient||_2, and 0 where the gradient is 0."""
+    largest = gradient.flatten(1).abs().amax(dim=1).view(-1, *(1,) * (gradient.ndim - 1))  # so that no square underflows
+    scaled = gradient / torch.where(largest > 0, largest, 1.0)
+    return scaled / torch.where(largest > 0, length(scaled), 1.0)
+
+
+def l2_projection(x: Tensor, epsilon: float | Tensor) -> Callable[[Tensor], Tensor]:
+    """The projection onto the l_2 ball of radius epsilon around x, then a clamp to [0, 1], which takes no point farther from x."""
+
+    def project(x_adv: Tensor) -> Tensor:
+        delta = x_adv - x
+        return (x + delta * (epsilon / length(delta).clamp_min(1e-30)).clamp_(max=1.0)).clamp_(0.0, 1.0)
+
+    return project
+
+
+def l2_noise(uniform: Tensor) -> Tensor:
+    """Numbers uniform in [0, 1), [B, C, H, W], as a direction of l_2 length 1, the same for every sign pattern: (2 u - 1) / ||2 u - 1||_2.
+
+    In many dimensions a point uniform in the ball lies next to the sphere too.
+    """
+    return l2_direction(2.0 * uniform - 1.0)
+
+
+NORMS = {"linf": (linf_direction, linf_projection, linf_noise), "l2": (l2_direction, l2_projection, l2_noise)}
 STARTS = ("uniform", "clipped", "gaussian", "clean")
 
 
@@ -46,10 +82,11 @@ def pgd(model: nn.Module, x: Tensor, target: object, *, epsilon: float | Tensor,
     step_size in pixel units, one number or one each for every example, [B]. Returns x_adv, shaped as x, without a graph. The last iterate
     is returned, not the best.
 
-    start  "uniform": x + U(-epsilon, epsilon); "clipped": the same, clamped to [0, 1] (GAIRAT's released code); "gaussian": x + 0.001
-           N(0, 1), which a KL loss needs, its gradient at x being zero; "clean": x; or the first iterate as a tensor. Unless clipped
-           it is not projected before the first step, as in the released code of Zeng et al., TRADES and MART; every later one is,
-           and so is the result.
+    norm   of the ball, of epsilon and of step_size: "linf" or "l2".
+    start  "uniform": x + U(-epsilon, epsilon), in l_2 a random direction of length epsilon; "clipped": the same, clamped to [0, 1]
+           (GAIRAT's released code); "gaussian": x + 0.001 N(0, 1), which a KL loss needs, its gradient at x being zero; "clean": x;
+           or the first iterate as a tensor. Unless clipped it is not projected before the first step, as in the released code of
+           Zeng et al., TRADES and MART; every later one is, and so is the result.
     mode   of the model during the attack: "eval", "train", or None for as it is (see `frozen`).
     keys   [B] int64 from `attacks.noise.example_keys`: the noise of an example then depends on its key alone. Without keys it comes
            from torch's global generator.
@@ -63,10 +100,10 @@ def pgd(model: nn.Module, x: Tensor, target: object, *, epsilon: float | Tensor,
         raise ValueError(f"keys of shape {tuple(keys.shape)} do not fit {len(x)} images")
     if norm not in NORMS:
         raise ValueError(f"unknown norm {norm!r}: choose one of {', '.join(NORMS)}")
-    direction, projection = NORMS[norm]
+    direction, projection, _ = NORMS[norm]
     x = x.detach()
     project = projection(x, epsilon)
-    x_adv = first_iterate(x, epsilon, start, keys).detach()
+    x_adv = first_iterate(x, epsilon, start, keys, norm).detach()
     with frozen(model, mode) as bare, torch.enable_grad():
         for _ in range(num_steps):
             x_adv.requires_grad_()
@@ -101,8 +138,8 @@ def pgd_by_index(model: nn.Module, x: Tensor, target: object, index: Tensor, res
     return pgd(model, x, target, loss_fn=loss_fn, keys=example_keys(index, seed, restart), **options)
 
 
-def first_iterate(x: Tensor, epsilon: float | Tensor, start: str | Tensor, keys: Tensor | None = None) -> Tensor:
-    """The point x_0 from which an attack begins; `start` and `keys` as in `pgd`, epsilon a number or broadcastable to x."""
+def first_iterate(x: Tensor, epsilon: float | Tensor, start: str | Tensor, keys: Tensor | None = None, norm: str = "linf") -> Tensor:
+    """The point x_0 from which an attack begins; `start`, `keys` and `norm` as in `pgd`, epsilon a number or broadcastable to x."""
     if isinstance(start, Tensor):
         if start.shape != x.shape:
             raise ValueError(f"a start of shape {tuple(start.shape)} does not fit images of shape {tuple(x.shape)}")
@@ -110,10 +147,10 @@ def first_iterate(x: Tensor, epsilon: float | Tensor, start: str | Tensor, keys:
     if start == "clean":
         return x
     if start == "clipped":
-        return first_iterate(x, epsilon, "uniform", keys).clamp_(0.0, 1.0)
+        return first_iterate(x, epsilon, "uniform", keys, norm).clamp_(0.0, 1.0)
     if start == "uniform":
         noise = torch.rand_like(x) if keys is None else keyed_uniform(keys, x.shape[1:]).to(x.dtype)
-        return x + epsilon * (2.0 * noise - 1.0)
+        return x + epsilon * NORMS[norm][2](noise)
     if start == "gaussian":
         noise = torch.randn_like(x) if keys is None else keyed_normal(keys, x.shape[1:]).to(x.dtype)
         return x + GAUSSIAN_SCALE * noise

@@ -372,7 +372,7 @@ def test_an_attack_under_no_grad_is_the_same_attack():
     ("step_size", {"step_size": -0.1}),
     ("num_steps", {"num_steps": -1}),
     ("unknown start 'normal'.*uniform", {"start": "normal"}),
-    ("unknown norm 'l2'.*linf", {"norm": "l2"}),
+    ("unknown norm 'l1'.*linf", {"norm": "l1"}),
     ("mode", {"mode": "test"}),
     (r"start of shape \(2, 3, 3\)", {"start": torch.zeros(2, 3, 3)}),
     (r"start of shape \(1, 1, 3, 3\)", {"start": torch.zeros(1, 1, 3, 3)}),

@@ -1,0 +1,94 @@
+"""The attacks of a report by name, with the settings of the papers' tables, and the ensembles made of them."""
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from attacks.apgd import apgd, apgd_targeted
+from attacks.fab import fab_targeted
+from attacks.fgsm import fgsm
+from attacks.fmn import fmn
+from attacks.margin_decomposition import md, mdmt
+from attacks.noise import example_keys
+from attacks.pgd import cross_entropy, pgd
+from attacks.spsa import spsa
+from attacks.square import square
+
+ENSEMBLES = {"autoattack": ("apgd-ce", "apgd-t", "fab-t", "square"), "mde": ("apgd-ce", "md", "mdmt", "fab-t")}  # broken by a member
+VIR = ("fgsm", "pgd100", "cw", "fmn100", "autoattack", "mde", "square", "spsa")  # the columns of the VIR tables
+SETS = {"zeng": (), "vir": VIR, "all": VIR}
+
+
+@dataclass(frozen=True)
+class Attack:
+    """One attack as a report runs it."""
+
+    run: Callable[[nn.Module, Tensor, Tensor, Tensor, int], Tensor]  # (model, x, y, index, restart) -> x_adv
+    settings: dict = field(default_factory=dict)  # plain values for the reader of the result
+    uses_gradients: bool = True
+    minimal: bool = False      # looks for the closest adversary: one beyond epsilon is none, and no fault
+    everyone: bool = False     # attacks what is misclassified without a perturbation too
+    num_restarts: int = 1      # independent starts, of which the one of largest cross-entropy counts
+    limit: int | None = None   # the first so many examples only
+
+
+def members_of(columns: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """Column -> the attacks it is made of, for columns, ensembles and sets by name.  Raises ValueError for a name that is none of them."""
+    names = dict.fromkeys(name for column in columns for name in SETS.get(column, (column,)))
+    known = {**dict.fromkeys(_attacks(0.0, "linf", cross_entropy, None)), **ENSEMBLES}
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"unknown attack {unknown[0]!r}: choose from {', '.join([*known, *SETS])}")
+    return {name: ENSEMBLES.get(name, (name,)) for name in names}
+
+
+def strong_attacks(columns: dict[str, tuple[str, ...]], *, epsilon: float, norm: str, seed: int, margin_loss: Callable,
+                   num_spsa_examples: int | None) -> dict[str, Attack]:
+    """The attacks that the columns need, cheap ones first, each member once.
+
+    margin_loss(logits, y) -> [B] is what the CW column maximises. Raises ValueError for an attack that is not defined in `norm`.
+    """
+    wanted = {member for members in columns.values() for member in members}
+    found = {}
+    for name, (attack, traits) in _attacks(epsilon, norm, margin_loss, num_spsa_examples).items():
+        if name in wanted:
+            if norm not in traits.pop("norms", ("linf", "l2")):
+                raise ValueError(f"the attack {name} is not defined in the norm {norm}")
+            found[name] = Attack(_keyed(attack, seed), **traits)
+    return found
+
+
+def weighted_attacks(attack: Callable, cross_entropy: Callable, weighted: Callable, alphas: tuple[float, ...], num_restarts: int,
+                     ) -> dict[str, Attack]:
+    """A_rob and A_tr_ALPHA, the attacks on every example: attack(model, x, y, index, restart, loss_fn) on each one's objective."""
+    losses = {"A_rob": cross_entropy} | {f"A_tr_{alpha:g}": weighted(alpha) for alpha in dict.fromkeys(alphas)}
+    return {name: Attack(lambda *args, loss_fn=loss_fn: attack(*args, loss_fn), everyone=True, num_restarts=num_restarts)
+            for name, loss_fn in losses.items()}
+
+
+def _keyed(attack: Callable, seed: int) -> Callable:
+    return lambda model, x, y, index, restart: attack(model, x, y, example_keys(index, seed, restart))
+
+
+def _attacks(epsilon: float, norm: str, margin_loss: Callable, num_spsa_examples: int | None) -> dict[str, tuple[Callable, dict]]:
+    """Name -> (attack(model, x, y, keys) -> x_adv, traits), from cheap to dear.  Steps of epsilon / 8: 1/255 at 8/255."""
+    ball, step = {"epsilon": epsilon, "norm": norm}, epsilon / 8
+
+    def stepping(num_steps: int, loss_fn: Callable) -> tuple[Callable, dict]:
+        settings = {"num_steps": num_steps, "step_size": step, "start": "uniform"}
+        return lambda m, x, y, k: pgd(m, x, y, **ball, num_steps=num_steps, step_size=step, loss_fn=loss_fn, keys=k), {"settings": settings}
+
+    return {
+        "fgsm": (lambda m, x, y, k: fgsm(m, x, y, epsilon=epsilon), {"settings": {"num_steps": 1, "start": "clean"}, "norms": ("linf",)}),
+        "cw": stepping(20, margin_loss),
+        "pgd100": stepping(100, cross_entropy),
+        "fmn100": (lambda m, x, y, k: fmn(m, x, y, norm=norm), {"settings": {"num_steps": 100}, "minimal": True}),
+        "apgd-ce": (lambda m, x, y, k: apgd(m, x, y, **ball, keys=k), {"settings": {"num_steps": 100}}),
+        "apgd-t": (lambda m, x, y, k: apgd_targeted(m, x, y, **ball, keys=k), {"settings": {"num_steps": 100}}),
+        "md": (lambda m, x, y, k: md(m, x, y, **ball, keys=k), {"settings": {"num_steps": 50}}),
+        "mdmt": (lambda m, x, y, k: mdmt(m, x, y, **ball, keys=k), {"settings": {"num_steps": 50}}),
+        "fab-t": (lambda m, x, y, k: fab_targeted(m, x, y, **ball, keys=k), {"settings": {"num_steps": 100}, "minimal": True}),
+        "square": (lambda m, x, y, k: square(m, x, y, **ball, keys=k), {"settings": {"num_queries": 5000}, "uses_gradients": False}),
+        "spsa": (lambda m, x, y, k: spsa(m, x, y, epsilon=epsilon, keys=k), {
+            "settings": {"num_steps": 100, "num_samples": 256, "delta": 0.001, "lr": 0.01}, "norms": ("linf",),
+            "uses_gradients": False, "limit": num_spsa_examples}),
+    }

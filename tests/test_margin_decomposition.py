@@ -1,0 +1,55 @@
+"""MD and MDMT: the worst point of a linear model, schedules, early leave, batches, class counts."""
+import math
+
+import pytest
+import torch
+from test_spsa import images, linear
+
+from attacks.margin_decomposition import md, mdmt, rival_gap, step_length
+from attacks.noise import example_keys
+
+attacks = pytest.mark.parametrize("attack", (md, mdmt))
+
+
+@attacks
+def test_the_margin_of_a_linear_model_of_two_classes_is_that_of_the_corner(attack):
+    model, x = linear(num_classes=2), images(6)
+    model[1].bias.data.copy_(torch.tensor([9.0, 0.0]))  # class 0 cannot be left
+    y = torch.zeros(6, dtype=torch.int64)
+    slope = (model[1].weight[1] - model[1].weight[0]).detach()
+    x_adv = attack(model, x, y, epsilon=0.05)
+    assert torch.allclose(rival_gap(model(x_adv), y), rival_gap(model(x), y) + 0.05 * slope.abs().sum(), atol=1e-5)
+
+
+@attacks
+@pytest.mark.parametrize("num_classes", (2, 3, 200))
+@pytest.mark.parametrize("norm", ("linf", "l2"))
+def test_ball_box_and_batches(attack, num_classes, norm):
+    model, x = linear(num_classes), images(7, 0.0, 1.0)
+    y, keys = model(x).argmax(1), example_keys(torch.arange(7), 1)
+    options = {"epsilon": 0.1, "norm": norm, "num_steps": 8, "change_step": 3}
+    whole = attack(model, x, y, keys=keys, **options)
+    single = torch.cat([attack(model, x[k:k + 1], y[k:k + 1], keys=keys[k:k + 1], **options) for k in range(7)])
+    assert torch.allclose(whole, single, atol=1e-5)
+    size = (whole - x).flatten(1).norm(dim=1, p=math.inf if norm == "linf" else 2)
+    assert size.max() <= 0.1 + 1e-6 and whole.min() >= 0 and whole.max() <= 1
+
+
+@attacks
+def test_an_example_that_is_wrong_at_the_start_leaves_at_once(attack):
+    model, x, seen = linear(), images(3), []
+    y = (model(x).argmax(1) + 1) % 3
+    model.register_forward_hook(lambda module, given, logits: seen.append(len(logits)))
+    attack(model, x, y, epsilon=0.0)
+    assert sum(seen) <= 6  # MDMT ranks the classes first
+
+
+def test_the_steps_fall_along_two_cosines():
+    lengths = [step_length(k, 1.0, 50, 20) for k in range(50)]
+    assert lengths[1] == lengths[21] == 2.0 and lengths[0] == pytest.approx(1 + math.cos(math.pi / 30))
+    assert lengths[20] == pytest.approx(1 + math.cos(math.pi * 19 / 30)) and lengths[49] < 0.03
+
+
+def test_a_change_step_beyond_the_end_is_refused():
+    with pytest.raises(ValueError, match="change_step"):
+        md(linear(), images(1), torch.tensor([0]), epsilon=0.1, num_steps=10, change_step=10)
