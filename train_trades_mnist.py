@@ -70,6 +70,7 @@ class Config:
     device: str = "auto"                                  # auto, cpu, or an accelerator by its name in torch
     precision: Literal["auto", "bf16", "float32"] = "auto"  # of training; auto is bf16 where the hardware multiplies it natively
     fuse: bool = True                                     # fold BatchNorm and fuse layers of the attacked network, where a CPU gains by it
+    compile: bool = False                                 # torch.compile the network, for GPUs: its first minute goes into that
     max_batches: int | None = None                        # stop every epoch after this many batches, for a trial run
 
 

@@ -188,10 +188,13 @@ class Run:
         except ValueError as error:
             raise UserError(str(error)) from error
         for module in model.modules():
-            module.fuse = self.cfg.fuse
+            module.fuse = self.cfg.fuse and not self.cfg.compile
         self.architecture = {"name": self.cfg.model, "num_classes": self.data.num_classes, "in_channels": channels,
                              "mean": mean, "std": std}
-        return distributed.parallel(TrainingPrecision(to_device(model, self.device), self.dtype))
+        trained = TrainingPrecision(to_device(model, self.device), self.dtype)
+        if self.cfg.compile:  # in place: names and checkpoints stay; one graph for frozen parameters, one for trained ones
+            trained.compile(dynamic=False)
+        return distributed.parallel(trained)
 
     def split(self, model: nn.Module, split_first_layer: Callable[[nn.Module], tuple]) -> tuple[nn.Module, nn.Module]:
         """(f0, rest) of a model from `build`, rest(f0(x)) = model(x), in the training precision; their gradients wait for `update`."""

@@ -169,6 +169,22 @@ def test_torchrun_gives_the_weights_of_one_process(shell, tmp_path):
     assert read_log(tmp_path / "one")[0]["train_A_rob"] == read_log(tmp_path / "two")[0]["train_A_rob"]
 
 
+@pytest.mark.parametrize("name", ("train_at_mnist", "train_trades_mnist"))
+def test_a_compiled_run_gives_the_weights_of_a_plain_one(name, script, monkeypatch):
+    calls, compile_module = [], torch.nn.Module.compile
+
+    def traced(module, **options):  # everything but the compiler: graphs, guards and what they leave out
+        calls.append(options)
+        compile_module(module, backend="eager", **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", traced)
+    torch.compiler.reset()
+    script(name, *TINY, "--max_batches", 3, "--compile", "--out_dir", "compiled")
+    script(name, *TINY, "--max_batches", 3, "--no-fuse", "--out_dir", "plain")
+    assert calls == [{"dynamic": False}]
+    assert same_bits(weights(Path("compiled/last.pt")), weights(Path("plain/last.pt")))
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(script):
     script("train_at_mnist", *TINY, "--out_dir", "run")
     with pytest.raises(RunError, match=r"not finite at epoch 1, step \d+"):
