@@ -15,8 +15,8 @@ KINDS = ("last", "best", "last_ema", "best_ema")
 ATTACKS = {"fgsm": "FGSM", "pgd20": "PGD20", "pgd100": "PGD100", "cw": "CW", "fmn100": "FMN100", "autoattack": "AA", "mde": "MDE",
            "square": "Square", "spsa": "SPSA"}
 # What one training configuration may differ in and still be the same but for its seed, and what only describes the run.
-NO_SETTING = {"seed", "seeds", "out_dir", "resume", "data_dir", "device", "dry_run", "command", "environment", "image_shape", "num_classes",
-              "classes", "training_images"}
+NO_SETTING = {"seed", "seeds", "out_dir", "resume", "data_dir", "device", "fuse", "compile", "dry_run", "command", "environment",
+              "image_shape", "num_classes", "classes", "training_images"}
 # What one attack inside `attacks` may set by itself; two values under different ones are never averaged.
 ATTACK_SETTINGS = ("num_examples", "epsilon", "step_size", "num_steps", "num_restarts", "start", "num_queries", "num_samples")
 # weights of train_vir.py: the fields that they alone read
@@ -175,6 +175,10 @@ def _base_and_weights(training: dict) -> tuple[str, str, float]:
         base, weights, alpha = training["base"].upper(), training["weights"], training.get("margin_alpha", 0.0)
     elif name.startswith(("at_", "trades_")):
         base, weights, alpha = name.split("_")[0].upper(), "margin", training.get("alpha", 0.0)
+    elif name in ("free", "iaat"):
+        base = {"free": "AT4Free", "iaat": "IAAT"}[name]
+    elif name == "yopo":
+        base = f"YOPO-{training['num_passes']}-{training['num_steps']}"
     return base, "uniform" if weights == "margin" and not alpha else weights, alpha
 
 

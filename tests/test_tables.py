@@ -10,9 +10,12 @@ from conftest import ROOT
 
 import tables as script_module
 import train_at_mnist
+import train_free
+import train_iaat
 import train_trades_cifar10
 import train_trades_mnist
 import train_vir
+import train_yopo
 from harness.errors import UserError
 from harness.tables import (
     defense,
@@ -27,8 +30,8 @@ from harness.tables import (
 )
 
 PAPERS = paper_tables()
-CONFIGS = {"train_vir": train_vir.RECIPES, "train_at_mnist": train_at_mnist.RECIPES, "train_trades_mnist": train_trades_mnist.RECIPES,
-           "train_trades_cifar10": train_trades_cifar10.RECIPES}
+SCRIPTS = (train_vir, train_at_mnist, train_trades_mnist, train_trades_cifar10, train_free, train_yopo, train_iaat)
+CONFIGS = {script.__name__: script.RECIPES for script in SCRIPTS}
 
 
 def training(script="train_vir", recipe="vir-at", **changes):
@@ -157,8 +160,13 @@ def test_the_margin_weight_is_in_the_name(script, alpha, label):
     assert defense(training(script, "short", alpha=alpha)) == label
 
 
+@pytest.mark.parametrize(("script", "label"), [("train_free", "AT4Free"), ("train_yopo", "YOPO-5-3"), ("train_iaat", "IAAT")])
+def test_the_other_rows_of_zengs_table_4_have_its_names(script, label):
+    assert defense(training(script, "paper")) == label
+
+
 def test_another_script_is_named_by_itself():
-    assert defense({"script": "train_free", "alpha": 0.5}) == "free"
+    assert defense({"script": "train_other", "alpha": 0.5}) == "other"
 
 
 # ---- mean and spread ------------------------------------------------------------------------------------------------------------------
