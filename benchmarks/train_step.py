@@ -75,6 +75,8 @@ class Config:
     seed: int = 0                                         # of images, weights, starts and dropout
     device: str = "auto"                                  # auto, cpu, or an accelerator by its name in torch
     precision: Literal["auto", "bf16", "float32"] = "auto"  # of our step; auto is bf16 where the hardware multiplies it natively
+    fuse: bool = True                                     # of our step: fold BatchNorm and fuse layers of the attacked network on a CPU
+    compile: bool = False                                 # of our step: torch.compile the network
     json: bool = False                                    # print one line of JSON and nothing else
     out: str | None = None                                # JSON file to write, never over another
 
@@ -222,7 +224,7 @@ def settings_of(name: str, method: str, cfg: Config, folder: str) -> object:
     """The training script's Config for one epoch of timed steps, at the full radius from the first batch on."""
     shape = image_shape_of(name)
     settings = SCRIPTS[method, shape].Config(model=name, batch_size=cfg.batch_size, seed=cfg.seed, device=cfg.device, out_dir=folder,
-                                             precision=cfg.precision, epochs=1, epsilon_warmup_epochs=0, **THREATS[shape],
+                                             precision=cfg.precision, fuse=cfg.fuse, compile=cfg.compile, epochs=1, epsilon_warmup_epochs=0, **THREATS[shape],
                                              **METHOD_SETTINGS[method])
     return settings if cfg.num_steps is None else replace(settings, num_steps=cfg.num_steps)
 
@@ -271,7 +273,7 @@ def measure(name: str, method: str, cfg: Config, peak: float) -> dict[str, objec
     ours, published, needed = (statistics.median(seconds[form]) for form in ("ours", "published", "bare"))
     gflop = count_flops(name, method, settings, shape) / 1e9
     return {"model": name, "method": method, "batch_size": cfg.batch_size, "num_steps": settings.num_steps, "image_shape": shape,
-            "precision": {torch.bfloat16: "bf16", torch.float32: "float32"}[run.dtype],
+            "precision": {torch.bfloat16: "bf16", torch.float32: "float32"}[run.dtype], "fuse": cfg.fuse, "compile": cfg.compile,
             "ours_seconds": ours, "published_form_seconds": published, "bare_seconds": needed, "ratio": published / ours,
             "overhead_percent": 100 * (ours - needed) / ours, "gflop": gflop, "gflops": gflop / ours,
             "published_form_gflops": gflop / published, "peak_gflops": peak, "peak_percent": 100 * gflop / ours / peak,

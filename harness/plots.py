@@ -26,7 +26,8 @@ def _figure(columns: int, width: float, height: float = 4.2):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, columns, figsize=(width, height), layout="constrained")
+    figure, axes = pyplot.subplots(1, columns, figsize=(width, height), layout="constrained", squeeze=False)
+    axes = axes[0]
     for axis in axes:
         axis.grid(color="#dddddd", linewidth=0.6)
         axis.set_axisbelow(True)
@@ -187,6 +188,23 @@ def confusion(result: dict, path: Path) -> None:
         axis.set_xticks(ticks, [names[k] for k in ticks], rotation=90 if len(ticks) * max(map(len, names)) > 50 else 0)
         axis.set_yticks(ticks, [names[k] for k in ticks])
     figure.colorbar(image, ax=axes, label="images of the true class, %", ticks=[0, 1, 5, 10, 25, 50, 75, 100], shrink=0.8)
+    _save(figure, path)
+
+
+def cost(rows: list[dict], path: Path) -> None:
+    """Robust accuracy against training time, one point a row: `defense`, `A_rob`, its interval `ci95` in %, and `seconds`."""
+    figure, axes = _figure(1, 8.5, 4.8)
+    axis = axes[0]
+    styles = [(colour, marker) for _, marker in STYLES for colour in COLOURS]
+    for row, (colour, marker) in zip(sorted(rows, key=lambda row: row["seconds"]), styles * (1 + len(rows) // len(styles))):
+        low, high = row["ci95"]
+        axis.errorbar(row["seconds"] / 60, row["A_rob"], [[row["A_rob"] - low], [high - row["A_rob"]]], color=colour, marker=marker,
+                      linestyle="none", capsize=3, label=row["defense"])
+    axis.set_xlabel("training time, minutes")
+    axis.set_ylabel("A_rob, % (95 % intervals)")
+    axis.set_xlim(left=0)
+    axis.set_title("Robust accuracy against the cost of training")
+    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
     _save(figure, path)
 
 

@@ -157,3 +157,23 @@ def test_the_number_of_steps_is_the_training_scripts_own_unless_given():
 def test_what_cannot_be_timed_is_refused_at_once(words, message):
     with pytest.raises(UserError, match=message):
         main(toy(*words))
+
+
+# Cost
+
+@pytest.mark.parametrize(("script", "flags", "phases"), (
+    ("train_vir", ("--recipe", "vir-at-digits", "--burn_in_epochs", 3, "--epochs", 4), {"burn-in": 3, "weighted": 1}),
+    ("train_free", ("--recipe", "digits", "--epochs", 2, "--num_replays", 2), {"all": 2})))
+def test_the_cost_of_a_result_is_its_batches_times_what_one_takes(script, flags, phases, shell, tmp_path):
+    assert shell(f"{script}.py", *flags, "--max_batches", 1, "--out_dir", "run").returncode == 0
+    assert shell("eval_mnist.py", "--checkpoint", "run/last.pt", "--num_steps", 1, "--num_restarts", 1, "--num_examples", 20, "--out",
+                 "run/eval.json").returncode == 0
+    done = shell("benchmarks/cost.py", "--results", "run", "--batches", 2, "--repeats", 1, "--out", "cost.json")
+    assert done.returncode == 0, done.stderr
+    row, = json.loads((tmp_path / "cost.json").read_text())["rows"]
+    assert (tmp_path / "cost.png").exists() and row["seconds_per_batch"].keys() == phases.keys()
+    batches = -(-1300 // 64)  # 1,437 digits of which 137 are held out
+    expected = sum(row["seconds_per_batch"][phase] * batches * epochs for phase, epochs in phases.items())
+    assert row["seconds"] == pytest.approx(expected) and row["seconds"] > 0
+    refused = shell("benchmarks/cost.py", "--results", "nothing")
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
