@@ -224,8 +224,8 @@ def settings_of(name: str, method: str, cfg: Config, folder: str) -> object:
     """The training script's Config for one epoch of timed steps, at the full radius from the first batch on."""
     shape = image_shape_of(name)
     settings = SCRIPTS[method, shape].Config(model=name, batch_size=cfg.batch_size, seed=cfg.seed, device=cfg.device, out_dir=folder,
-                                             precision=cfg.precision, fuse=cfg.fuse, compile=cfg.compile, epochs=1, epsilon_warmup_epochs=0, **THREATS[shape],
-                                             **METHOD_SETTINGS[method])
+                                             precision=cfg.precision, fuse=cfg.fuse, compile=cfg.compile, epochs=1,
+                                             epsilon_warmup_epochs=0, **THREATS[shape], **METHOD_SETTINGS[method])
     return settings if cfg.num_steps is None else replace(settings, num_steps=cfg.num_steps)
 
 
