@@ -2,8 +2,9 @@
 import torch
 from torch import Tensor, nn
 
+from attacks.ball import norm_of, per_example
 from attacks.frozen import frozen
-from attacks.minimal import Closest, check_arguments, descend, is_wrong, logit_margin, norm_of, per_example
+from attacks.minimal import Closest, check_arguments, descend, is_wrong, logit_margin
 
 LAST_STEP = 0.01            # the last step's size over the first's
 FIRST_DISTANCE = {"l2": 0.1, "l1": 0.5}  # how far the first step goes

@@ -43,7 +43,7 @@ def per_example(values: Tensor, x: Tensor) -> Tensor:
     return values.reshape(-1, *[1] * (x.dim() - 1))
 
 
-def norms(delta: Tensor, norm: str) -> Tensor:
+def norm_of(delta: Tensor, norm: str) -> Tensor:
     """The norm "linf", "l2" or "l1" of each row.  delta: [B, ...] -> [B]."""
     flat = delta.flatten(1)
     return {"linf": lambda: flat.abs().amax(1), "l2": lambda: flat.norm(dim=1), "l1": lambda: flat.abs().sum(1)}[norm]()
@@ -51,7 +51,7 @@ def norms(delta: Tensor, norm: str) -> Tensor:
 
 def direction(gradient: Tensor, norm: str) -> Tensor:
     """Steepest ascent of unit norm: sign(gradient) for "linf", gradient / |gradient| for "l2"; zero where the gradient is zero."""
-    return gradient.sign() if norm == "linf" else gradient / per_example(norms(gradient, "l2"), gradient).clamp_min(TINY)
+    return gradient.sign() if norm == "linf" else gradient / per_example(norm_of(gradient, "l2"), gradient).clamp_min(TINY)
 
 
 def project(x_adv: Tensor, x: Tensor, radius: Tensor, norm: str) -> Tensor:
@@ -59,7 +59,7 @@ def project(x_adv: Tensor, x: Tensor, radius: Tensor, norm: str) -> Tensor:
     if norm == "linf":
         return torch.clamp(x_adv, (x - radius).clamp_(min=0.0), (x + radius).clamp_(max=1.0))
     delta = x_adv - x
-    scale = (radius / per_example(norms(delta, "l2"), x).clamp_min(TINY)).clamp_(max=1.0)
+    scale = (radius / per_example(norm_of(delta, "l2"), x).clamp_min(TINY)).clamp_(max=1.0)
     return delta.mul_(scale).add_(x).clamp_(0.0, 1.0)
 
 
@@ -75,7 +75,7 @@ def random_point(x: Tensor, radius: Tensor, norm: str, keys: Tensor) -> Tensor:
 def inside(x_adv: Tensor, x: Tensor, radius: Tensor, norm: str, tolerance: float = 1e-6) -> Tensor:
     """Whether each x_adv lies in its ball (up to rounding) and in [0, 1].  -> [B] bool; False for anything non-finite."""
     box = ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1)
-    return box & (norms(x_adv - x, norm) <= radius.flatten() * (1 + tolerance) + tolerance)
+    return box & (norm_of(x_adv - x, norm) <= radius.flatten() * (1 + tolerance) + tolerance)
 
 
 def wrong(logits: Tensor, y: Tensor) -> Tensor:

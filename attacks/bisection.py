@@ -6,8 +6,9 @@ Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", I
 import torch
 from torch import Tensor, nn
 
+from attacks.ball import per_example
 from attacks.frozen import frozen
-from attacks.minimal import Closest, check_arguments, descend, is_wrong, per_example
+from attacks.minimal import Closest, check_arguments, descend, is_wrong
 from attacks.noise import keyed_uniform
 
 MOMENTUM = 0.75

@@ -2,8 +2,9 @@
 import torch
 from torch import Tensor, nn
 
+from attacks.ball import norm_of, per_example
 from attacks.frozen import frozen
-from attacks.minimal import Closest, check_arguments, cosine, is_wrong, norm_of, per_example, soft_margin
+from attacks.minimal import Closest, check_arguments, cosine, is_wrong, soft_margin
 
 LAST_STEP = 0.01  # the last step's size
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 
-from attacks.ball import TINY, check_batch, check_steps, norms, per_example, radii, ranked_targets
+from attacks.ball import TINY, check_batch, check_steps, norm_of, per_example, radii, ranked_targets
 from attacks.frozen import frozen
 
 ALPHA_MAX = 0.1         # largest pull towards the hyperplane's point nearest to x
@@ -138,11 +138,11 @@ def _step(model, walk: _Walk, norm: str) -> None:
     w, at_x = w.flatten(1), c + (w.flatten(1) * (x - x_k)).sum(1)
     d_k = project_box(x_k, w, c, norm) - x_k
     d = project_box(x, w, at_x, norm) - x
-    length_k, length = norms(d_k, norm), norms(d, norm)
+    length_k, length = norm_of(d_k, norm), norm_of(d, norm)
     alpha = (length_k / (length_k + length).clamp_min(TINY)).clamp_max(ALPHA_MAX)[:, None]
     point = ((1 - alpha) * (x_k + OVERSHOOT * d_k) + alpha * (x + OVERSHOOT * d)).clamp_(0.0, 1.0).view_as(walk.x)
     hit = _gap(model, point, walk.y) > 0
-    reached = norms(point - walk.x, norm)
+    reached = norm_of(point - walk.x, norm)
     nearer = hit & (reached < walk.distance) & ~(walk.distance <= walk.enough)
     walk.found = point.where(per_example(nearer, point), walk.found)
     walk.distance = reached.where(nearer, walk.distance)
@@ -160,7 +160,7 @@ def _search(model, x: Tensor, y: Tensor, found: Tensor, distance: Tensor, gap: T
         wide = per_example(hit, x)
         found, near = point.where(wide, found), near.where(wide, point)
         gap_far, gap_near = gap_point.where(hit, gap_far), gap_near.where(hit, gap_point)
-    return found, norms(found - x, norm).where(distance.isfinite(), distance)
+    return found, norm_of(found - x, norm).where(distance.isfinite(), distance)
 
 
 def _clean(model, x: Tensor, y: Tensor, num_targets: int) -> tuple[Tensor, Tensor]:

@@ -2,8 +2,9 @@
 import torch
 from torch import Tensor, nn
 
+from attacks.ball import norm_of, per_example
 from attacks.frozen import frozen
-from attacks.minimal import Closest, check_arguments, cosine, descend, dual_norm_of, is_wrong, norm_of, per_example, project
+from attacks.minimal import Closest, check_arguments, cosine, descend, dual_norm_of, is_wrong, project
 
 LAST_STEP = 0.01      # the last step's size over the first's
 LAST_GAMMA = 0.001    # the last relative change of the radius

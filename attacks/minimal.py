@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attacks.ball import norm_of, per_example
 from attacks.pgd import check_images
 
 NORMS = ("linf", "l2", "l1")
@@ -22,19 +23,6 @@ def check_arguments(x: Tensor, y: Tensor, norm: str, num_steps: int, norms: tupl
         raise ValueError(f"unknown norm {norm!r}: choose one of {', '.join(norms)}")
     if num_steps < 0:
         raise ValueError(f"num_steps must be >= 0, not {num_steps}")
-
-
-def per_example(values: Tensor, like: Tensor) -> Tensor:
-    """`values` [B] with as many trailing dimensions of size one as broadcast against `like` [B, ...]."""
-    return values.view(-1, *[1] * (like.dim() - 1))
-
-
-def norm_of(delta: Tensor, norm: str) -> Tensor:
-    """||delta||_p of each example: [B, ...] -> [B]."""
-    flat = delta.flatten(1)
-    if norm == "linf":
-        return flat.abs().amax(dim=1)
-    return flat.norm(dim=1) if norm == "l2" else flat.abs().sum(dim=1)
 
 
 def dual_norm_of(gradient: Tensor, norm: str) -> Tensor:
@@ -81,12 +69,6 @@ def soft_margin(logits: Tensor, y: Tensor) -> Tensor:
     logits = logits if logits.itemsize >= 4 else logits.float()
     others = logits.masked_fill(F.one_hot(y, logits.shape[1]).bool(), -torch.inf)
     return logits.gather(1, y[:, None]).squeeze(1) - others.logsumexp(dim=1)
-
-
-def rivals(logits: Tensor, y: Tensor, count: int) -> Tensor:
-    """The classes other than y in falling order of their logits, at most `count` of them: [B, K], [B] -> [B, min(count, K - 1)]."""
-    others = logits.masked_fill(F.one_hot(y, logits.shape[1]).bool(), -torch.inf)
-    return others.topk(min(count, logits.shape[1] - 1), dim=1).indices
 
 
 def descend(bare: nn.Module, x_adv: Tensor, y: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,8 +2,9 @@
 import torch
 from torch import Tensor, nn
 
+from attacks.ball import per_example
 from attacks.frozen import frozen
-from attacks.minimal import Closest, check_arguments, descend, dual_norm_of, is_wrong, per_example, shrink
+from attacks.minimal import Closest, check_arguments, descend, dual_norm_of, is_wrong, shrink
 
 MOMENTUM, SECOND_MOMENT = 0.9, 0.99
 LAST_STEP, LAST_DUAL_STEP = 0.01, 0.1                   # the last step's size over the first's

@@ -6,8 +6,9 @@ The step is the projection of FAB (Croce & Hein, "Minimally distorted Adversaria
 import torch
 from torch import Tensor, nn
 
+from attacks.ball import norm_of, ranked_targets
 from attacks.frozen import frozen
-from attacks.minimal import check_arguments, descend, is_wrong, norm_of, rivals
+from attacks.minimal import check_arguments, descend, is_wrong
 
 OVERSHOOT = 1e-4   # how far behind the boundary to aim, as a share of the linearised margin at the clean image
 HALVINGS = 6       # trials on the way back to the adversary, each half as far as the one before
@@ -46,7 +47,7 @@ def polish(model: nn.Module, x: Tensor, y: Tensor, x_adv: Tensor, *, norm: str, 
 def _behind_boundary(bare: nn.Module, x: Tensor, y: Tensor, x_adv: Tensor, norm: str) -> Tensor:
     """The nearest point to x that the linearisation at `x_adv` loses."""
     with torch.no_grad():
-        target = rivals(bare(x_adv), y, 1).squeeze(1)
+        target = ranked_targets(bare(x_adv), y, 1).squeeze(1)
     with torch.enable_grad():
         margin, _, gradient = descend(bare, x_adv, y, target)
     at_clean = margin + (gradient * (x - x_adv)).flatten(1).sum(dim=1)

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from attacks.alma import alma
+from attacks.ball import norm_of, per_example, ranked_targets
 from attacks.bisection import pgd_bisection
 from attacks.ddn import ddn
 from attacks.fab import fab_targeted
 from attacks.fmn import fmn
 from attacks.frozen import frozen, predict
-from attacks.minimal import NORMS, check_arguments, is_wrong, norm_of, per_example, rivals
+from attacks.minimal import NORMS, check_arguments, is_wrong
 from attacks.pdgd import pdpgd
 from attacks.polish import polish
 
@@ -114,7 +115,7 @@ class _Pool:
         self.model, self.x, self.y, self.rows, self.result, self.budget = model, x[rows], y[rows], rows, result, budget
         self.distance = {norm: torch.full(rows.shape, torch.inf, dtype=torch.float64, device=x.device) for norm in NORMS}
         self.nearest = dict.fromkeys(NORMS, self.x)  # in every norm, asked for or not: where the attacks begin
-        self.targets = rivals(predict(model, self.x), self.y, budget.num_targets) if budget.num_targets else None  # [B, T]
+        self.targets = ranked_targets(predict(model, self.x), self.y, budget.num_targets) if budget.num_targets else None  # [B, T]
 
     def run(self, starts: list[Tensor], keys: Tensor | None, extra: dict[str, tuple[Callable, int]]) -> None:
         budget = self.budget

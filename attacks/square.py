@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 
-from attacks.ball import TINY, check_batch, check_steps, norms, per_example, radii
+from attacks.ball import TINY, check_batch, check_steps, norm_of, per_example, radii
 from attacks.fab import gap_to_rival
 from attacks.frozen import frozen
 from attacks.noise import example_keys, keyed_uniform
@@ -124,7 +124,7 @@ def _propose_l2(search: _Search, draws: Tensor, share: float) -> Tensor:
     to, source = _window(draws[:, :2], side, height, width), _window(draws[:, 2:4], side, height, width)
     pattern = _placed_pattern(draws[:, :2], draws[:, 4] < 0.5, side, search.x)
     sign = _per_channel(_signs(draws[:, 5:5 + channels]))
-    unused = (search.radius.square() - per_example(norms(delta, "l2"), delta).square()).clamp_min_(0.0)
+    unused = (search.radius.square() - per_example(norm_of(delta, "l2"), delta).square()).clamp_min_(0.0)
     local = delta * to
     new = sign * pattern * to + local / _channel_norm(local).clamp_min(TINY)
     budget = (_channel_norm(delta * (to | source)).square() + unused / channels).sqrt()
@@ -134,7 +134,7 @@ def _propose_l2(search: _Search, draws: Tensor, share: float) -> Tensor:
 
 
 def _onto_sphere(delta: Tensor, x: Tensor, radius: Tensor) -> Tensor:
-    return (x + delta * (radius / per_example(norms(delta, "l2"), x).clamp_min(TINY))).clamp_(0.0, 1.0)
+    return (x + delta * (radius / per_example(norm_of(delta, "l2"), x).clamp_min(TINY))).clamp_(0.0, 1.0)
 
 
 def _offsets(place: Tensor, side: int, height: int, width: int) -> tuple[Tensor, Tensor]:

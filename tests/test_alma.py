@@ -4,7 +4,8 @@ import torch
 from nets import interior, linear, linear_distance, tiny_mlp
 
 from attacks.alma import _penalty_slope, alma
-from attacks.minimal import NORMS, is_wrong, norm_of
+from attacks.ball import norm_of
+from attacks.minimal import NORMS, is_wrong
 from attacks.polish import nearest_loss, polish
 
 norms = pytest.mark.parametrize("norm", NORMS)

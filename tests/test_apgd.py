@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from attacks.apgd import apgd, apgd_targeted, checkpoints
-from attacks.ball import direction, inside, norms, project, radii, random_point, ranked_targets
+from attacks.ball import direction, inside, norm_of, project, radii, random_point, ranked_targets
 from attacks.dlr import dlr_loss, targeted_dlr_loss
 from attacks.noise import example_keys
 from tests.attack_models import (
@@ -62,11 +62,11 @@ def test_projection_direction_and_random_points(norm):
     radius = radii(torch.linspace(0.0, 0.5, 20), x)
     keys = example_keys(torch.arange(20))
     far = project(x + 3.0 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1)), x, radius, norm)
-    assert inside(far, x, radius, norm).all() and (norms(far - x, norm)[5:] > 0.2 * radius.flatten()[5:]).all()
+    assert inside(far, x, radius, norm).all() and (norm_of(far - x, norm)[5:] > 0.2 * radius.flatten()[5:]).all()
     torch.testing.assert_close(project(far, x, radius, norm), far)
     point = random_point(x, radius, norm, keys)
     assert inside(point, x, radius, norm).all() and torch.equal(point[3:5], random_point(x[3:5], radius[3:5], norm, keys[3:5]))
-    torch.testing.assert_close(norms(direction(x - 0.5, norm), norm), torch.ones(20))
+    torch.testing.assert_close(norm_of(direction(x - 0.5, norm), norm), torch.ones(20))
     assert not direction(torch.zeros_like(x), norm).any()
     outside = far.clone()
     outside[0, 0, 0, 0] = float("nan")

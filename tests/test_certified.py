@@ -4,7 +4,8 @@ import torch
 from nets import interior, linear, linear_distance, tiny_mlp
 from torch import nn
 
-from attacks.minimal import norm_of, project
+from attacks.ball import norm_of
+from attacks.minimal import project
 from curves.certified import NORMS, affine_layers, certified_distances, crown_bounds, forward
 
 norms = pytest.mark.parametrize("norm", NORMS)

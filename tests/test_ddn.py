@@ -3,8 +3,9 @@ import pytest
 import torch
 from nets import interior, linear, linear_distance
 
+from attacks.ball import norm_of, ranked_targets
 from attacks.ddn import ddn
-from attacks.minimal import is_wrong, logit_margin, norm_of, rivals
+from attacks.minimal import is_wrong, logit_margin
 
 
 def sharp(num_classes):
@@ -30,7 +31,7 @@ def test_ddn_finds_the_distance_of_a_linear_model(num_classes):
 def test_a_target_is_followed():
     model = sharp(4)
     x, y = interior(model, margin=50.0)
-    target = rivals(model(x), y, 3)[:, 2]
+    target = ranked_targets(model(x), y, 3)[:, 2]
     lead = [-logit_margin(model(ddn(model, x, y, num_steps=1, target=aim)), y, target) for aim in (target, None)]
     assert (lead[0] > lead[1] + 50).all()  # of the target over y, after one step of length one
     assert is_wrong(model(ddn(model, x, y, num_steps=100, target=target)), y).all()

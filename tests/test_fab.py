@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
-from attacks.ball import inside, norms, radii
+from attacks.ball import inside, norm_of, radii
 from attacks.fab import fab_targeted, gap_to_rival, project_box
 from tests.attack_models import (
     assert_independent_of_the_batch,
@@ -55,7 +55,7 @@ def test_the_projection_is_the_nearest_point_of_hyperplane_and_box(norm, seed, s
     z = project_box(torch.tensor(x)[None], torch.tensor(w)[None], torch.tensor([c]), norm)
     assert z.min() >= 0 and z.max() <= 1
     assert float(w @ (z[0].numpy() - x) + c) == pytest.approx(0.0, abs=1e-8)
-    assert norms(z - torch.tensor(x), norm).item() == pytest.approx(nearest_distance(x, w, c, norm), rel=1e-6, abs=1e-7)
+    assert norm_of(z - torch.tensor(x), norm).item() == pytest.approx(nearest_distance(x, w, c, norm), rel=1e-6, abs=1e-7)
 
 
 @every_norm
@@ -74,10 +74,10 @@ def test_distances_on_a_linear_model(norm):
     x, y, distance = x[near], y[near], (margins / DUAL[norm](w))[near]
     x_adv = fab_targeted(model, x, y, norm=norm)
     assert misclassified(model, x_adv, y).all()
-    ratio = norms(x_adv - x, norm) / distance
+    ratio = norm_of(x_adv - x, norm) / distance
     assert ratio.min() > 1 - 1e-4 and ratio.max() < 1.001
     early = fab_targeted(model, x, y, norm=norm, epsilon=1.2 * distance)
-    assert misclassified(model, early, y).all() and (norms(early - x, norm) <= 1.2001 * distance).all()
+    assert misclassified(model, early, y).all() and (norm_of(early - x, norm) <= 1.2001 * distance).all()
 
 
 def test_nothing_found_is_x_itself():
@@ -101,7 +101,7 @@ def test_properties(norm):
     attack = partial(fab_targeted, norm=norm, num_steps=8, num_targets=2)
     x_adv = attack(model, *task[:2])
     assert misclassified(model, x_adv, task[1]).all()
-    distance = norms(x_adv - task[0], norm)
+    distance = norm_of(x_adv - task[0], norm)
     within = partial(attack, epsilon=distance.median().item())
     reached = within(model, *task[:2])
     inside_ball = inside(reached, task[0], radii(distance.median().item(), task[0]), norm)

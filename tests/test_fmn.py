@@ -5,8 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nets import interior, linear, linear_distance
 
+from attacks.ball import norm_of, ranked_targets
 from attacks.fmn import fmn
-from attacks.minimal import NORMS, is_wrong, logit_margin, norm_of, project, rivals, soft_margin
+from attacks.minimal import NORMS, is_wrong, logit_margin, project, soft_margin
 
 norms = pytest.mark.parametrize("norm", NORMS)
 
@@ -57,7 +58,7 @@ def test_a_start_that_is_no_adversary_changes_nothing():
 def test_a_target_is_followed_and_every_misclassification_counts(norm):
     model = linear(4)
     x, y = interior(model)
-    target = rivals(model(x), y, 2)[:, 1]
+    target = ranked_targets(model(x), y, 2)[:, 1]
     x_adv = fmn(model, x, y, norm=norm, num_steps=300, step_size=1.0, target=target)
     weight, logits = model[1].weight.detach(), model(x).detach()
     normal = torch.linalg.vector_norm(weight[y] - weight[target], ord={"linf": 1, "l2": 2, "l1": torch.inf}[norm], dim=1)

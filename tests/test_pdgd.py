@@ -3,8 +3,9 @@ import pytest
 import torch
 from nets import interior, linear, linear_distance
 
+from attacks.ball import norm_of
 from attacks.bisection import pgd_bisection
-from attacks.minimal import NORMS, is_wrong, norm_of
+from attacks.minimal import NORMS, is_wrong
 from attacks.noise import example_keys
 from attacks.pdgd import _prox, pdpgd
 

@@ -4,7 +4,8 @@ import torch
 from nets import interior, linear, linear_distance, tiny_mlp
 from torch import nn
 
-from attacks.minimal import NORMS, is_wrong, norm_of
+from attacks.ball import norm_of
+from attacks.minimal import NORMS, is_wrong
 from attacks.noise import example_keys
 from attacks.pool import BUDGETS, Budget, minimal_distances
 

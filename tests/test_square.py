@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from attacks import square as module
-from attacks.ball import inside, norms, radii
+from attacks.ball import inside, norm_of, radii
 from attacks.noise import example_keys, keyed_uniform
 from attacks.square import share_of_window, square
 from tests.attack_models import (
@@ -65,7 +65,7 @@ def test_more_queries_never_raise_the_margin_and_the_whole_radius_is_used(norm):
         x_adv = square(model, x, y, epsilon=epsilon, norm=norm, num_queries=queries)
         logits = model(x_adv).detach()
         left.append((logits.gather(1, y[:, None]) - logits.gather(1, 1 - y[:, None])).squeeze(1))
-        torch.testing.assert_close(norms(x_adv - x, norm), epsilon, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(norm_of(x_adv - x, norm), epsilon, rtol=1e-3, atol=1e-6)
     assert all((after <= before + 1e-5).all() for before, after in pairwise(left))
     assert (left[-1] < 0.8 * margins).all() if norm == "linf" else (left[-1] < left[0]).all()
 
