@@ -11,6 +11,7 @@ by the paper's protocol on CIFAR-10 and other colour images.
     python eval_cifar10.py --checkpoint theirs.pt --arch resnet18             # anyone's state dict
     python eval_cifar10.py --checkpoint theirs.pt --arch net.py:Net           # of a network in a file of yours
     python eval_cifar10.py --num_restarts 1 --num_examples 1000               # a quick look
+    python eval_cifar10.py --attacks fgsm pgd100 cw fmn100 autoattack mde           # strong attacks, the worst case over them
 """
 import time
 from collections.abc import Callable
@@ -20,15 +21,16 @@ from typing import Literal
 
 from torch import Tensor
 
+from attacks.catalogue import members_of, probing_attack, strong_attacks, weighted_attacks
 from attacks.pgd import cross_entropy, pgd_by_index
-from harness import report
+from harness import report, strong
 from harness.checkpoint import model_from
 from harness.config import run_script
 from harness.data import first_examples
 from harness.errors import RunError
 from harness.evaluation import evaluate
 from harness.run import choose_device, to_device
-from losses.margin import margin_weights
+from losses.margin import cw_loss, margin_weights
 from models import build_model
 
 PROTOCOL = report.Protocol(dataset="cifar10", channels=3, epsilon=0.031, step_ratio=10)
@@ -45,11 +47,18 @@ class Config:
     num_restarts: int = 10                       # independent random starts an example; the one of largest cross-entropy counts
     start: Literal["uniform", "gaussian", "clean"] = "uniform"  # where PGD starts
     alphas: tuple[float, ...] = (1.0, 1.5, 2.0)  # the attacker's preference for small margins, in A_sa and A_tr
+    attacks: tuple[str, ...] = ()                # strong attacks too: names, vir or all; an unknown name lists them
+    norm: Literal["linf", "l2"] = "linf"         # norm of the ball; l2 needs --attacks and --epsilon
     num_examples: int | None = None              # evaluate the first so many test images; default: all
+    num_spsa_examples: int = 1000                # SPSA costs 51,200 forward passes an image: it attacks the first so many
     batch_size: int = 128                        # images at a time; changes no verdict
     seed: int = 0                                # of the random starts
     data_dir: str | None = None                  # folder of the data sets; default: the checkpoint's, or data
     out: str | None = None                       # JSON file to write; default: eval*.json beside the checkpoint
+    record: str | None = None                    # folder of what each attack did to each image; default: OUT.record
+    resume: str | None = None                    # record of an interrupted evaluation with --attacks, to be finished
+    shard: str | None = None                     # i/n: attack every n-th image from the i-th (0 to n - 1); the last shard reports
+    save_adversaries: bool = False               # keep the adversarial images in the record, float32
     device: str = "auto"                         # auto, cpu, or an accelerator by its name in torch
 
 
@@ -59,25 +68,33 @@ def weighted_cross_entropy(alpha: float) -> Callable[[Tensor, Tensor], Tensor]:
 
 def main(cfg: Config) -> None:
     device, files, results, examples = choose_device(cfg.device), report.find_checkpoints(cfg.checkpoint, PROTOCOL.channels), {}, {}
-    out = report.output_path(cfg.out, files[0][1], whole_run=len(files) > 1)
+    job = strong.begin(cfg, files, device, members_of, partial(strong_attacks, norm=cfg.norm, seed=cfg.seed, margin_loss=cw_loss,
+                                                               num_spsa_examples=cfg.num_spsa_examples))
     for name, path in files:
         started, subject = time.monotonic(), report.open_subject(name, path, cfg, PROTOCOL)
         if report.measured_before(subject, results):
             continue                                                           # best.pt is last.pt
         data = subject.data
         model = model_from(subject.contents, path, cfg.arch, data.num_classes, data.image_shape[0], build_model, print)
-        model = to_device(model, device)
-        test = first_examples(data.test, cfg.num_examples).to(device)
+        model = to_device(model, job.device)
+        test = first_examples(data.test, cfg.num_examples).to(job.device)
         print(f"evaluating {path} on {len(test):,} test images of {data.name}", flush=True)
         attack = partial(pgd_by_index, seed=cfg.seed, epsilon=subject.epsilon, step_size=subject.step_size, num_steps=cfg.num_steps,
-                         start=cfg.start)
-        result, examples[name], certificate = evaluate(model, test, attack=attack, cross_entropy=cross_entropy,
-                                                       weighted=weighted_cross_entropy, alphas=cfg.alphas,
-                                                       num_restarts=cfg.num_restarts, batch_size=cfg.batch_size)
+                         start=cfg.start, norm=cfg.norm)
+        metrics = {"attack": attack, "cross_entropy": cross_entropy, "weighted": weighted_cross_entropy, "alphas": cfg.alphas,
+                   "num_restarts": cfg.num_restarts}
+        if cfg.attacks:
+            attacks = weighted_attacks(**metrics) | job.attacks(subject.epsilon)
+            result, examples[name], certificate = strong.measure(job, model, test, subject, cfg, attacks, probing_attack(cfg.seed),
+                                                                 cross_entropy)
+        else:
+            result, examples[name], certificate = evaluate(model, test, **metrics, batch_size=cfg.batch_size)
         results[name] = result | {"certificate": report.certified(certificate, subject.epsilon)}
-        results[name] |= report.describe(subject, cfg, len(test), device, time.monotonic() - started)
+        results[name] |= report.describe(subject, cfg, len(test), job.device, time.monotonic() - started)
+    if not job.whole(results):
+        return                                                                 # another process reports
     report.print_table(results)
-    report.write(out, results, examples)
+    report.write(job.out, results, examples)
     if broken := [name for name, result in results.items() if not result["certificate"]["ok"]]:
         raise RunError(f"the attack on {', '.join(broken)} left its ball or box: these figures must not be used")
 

@@ -11,11 +11,13 @@ from attacks.fmn import fmn
 from attacks.margin_decomposition import md, mdmt
 from attacks.noise import example_keys
 from attacks.pgd import cross_entropy, pgd
+from attacks.reference import EXTRA, autoattack_reference, require_package
 from attacks.spsa import spsa
 from attacks.square import square
 
 ENSEMBLES = {"autoattack": ("apgd-ce", "apgd-t", "fab-t", "square"), "mde": ("apgd-ce", "md", "mdmt", "fab-t")}  # broken by a member
 VIR = ("fgsm", "pgd100", "cw", "fmn100", "autoattack", "mde", "square", "spsa")  # the columns of the VIR tables
+REFERENCE = "autoattack-reference"  # the published package, an optional extra
 SETS = {"zeng": (), "vir": VIR, "all": VIR}
 
 
@@ -45,7 +47,8 @@ def strong_attacks(columns: dict[str, tuple[str, ...]], *, epsilon: float, norm:
                    num_spsa_examples: int | None) -> dict[str, Attack]:
     """The attacks that the columns need, cheap ones first, each member once.
 
-    margin_loss(logits, y) -> [B] is what the CW column maximises. Raises ValueError for an attack that is not defined in `norm`.
+    margin_loss(logits, y) -> [B] is what the CW column maximises. Raises ValueError for an attack that is not defined in `norm`, and
+    where the package of the published AutoAttack is wanted and missing.
     """
     wanted = {member for members in columns.values() for member in members}
     found = {}
@@ -53,6 +56,8 @@ def strong_attacks(columns: dict[str, tuple[str, ...]], *, epsilon: float, norm:
         if name in wanted:
             if norm not in traits.pop("norms", ("linf", "l2")):
                 raise ValueError(f"the attack {name} is not defined in the norm {norm}")
+            if name == REFERENCE:
+                require_package()
             found[name] = Attack(_keyed(attack, seed), **traits)
     return found
 
@@ -63,6 +68,11 @@ def weighted_attacks(attack: Callable, cross_entropy: Callable, weighted: Callab
     losses = {"A_rob": cross_entropy} | {f"A_tr_{alpha:g}": weighted(alpha) for alpha in dict.fromkeys(alphas)}
     return {name: Attack(lambda *args, loss_fn=loss_fn: attack(*args, loss_fn), everyone=True, num_restarts=num_restarts)
             for name, loss_fn in losses.items()}
+
+
+def probing_attack(seed: int) -> Callable:
+    """`pgd` from random starts that belong to its `keys`, here the examples' indices in the data set."""
+    return lambda *args, keys, **options: pgd(*args, keys=example_keys(keys, seed), **options)
 
 
 def _keyed(attack: Callable, seed: int) -> Callable:
@@ -91,4 +101,5 @@ def _attacks(epsilon: float, norm: str, margin_loss: Callable, num_spsa_examples
         "spsa": (lambda m, x, y, k: spsa(m, x, y, epsilon=epsilon, keys=k), {
             "settings": {"num_steps": 100, "num_samples": 256, "delta": 0.001, "lr": 0.01}, "norms": ("linf",),
             "uses_gradients": False, "limit": num_spsa_examples}),
+        REFERENCE: (lambda m, x, y, k: autoattack_reference(m, x, y, **ball), {"settings": {"package": EXTRA}}),
     }

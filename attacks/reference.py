@@ -29,7 +29,7 @@ def autoattack_reference(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: flo
     check_batch(x, y, norm, tuple(NORMS), None)
     if unknown := [name for name in members if name not in MEMBERS]:
         raise ValueError(f"unknown attack {unknown[0]!r}: choose from {', '.join(MEMBERS)}")
-    package = _package()
+    package = require_package()
     with frozen(model) as bare, _globals_kept(x.device):
         attack = package.AutoAttack(_OwnLogits(bare), norm=NORMS[norm], eps=epsilon, seed=seed, version="standard", device=x.device)
         attack.attacks_to_run = list(members)
@@ -48,7 +48,8 @@ class _OwnLogits(nn.Module):
         return self.model(x).clone()
 
 
-def _package():
+def require_package():
+    """The published package.  Raises ValueError, with the command that installs it, where it is missing."""
     try:
         from pyautoattack import autoattack
     except ImportError:

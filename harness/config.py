@@ -18,7 +18,7 @@ from pathlib import Path
 from harness.errors import RunError, UserError
 from harness.seeds import one_a_seed
 
-MAY_CHANGE_ON_RESUME = {"resume", "epochs", "data_dir", "device", "max_batches"}
+MAY_CHANGE_ON_RESUME = {"resume", "epochs", "data_dir", "device", "max_batches", "shard"}
 
 # What a field of this name may hold, in any Config: (smallest, largest).
 LIMITS = {
@@ -34,7 +34,7 @@ LIMITS = {
     "confidence": (0.5, 0.9999), "epsilons": (0, 1),
     "thresholds_linf": (0, math.inf), "thresholds_l2": (0, math.inf), "thresholds_l1": (0, math.inf),
     "lr_scales": (0, math.inf), "gairat_lambda": (-math.inf, math.inf), "mail_slope": (0, math.inf), "mail_bias": (-1, 1),
-    "num_replays": (1, math.inf), "num_passes": (1, math.inf),
+    "num_replays": (1, math.inf), "num_passes": (1, math.inf), "num_spsa_examples": (1, math.inf),
 }
 
 
@@ -142,6 +142,8 @@ def check_limits(config: object) -> None:
     """Raise UserError for the first field outside its LIMITS, or not finite."""
     for field in dataclasses.fields(config):
         low, high = LIMITS.get(field.name, (-math.inf, math.inf))
+        if field.name in ("epsilon", "step_size") and getattr(config, "norm", "linf") != "linf":
+            high = math.inf  # a ball of l_2 may be larger than a pixel's range
         value = getattr(config, field.name)
         for number in value if isinstance(value, tuple) else (value,):
             if not isinstance(number, (int, float)) or isinstance(number, bool):
@@ -201,7 +203,8 @@ def _options(kind: object) -> dict:
 
 
 def _resumed(cls: type, folder: Path):
-    """The Config that the run in `folder` was started with."""
+    """The Config that the run in `folder` was started with; a result's name stands for the record beside it."""
+    folder = folder.with_suffix(".record") if folder.suffix == ".json" else folder
     path = folder / "config.json"
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))

@@ -44,7 +44,7 @@ class Certificate:
     def broken(self, epsilon: float) -> str:
         """What is wrong with the adversarial examples, in words; empty when nothing is."""
         faults = []
-        if self.max_perturbation > epsilon + 1e-6:
+        if self.max_perturbation > epsilon + 1e-6 * max(1.0, epsilon):
             faults.append(f"a perturbation of {self.max_perturbation:.6f} exceeds epsilon {epsilon:.6f}")
         if self.min_pixel < 0 or self.max_pixel > 1:
             faults.append(f"pixels reach [{self.min_pixel:.6f}, {self.max_pixel:.6f}] outside [0, 1]")
@@ -112,7 +112,7 @@ def evaluate(model: nn.Module, split: Split, *, attack: Callable, cross_entropy:
     and the certificate.
     """
     alphas = tuple(dict.fromkeys(alphas))
-    certificate, y, num_classes = Certificate(), split.labels.cpu(), num_outputs(model, split)
+    certificate, num_classes = Certificate(), num_outputs(model, split)
     total = len(split) * num_restarts * (1 + len(alphas))
     with tqdm(total=total, unit="attack", unit_scale=True, disable=None, leave=False) as bar:
         clean = record_clean(model, split, batch_size)
@@ -123,6 +123,13 @@ def evaluate(model: nn.Module, split: Split, *, attack: Callable, cross_entropy:
 
         plain = under(cross_entropy, "A_rob")
         trained = {alpha: under(weighted(alpha), f"A_tr({alpha:g})") for alpha in alphas}
+    return *accuracies(split, num_classes, clean, plain, trained), certificate
+
+
+def accuracies(split: Split, num_classes: int, clean: Record, plain: Record, trained: dict[float, Record],
+               ) -> tuple[dict, dict[str, Tensor]]:
+    """`evaluate`'s result and per-example results from the records of the clean images, of A_rob's attack, and of A_tr's at each alpha."""
+    y, alphas = split.labels.cpu(), tuple(trained)
     result = summary({"A_nat": weighted_accuracy(clean.prediction == y, clean.margin, 0.0),
                       "A_rob": weighted_accuracy(plain.prediction == y, plain.margin, 0.0),
                       "A_sa": {str(a): weighted_accuracy(plain.prediction == y, plain.margin, a) for a in map(float, alphas)},
@@ -133,7 +140,7 @@ def evaluate(model: nn.Module, split: Split, *, attack: Callable, cross_entropy:
                 "margin_adv": plain.margin, "loss_adv": plain.loss}
     examples |= {f"prediction_tr_{alpha:g}": record.prediction for alpha, record in trained.items()}
     examples |= {f"margin_tr_{alpha:g}": record.margin for alpha, record in trained.items()}
-    return result, examples, certificate
+    return result, examples
 
 
 def summary(measured: dict) -> dict:

@@ -128,6 +128,17 @@ def run(ledger: Ledger, model: nn.Module, split: Split, attacks: dict, columns: 
             _attack_batch(ledger, name, attack, model, split, position, epsilon, norm)
 
 
+def left(ledger: Ledger, y: Tensor, attacks: dict, columns: dict[str, tuple[str, ...]]) -> int:
+    """How many runs of an attack on an example the record, read anew, still lacks in all shards together: 0 for a whole one."""
+    ledger.rows.clear()
+    clean = ledger.read("clean")["prediction"]
+    count = int((clean == UNTOUCHED).sum())
+    for name, attack in attacks.items():
+        untouched = ledger.read(name)["prediction"] == UNTOUCHED
+        count += int((untouched & _needed(ledger, name, attack, columns, clean == y, y)).sum())
+    return count
+
+
 def _batches(chosen: Tensor, batch_size: int) -> list[Tensor]:
     """The positions of the chosen examples in batches, none of them empty."""
     return [position for position in chosen.nonzero().squeeze(1).split(batch_size) if len(position)]

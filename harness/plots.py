@@ -208,6 +208,37 @@ def cost(rows: list[dict], path: Path) -> None:
     _save(figure, path)
 
 
+def attacks(result: dict, path: Path) -> None:
+    """The accuracy under each strong attack and at the worst case, that of each class at the worst case, and against attack steps."""
+    shown = {"no attack": "A_nat", "A_rob": "A_rob"}
+    facts = {label: {"accuracy": result[name], "ci95": result["ci95"][name]} for label, name in shown.items()}
+    facts |= result["attacks"] | {"worst case": result["worst_case"]}
+    figure, (left, middle, right) = _figure(3, 15, max(4.2, 1.4 + 0.32 * len(facts)))
+    colours = [GREEN, *[BLUE] * (len(facts) - 2), ORANGE]
+    for place, (colour, fact) in enumerate(zip(colours, facts.values())):
+        value, (low, high) = fact["accuracy"], fact["ci95"]
+        left.barh(place, value, color=colour, alpha=0.75, xerr=[[max(0.0, value - low)], [max(0.0, high - value)]], capsize=3)
+        left.text(2, place, f"{value:.2f}", va="center", color="white" if value > 15 else "black")
+    counts = {name: fact.get("num_examples", result["num_examples"]) for name, fact in facts.items()}
+    left.set_yticks(range(len(facts)), [name if counts[name] == result["num_examples"] else f"{name} ({counts[name]:,} images)"
+                                        for name in facts])
+    left.invert_yaxis()
+    left.set(xlabel="accuracy, %", xlim=(0, 101), title="Accuracy under each attack (95 % intervals)")
+    classes = range(len(result["worst_case"]["class_accuracy"]))
+    for values, colour, shift, label in ((result["class_accuracy"]["A_nat"], GREEN, -0.2, "no attack"),
+                                         (result["worst_case"]["class_accuracy"], ORANGE, 0.2, "worst case")):
+        middle.bar([k + shift for k in classes], [value or 0 for value in values], 0.4, color=colour, alpha=0.75, label=label)
+    middle.set(xlabel="class", ylabel="accuracy, %", ylim=(0, 113), title="Accuracy per class")
+    middle.set_xticks(list(classes) if len(classes) <= MANY else list(classes)[::len(classes) // 10])
+    middle.legend(loc="upper right", ncols=2, frameon=False)
+    steps = (result["probe"] or {}).get("steps", {})
+    right.plot(range(len(steps)), list(steps.values()), color=BLUE, marker="o")
+    right.set_xticks(range(len(steps)), list(steps))
+    count = result["probe"]["num_examples"] if steps else 0
+    right.set(xlabel="PGD steps", ylabel="still correct, %", ylim=(0, 101), title=f"Attack steps ({count} images, correct unattacked)")
+    _save(figure, path)
+
+
 def read_rows(path: Path) -> list[dict[str, int | float | str | None]]:
     """The rows of a CSV file with numbers as numbers and empty fields as None."""
 
@@ -237,15 +268,17 @@ def redraw_run(folder: Path) -> list[Path]:
 
 
 def redraw_result(path: Path) -> list[Path]:
-    """Draw the figures of an evaluation from its JSON: STEM.png and STEM_confusion.png, STEM_NAME*.png of a further checkpoint NAME.
+    """Draw the figures of an evaluation from its JSON: STEM.png, STEM_confusion.png, STEM_attacks.png; STEM_NAME*.png of a checkpoint NAME.
 
-    Returns those drawn; a result without confusion matrices has one figure.
+    Returns those drawn; a result without confusion matrices or strong attacks has fewer.
     """
     first = json.loads(path.read_text(encoding="utf-8"))
-    others = {f"{path.stem}_{name}": value for name, value in first.items() if isinstance(value, dict) and "class_accuracy" in value}
+    others = {f"{path.stem}_{name}": value for name, value in first.items()
+              if isinstance(value, dict) and {"class_accuracy", "A_rob"} <= value.keys()}
     drawn = []
     for stem, result in {path.stem: first, **others}.items():
-        for draw, end in ((evaluation, ""), *([(confusion, "_confusion")] if "confusion" in result else [])):
+        further = {"confusion": (confusion, "_confusion"), "attacks": (attacks, "_attacks")}
+        for draw, end in ((evaluation, ""), *(further[key] for key in further if key in result)):
             drawn.append(path.with_name(f"{stem}{end}.png"))
             draw(result, drawn[-1])
     return drawn

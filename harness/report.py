@@ -15,8 +15,9 @@ from harness.checkpoint import own_architecture, read
 from harness.data import Dataset, load_dataset
 from harness.errors import UserError
 from harness.evaluation import Certificate
-from harness.run import command_line, environment, write_text
+from harness.run import command_line, environment, write_csv, write_text
 
+NORMS = {"linf": "l_inf", "l2": "l_2"}  # as they are printed
 CHECKPOINTS = ("last", "best", "last_ema", "best_ema")  # what a run folder may hold, in the order of the result's columns
 
 
@@ -123,7 +124,7 @@ def describe(subject: Subject, cfg: object, num_examples: int, device: torch.dev
     """Everything that a reader of the result needs in order to repeat it."""
     own = own_architecture(subject.contents)
     return {"num_examples": num_examples, "dataset": subject.data.name, "classes": list(subject.data.classes), "alphas": list(cfg.alphas),
-            "threat_model": {"norm": "linf", "epsilon": subject.epsilon, "step_size": subject.step_size, "num_steps": cfg.num_steps,
+            "threat_model": {"norm": cfg.norm, "epsilon": subject.epsilon, "step_size": subject.step_size, "num_steps": cfg.num_steps,
                              "num_restarts": cfg.num_restarts, "start": cfg.start, "restart_kept": "largest cross-entropy"},
             "checkpoint": str(subject.path), "checkpoint_sha256": hashlib.sha256(subject.path.read_bytes()).hexdigest(),
             "epoch": subject.contents["epoch"] if own else None, "architecture": cfg.arch or own["name"], "seed": cfg.seed,
@@ -144,6 +145,10 @@ def write(path: Path, results: dict[str, dict], examples: dict[str, dict[str, Te
     for name in results:
         file = path.with_name(f"{path.stem}.npz" if name == first else f"{path.stem}_{name}.npz")
         np.savez_compressed(file, **{key: value.numpy() for key, value in examples[name].items()})
+        if "attacks" in results[name]:
+            write_csv(file.with_name(f"{file.stem}_attacks.csv"), [
+                {"attack": attack, "accuracy": facts["accuracy"], "low": facts["ci95"][0], "high": facts["ci95"][1],
+                 "num_examples": facts["num_examples"], "seconds": facts.get("seconds")} for attack, facts in accuracies(results[name])])
     plots.redraw_result(path)
     print(f"written: {path}, with .npz (one entry an example) and .png (figures) beside it")
 
@@ -157,8 +162,8 @@ def print_table(results: dict[str, dict]) -> None:
     """The accuracies with their 95 % intervals, one column a checkpoint, two columns side by side."""
     one = next(iter(results.values()))
     threat = one["threat_model"]
-    print(f"\n{one['dataset']}, {one['num_examples']:,} test images; l_inf, epsilon {threat['epsilon']:.6g}; PGD, {threat['num_steps']} "
-          f"steps of {threat['step_size']:.6g}, {threat['start']} start, restarts: {threat['num_restarts']}")
+    print(f"\n{one['dataset']}, {one['num_examples']:,} test images; {NORMS[threat['norm']]}, epsilon {threat['epsilon']:.6g}; "
+          f"PGD, {threat['num_steps']} steps of {threat['step_size']:.6g}, {threat['start']} start, restarts: {threat['num_restarts']}")
     rows = [("A_nat", None), ("A_rob", None), *((metric, alpha) for metric in ("A_sa", "A_tr") for alpha in one[metric])]
     for first in range(0, len(results), 2):
         pair = list(results)[first:first + 2]
@@ -171,6 +176,30 @@ def print_table(results: dict[str, dict]) -> None:
         c = result["certificate"]
         print(f"certificate {name}: largest |x' - x| {c['max_perturbation']:.6f}, pixels in [{c['min_pixel']:.4g}, {c['max_pixel']:.4g}], "
               f"{c['non_finite']} non-finite: {'ok' if c['ok'] else 'BROKEN'}")
+    for name, result in results.items():
+        if "attacks" in result:
+            _print_attacks(name, result)
+
+
+def accuracies(result: dict) -> list[tuple[str, dict]]:
+    """(name, facts) of every attack, and of the worst case over them."""
+    return [*result["attacks"].items(), ("worst case", result["worst_case"])]
+
+
+def _print_attacks(name: str, result: dict) -> None:
+    """The accuracy under each attack and the worst case over all per example, and the verdict with what speaks against the figures."""
+    print(f"\n{name + ' under':<20}{'accuracy, 95 % interval':<29}{'images':>7}{'seconds':>10}")
+    for attack, facts in [("no attack", {"accuracy": result["A_nat"], "ci95": result["ci95"]["A_nat"]}), *accuracies(result)]:
+        low, high = facts["ci95"]
+        seconds = f"{facts['seconds']:>10.1f}" if "seconds" in facts else ""
+        print(f"{attack:<20}{facts['accuracy']:6.2f} %  [{low:.2f}, {high:.2f}]".ljust(49)
+              + f"{facts.get('num_examples', result['num_examples']):>7,}{seconds}")
+    for alpha, value in result["worst_case"]["A_sa"].items():
+        print(f"A_sa, A_tr at the worst case, alpha {alpha}: {value:.2f} %")
+    print(f"verdict {name}: {result['verdict']}")
+    for finding in result["evidence"]:
+        if not finding["ok"]:
+            print(f"  {finding['rule']}: {finding['evidence']}")
 
 
 def _cell(result: dict, metric: str, alpha: str | None) -> str:

@@ -132,7 +132,7 @@ def _result(file: Path, found: dict, training: dict, kind: str) -> Result:
     measured |= {f"{name} {float(alpha):g}": (value, {}) for name in ("A_sa", "A_tr") for alpha, value in (found.get(name) or {}).items()}
     attacks = {ATTACKS.get(name, name): value for name, value in (found.get("attacks") or {}).items()}
     for name, value in (attacks | {"worst case": found.get("worst_case")}).items():
-        facts = value if isinstance(value, dict) else {"accuracy": value}
+        facts = (value.get("settings") or {}) | value if isinstance(value, dict) else {"accuracy": value}
         own = {key: facts[key] for key in ATTACK_SETTINGS if key in facts}
         if isinstance(facts.get("accuracy"), (int, float)):
             measured[name] = facts["accuracy"], own | ({"attacks": sorted(attacks)} if name == "worst case" else {})
