@@ -11,7 +11,7 @@ by the paper's protocol on CIFAR-10 and other colour images.
     python eval_cifar10.py --checkpoint theirs.pt --arch resnet18             # anyone's state dict
     python eval_cifar10.py --checkpoint theirs.pt --arch net.py:Net           # of a network in a file of yours
     python eval_cifar10.py --num_restarts 1 --num_examples 1000               # a quick look
-    python eval_cifar10.py --attacks fgsm pgd100 cw fmn100 autoattack mde           # strong attacks, the worst case over them
+    python eval_cifar10.py --attacks fgsm pgd100 cw fmn100 autoattack mde     # strong attacks, the worst case over them
 """
 import time
 from collections.abc import Callable

@@ -11,7 +11,7 @@ by the paper's protocol on MNIST.
     python eval_mnist.py --checkpoint theirs.pt --arch small_cnn              # anyone's state dict
     python eval_mnist.py --checkpoint theirs.pt --arch net.py:Net             # of a network in a file of yours
     python eval_mnist.py --num_restarts 1 --num_examples 1000                 # a quick look
-    python eval_mnist.py --attacks fgsm pgd100 cw fmn100 autoattack mde             # strong attacks, the worst case over them
+    python eval_mnist.py --attacks fgsm pgd100 cw fmn100 autoattack mde       # strong attacks, the worst case over them
 """
 import time
 from collections.abc import Callable
