@@ -421,7 +421,7 @@ def test_weights_are_measured_once_and_their_averages_once():
 
 def test_the_description_names_the_classes_and_what_the_training_was(tmp_path):
     (tmp_path / "last.pt").write_bytes(b"weights")
-    cfg = SimpleNamespace(alphas=(1.0,), num_steps=1, num_restarts=1, start="clean", arch="lenet", seed=0)
+    cfg = SimpleNamespace(norm="linf", alphas=(1.0,), num_steps=1, num_restarts=1, start="clean", arch="lenet", seed=0)
 
     def described(**contents):
         return report.describe(subject_of("last", 5, tmp_path / "last.pt", **contents), cfg, 10, torch.device("cpu"), 1.0)
@@ -450,7 +450,7 @@ def results_of(*names):
     for epoch, name in enumerate(names, 7):
         torch.manual_seed(epoch)
         result, examples, certificate = evaluated(nn.Sequential(nn.Flatten(), nn.Linear(8, 3)), split_of(20, classes=3), alphas=(1.0,))
-        threat = {"epsilon": EPSILON, "num_steps": 6, "step_size": 0.05, "start": "uniform", "num_restarts": 2}
+        threat = {"norm": "linf", "epsilon": EPSILON, "num_steps": 6, "step_size": 0.05, "start": "uniform", "num_restarts": 2}
         about = {"epoch": epoch, "dataset": "toy", "classes": ["a", "b", "c"], "num_examples": 20, "threat_model": threat}
         found[name] = result | {"certificate": report.certified(certificate, EPSILON)} | about, examples
     return {name: result for name, (result, _) in found.items()}, {name: examples for name, (_, examples) in found.items()}
