@@ -121,8 +121,7 @@ def _checked(name: str, value: float | Tensor, x: Tensor) -> float | Tensor:
         return value
     if value.shape != x.shape[:1]:
         raise ValueError(f"{name} of shape {tuple(value.shape)} does not fit {len(x)} images")
-    if not bool(((value >= 0) & value.isfinite()).all()):
-        raise ValueError(f"every {name} must be a finite number >= 0")
+    require((value >= 0) & value.isfinite(), f"every {name} must be a finite number >= 0")
     return value.view(-1, *[1] * (x.ndim - 1))
 
 
@@ -158,9 +157,20 @@ def first_iterate(x: Tensor, epsilon: float | Tensor, start: str | Tensor, keys:
 
 
 def check_images(x: Tensor) -> None:
-    """Raise ValueError unless x is a floating-point tensor with every value in [0, 1]."""
+    """Raise ValueError unless x is a floating-point tensor with every value in [0, 1]; how on a GPU, see `require`."""
     if not x.is_floating_point():
         raise ValueError(f"images must be floating point in [0, 1], not {x.dtype}: divide 8-bit images by 255")
-    if x.numel() and not bool(((x >= 0) & (x <= 1)).all()):
-        raise ValueError(f"images must lie in [0, 1], not [{x.min().item():.3g}, {x.max().item():.3g}]: keep pixels in [0, 1] and "
-                         "make normalisation the model's first layer (models.normalize)")
+    require((x >= 0) & (x <= 1), "images must lie in [0, 1]: keep pixels in [0, 1] and make normalisation the model's first layer "
+                                 "(models.normalize)")
+
+
+def require(holds: Tensor, message: str) -> None:
+    """Raise ValueError(message) unless all of `holds` is true.
+
+    On a GPU the host does not wait for the answer, which would cost an idle gap in every batch: there a failure ends the program at
+    the next synchronisation, with the message among the device's assertions.
+    """
+    if holds.is_cuda:
+        torch._assert_async(holds.all(), message)
+    elif not bool(holds.all()):
+        raise ValueError(message)

@@ -49,15 +49,16 @@ def average_gradients(model: nn.Module) -> None:
                 dist.all_reduce(parameter.grad.div_(dist.get_world_size()))
 
 
-def gather(values: torch.Tensor) -> tuple[torch.Tensor, slice]:
-    """The rows of all processes, rank by rank, [B, ...], and which of them are this process's: those keep their graph."""
+def gather(values: torch.Tensor, count: int) -> tuple[torch.Tensor, slice]:
+    """The rows of all processes, rank by rank, [count, ...], and which of them are this process's: those keep their graph.
+
+    Process r of W holds rows r, r + W, ... of the `count`, so that none has to ask another how many it has.
+    """
     if not dist.is_initialized():
         return values, slice(None)
-    rank, count = dist.get_rank(), torch.tensor([len(values)], device=values.device)
-    counts = [torch.empty_like(count) for _ in range(dist.get_world_size())]
-    dist.all_gather(counts, count)
-    sizes = [int(number) for number in counts]
-    padded = values.new_zeros(max(sizes), *values.shape[1:])  # processes may hold one example more or less
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    sizes = [len(range(r, count, world_size)) for r in range(world_size)]
+    padded = values.new_zeros(sizes[0], *values.shape[1:])  # processes may hold one example less than the first
     padded[:len(values)] = values.detach()
     parts = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(parts, padded)

@@ -270,7 +270,8 @@ class Run:
 
         Tensors among the arguments, one row an example, are gathered; everything else is handed on.
         """
-        whole = [distributed.gather(value) if isinstance(value, Tensor) else (value, None) for value in arguments]
+        count = next(round(len(value) * self.world_size / self.share) for value in arguments if isinstance(value, Tensor))
+        whole = [distributed.gather(value, count) if isinstance(value, Tensor) else (value, None) for value in arguments]
         own = next(rows for _, rows in whole if rows is not None)
         return weigh(*(value for value, _ in whole))[own]
 
