@@ -140,7 +140,16 @@ def test_the_table_of_seconds_per_step_is_that_of_its_file():
         assert f"| {row['recipe']} | {cells} |" in README, row["recipe"]
 
 
-RESULTS = sorted([*(ROOT / "results/mnist").glob("*"), *(ROOT / "results/vir").glob("*/seed*")])
+def test_the_table_of_training_times_is_that_of_its_files():
+    costs = {row["result"]: row for row in json.loads((ROOT / "results/speed/cost.json").read_text())["rows"]}
+    for folder in ("mnist/lenet-at", "fast/free", "fast/yopo", "fast/iaat"):
+        result, cost = json.loads((ROOT / "results" / folder / "eval.json").read_text()), costs[f"results/{folder}"]
+        cells = [result["A_nat"], result["A_rob"], *(result[m][a] for m in ("A_sa", "A_tr") for a in ("1.0", "1.5", "2.0"))]
+        times = f"{cost['seconds'] / cost['epochs']:.1f} | {cost['seconds'] / 60:.1f}"
+        assert cost["A_rob"] == result["A_rob"] and f"{' | '.join(f'{cell:.2f}' for cell in cells)} | {times} |" in README, folder
+
+
+RESULTS = sorted(path for pattern in ("mnist/*", "vir/*/seed*", "fast/*") for path in (ROOT / "results").glob(pattern))
 
 
 @pytest.mark.parametrize("folder", RESULTS, ids=lambda path: f"{path.parent.name}/{path.name}")
