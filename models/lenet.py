@@ -2,6 +2,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.pooling import max_pool
+
 
 class LeNet(nn.Module):
     """Two 5x5 convolutions (6 and 16 channels), three linear layers (120, 84, K); 28x28 is the native size.
@@ -26,8 +28,8 @@ class LeNet(nn.Module):
 
     def after_first_layer(self, x: Tensor) -> Tensor:
         """The logits [B, K] from the output of `first_layer` on."""
-        x = F.max_pool2d(F.relu(x), 2)
-        x = F.max_pool2d(F.relu(self.conv2(x)), 2)
+        x = max_pool(F.relu(x))
+        x = max_pool(F.relu(self.conv2(x)))
         if x.shape[-2:] != (5, 5):
             x = F.adaptive_avg_pool2d(x, 5)
         x = F.relu(self.fc1(x.flatten(1)))

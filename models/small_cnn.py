@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.fused import conv_norm_relu
+from models.pooling import max_pool
 
 
 class SmallCNN(nn.Module):
@@ -46,9 +47,9 @@ class SmallCNN(nn.Module):
 
     def _after_first_relu(self, x: Tensor) -> Tensor:
         layers = self.feature_extractor
-        x = F.relu(layers.maxpool1(layers.conv2(x)), inplace=True)  # pooled first: a quarter of the ReLUs
+        x = F.relu(max_pool(layers.conv2(x)), inplace=True)  # pooled first: a quarter of the ReLUs
         x = conv_norm_relu(x, layers.conv3)
-        features = F.relu(layers.maxpool2(layers.conv4(x)), inplace=True)
+        features = F.relu(max_pool(layers.conv4(x)), inplace=True)
         if features.shape[-2:] != (4, 4):
             features = F.adaptive_avg_pool2d(features, 4)
         return self.classifier(features.flatten(1))  # [B, K]
