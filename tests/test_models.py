@@ -275,8 +275,8 @@ def test_importing_models_attacks_and_losses_does_nothing_else():
 @pytest.mark.parametrize("shape", ((3, 6, 28, 28), (2, 5, 7, 8), (1, 1, 2, 2), (4, 32, 10, 6)))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64), ids=str)
 def test_max_pooling_is_that_of_the_library_with_and_without_a_gradient(shape, dtype):
-    x = torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(0)).to(dtype)  # many ties
-    for x in (x, x.contiguous(memory_format=torch.channels_last)):
+    tied = torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for x in (tied, tied.contiguous(memory_format=torch.channels_last)):
         ours, theirs = (x.clone().requires_grad_() for _ in range(2))
         found, expected = max_pool(ours), F.max_pool2d(theirs, 2)
         assert torch.equal(max_pool(x), expected) and torch.equal(found, expected)
