@@ -149,6 +149,19 @@ def test_the_table_of_training_times_is_that_of_its_files():
         assert cost["A_rob"] == result["A_rob"] and f"{' | '.join(f'{cell:.2f}' for cell in cells)} | {times} |" in README, folder
 
 
+def test_the_table_of_strong_attacks_is_that_of_its_files():
+    files = sorted((ROOT / "results/strong").glob("*.json"))
+    assert len(files) >= 15
+    for file in files:
+        result = json.loads(file.read_text())
+        attacked = [result["attacks"][name]["accuracy"] for name in ("pgd100", "cw", "fmn100", "autoattack")]
+        worst = result["worst_case"]
+        cells = [result["A_nat"], result["A_rob"], *attacked, worst["accuracy"], worst["A_sa"]["2.0"]]
+        verdict = result["verdict"].removeprefix("suspicious: ").replace("ok", "-")
+        assert f"| {file.stem} | {' | '.join(f'{cell:.1f}' for cell in cells)} | {verdict} |" in README, file.stem
+        assert worst["accuracy"] <= min(attacked) and result["command"].startswith("python ") and result["environment"]["hardware"]
+
+
 RESULTS = sorted(path for pattern in ("mnist/*", "vir/*/seed*", "fast/*") for path in (ROOT / "results").glob(pattern))
 
 
