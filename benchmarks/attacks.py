@@ -1,7 +1,8 @@
 """Hold our attacks against the published AutoAttack's (pyautoattack, an optional extra): robust accuracy and processor time, same images.
 
 Each attack alone attacks every image; `autoattack` is the standard ensemble, each member on what the ones before it left; `union` counts an
-image as robust if no attack measured here, alone, broke it. One checker counts for both sides: float32, in the ball, in [0, 1],
+image as robust if no attack measured here, alone, broke it. Our members have the same random numbers alone as in the ensemble, which must
+therefore leave the very images that the union leaves; the seconds of the two show what leaving out broken images saves. One checker counts for both sides: float32, in the ball, in [0, 1],
 misclassified. Seconds are of the process, so that other programs disturb them little; compare them on an idle machine all the same.
 
     python benchmarks/attacks.py --checkpoint runs/train_at_mnist/TIME/last.pt --num_examples 1000
@@ -60,7 +61,8 @@ def ours(name: str, seed: int, batch_size: int, model: nn.Module, x: Tensor, y: 
     keys = example_keys(torch.arange(len(x), device=x.device), seed)
     if name == "autoattack":
         return autoattack(model, x, y, keys=keys, batch_size=batch_size, **task)
-    attack = dict(STANDARD)[name]
+    number = [member for member, _ in STANDARD].index(name)
+    attack, keys = STANDARD[number][1], example_keys(keys, number)  # as in the ensemble
     parts = torch.arange(len(x), device=x.device).split(batch_size)
     return torch.cat([attack(model, x[rows], y[rows], keys=keys[rows], **task) for rows in parts])
 
@@ -87,16 +89,21 @@ def compare(model: nn.Module, x: Tensor, y: Tensor, seed: int, cfg: Config, epsi
     """One row an attack, and one for the union of those run alone, with the figures of each side."""
     correct = predict(model, x).argmax(dim=1) == y
     task, rows, standing = {"epsilon": epsilon, "norm": cfg.norm}, [], dict.fromkeys(cfg.sides, correct)
+    left, spent = {}, dict.fromkeys(cfg.sides, 0.0)  # by the ensemble; by the others together
     for name in cfg.attacks:
         row = {"attack": name, "seed": seed}
         for side in cfg.sides:
             row[side], robust = measure(partial(SIDES[side], name, seed, cfg.batch_size), model, x, y, correct, **task)
-            if name != "autoattack":
+            if name == "autoattack":
+                left[side] = robust
+            else:
                 standing[side] = standing[side] & robust
+                spent[side] += row[side]["cpu_seconds"]
         rows.append(row)
         show(row)
     rows.append({"attack": "union", "seed": seed} | {
-        side: {"robust": int(robust.sum()), "accuracy": 100.0 * robust.float().mean().item()} for side, robust in standing.items()})
+        side: {"robust": int(robust.sum()), "accuracy": 100.0 * robust.float().mean().item(), "cpu_seconds": spent[side]}
+        | ({"same_as_autoattack": torch.equal(robust, left[side])} if side in left else {}) for side, robust in standing.items()})
     show(rows[-1])
     return rows
 
