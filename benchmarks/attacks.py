@@ -2,8 +2,9 @@
 
 Each attack alone attacks every image; `autoattack` is the standard ensemble, each member on what the ones before it left; `union` counts an
 image as robust if no attack measured here, alone, broke it. Our members have the same random numbers alone as in the ensemble, which must
-therefore leave the very images that the union leaves; the seconds of the two show what leaving out broken images saves. One checker counts for both sides: float32, in the ball, in [0, 1],
-misclassified. Seconds are of the process, so that other programs disturb them little; compare them on an idle machine all the same.
+therefore leave the very images that the union leaves; the seconds of the two show what leaving out broken images saves. One checker counts
+for both sides: float32, in the ball, in [0, 1], misclassified. Seconds are of the process, so that other programs disturb them little;
+compare them on an idle machine all the same.
 
     python benchmarks/attacks.py --checkpoint runs/train_at_mnist/TIME/last.pt --num_examples 1000
     python benchmarks/attacks.py --checkpoint a/last.pt b/last.pt --seeds 0 1 2 --attacks autoattack --out results/attacks.json
