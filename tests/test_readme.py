@@ -162,6 +162,22 @@ def test_the_table_of_strong_attacks_is_that_of_its_files():
         assert worst["accuracy"] <= min(attacked) and result["command"].startswith("python ") and result["environment"]["hardware"]
 
 
+def test_the_table_of_robustness_curves_is_that_of_its_files():
+    models = json.loads((ROOT / "results/curves/summary.json").read_text())["models"]
+    norms = [norm for model in models.values() for norm in model["norms"].values()]
+    assert len(models) >= 7 and all(norm["n"] == 1000 and not norm["censored"] for norm in norms)
+    for name, model in models.items():
+        found = {(key, one["t"]): f"{100 * one['R']:.1f}" for key, norm in model["norms"].items() for one in norm["thresholds"]}
+        median = {key: f"{norm['median']:.3f}" for key, norm in model["norms"].items()}
+        cells = (f"{100 * model['norms']['linf']['clean_error']:.1f}", found["linf", 0.2], found["linf", 0.3], median["linf"],
+                 found["l2", 1.0], median["l2"], found["l1", 2.0], median["l1"])
+        assert f"(`{name}`) | {' | '.join(cells)} |" in README, name
+    pairs = json.loads((ROOT / "results/curves/compare/compare.json").read_text())["norms"]
+    for norm in ("linf", "l2"):
+        stretches = [stretch for pair in pairs[norm] if pair["second"] == "vir-at" for stretch in pair["stretches"]]
+        assert f"{-100 * min(stretch['gap'] for stretch in stretches):.1f} points more" in README
+
+
 RESULTS = sorted(path for pattern in ("mnist/*", "vir/*/seed*", "fast/*") for path in (ROOT / "results").glob(pattern))
 
 
