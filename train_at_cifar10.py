@@ -80,7 +80,8 @@ RECIPES = {
 
 def train_one_epoch(model: nn.Module, optimizer: Optimizer, run: Run, epoch: int, cfg: Config) -> None:
     def objective(logits_adv: Tensor, y: Tensor) -> Tensor:                    # [B], what the attack raises
-        return margin_weights(logits_adv, y, cfg.alpha) * cross_entropy(logits_adv, y)
+        losses = cross_entropy(logits_adv, y)
+        return margin_weights(logits_adv, y, cfg.alpha) * losses if cfg.alpha else losses
 
     model.train()
     for x, y, index in run.batches(epoch):                                     # [B, C, H, W] in [0, 1], [B], [B]

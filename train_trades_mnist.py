@@ -85,7 +85,8 @@ RECIPES = {
 def train_one_epoch(model: nn.Module, optimizer: Optimizer, run: Run, epoch: int, cfg: Config) -> None:
     def objective(logits_adv: Tensor, target: tuple[Tensor, Tensor]) -> Tensor:  # [B], what the attack raises
         logits, y = target
-        return margin_weights(logits_adv, y, cfg.alpha) * kl_divergence(logits_adv, logits)
+        divergences = kl_divergence(logits_adv, logits)
+        return margin_weights(logits_adv, y, cfg.alpha) * divergences if cfg.alpha else divergences
 
     model.train()
     for x, y, index in run.batches(epoch):                                     # [B, C, H, W] in [0, 1], [B], [B]

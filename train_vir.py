@@ -198,7 +198,8 @@ def train_one_epoch(model: nn.Module, optimizer: Optimizer, run: Run, epoch: int
 
     def objective(logits_adv: Tensor, target: tuple[Tensor | None, Tensor]) -> Tensor:  # [B], what the attack raises
         logits, y = target
-        return margin_weights(logits_adv, y, alpha) * raised(logits_adv, logits, y)
+        losses = raised(logits_adv, logits, y)
+        return margin_weights(logits_adv, y, alpha) * losses if alpha else losses
 
     model.train()
     for x, y, index in run.batches(epoch):                                     # [B, C, H, W] in [0, 1], [B], [B]

@@ -108,7 +108,7 @@ def pgd(model: nn.Module, x: Tensor, target: object, *, epsilon: float | Tensor,
         for _ in range(num_steps):
             x_adv.requires_grad_()
             losses = loss_fn(bare(x_adv), target)  # [B]
-            gradient, = torch.autograd.grad(losses.sum(), x_adv)  # the sum: a mean only underflows earlier
+            gradient, = torch.autograd.grad(losses, x_adv, torch.ones_like(losses))  # of their sum: a mean only underflows earlier
             x_adv = project(_move(x_adv.detach(), direction(gradient), step_size))
     return x_adv if num_steps else project(x_adv)
 
