@@ -21,7 +21,7 @@ def keyed_uniform(keys: Tensor, shape: tuple[int, ...]) -> Tensor:
     count = math.prod(shape)
     counter = torch.arange(1, count + 1, device=keys.device) * _GAMMA
     bits = _mix(keys[:, None] + counter)  # [B, count], wraps modulo 2**64
-    return ((bits >> 40) & 0xFFFFFF).to(torch.float32).mul_(2.0**-24).view(len(keys), *shape)
+    return (bits >> 40).bitwise_and_(0xFFFFFF).to(torch.float32).mul_(2.0**-24).view(len(keys), *shape)
 
 
 def keyed_normal(keys: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -31,9 +31,9 @@ def keyed_normal(keys: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _mix(bits: Tensor) -> Tensor:
-    bits = (bits ^ _shift(bits, 30)) * _MIX1
-    bits = (bits ^ _shift(bits, 27)) * _MIX2
-    return bits ^ _shift(bits, 31)
+    for by, factor in ((30, _MIX1), (27, _MIX2)):
+        bits = _shift(bits, by).bitwise_xor_(bits).mul_(factor)
+    return _shift(bits, 31).bitwise_xor_(bits)
 
 
 def _signed(value: int) -> int:
@@ -41,4 +41,4 @@ def _signed(value: int) -> int:
 
 
 def _shift(bits: Tensor, by: int) -> Tensor:
-    return (bits >> by) & ((1 << (64 - by)) - 1)  # a logical shift: >> on int64 copies the sign
+    return (bits >> by).bitwise_and_((1 << (64 - by)) - 1)  # a logical shift: >> on int64 copies the sign
