@@ -29,9 +29,9 @@ def linf_direction(gradient: Tensor) -> Tensor:
 
 
 def linf_projection(x: Tensor, epsilon: float | Tensor) -> Callable[[Tensor], Tensor]:
-    """The projection onto the l_inf ball of radius epsilon around x and then onto [0, 1]: for x in [0, 1] one clamp does both."""
+    """The projection onto the l_inf ball of radius epsilon around x and then onto [0, 1], in place: for x in [0, 1] one clamp does both."""
     lower, upper = (x - epsilon).clamp_(min=0.0), (x + epsilon).clamp_(max=1.0)
-    return lambda x_adv: torch.clamp(x_adv, lower, upper)
+    return lambda x_adv: x_adv.clamp_(lower, upper)
 
 
 def linf_noise(uniform: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ def pgd(model: nn.Module, x: Tensor, target: object, *, epsilon: float | Tensor,
             losses = loss_fn(bare(x_adv), target)  # [B]
             gradient, = torch.autograd.grad(losses, x_adv, torch.ones_like(losses))  # of their sum: a mean only underflows earlier
             x_adv = project(_move(x_adv.detach(), direction(gradient), step_size))
-    return x_adv if num_steps else project(x_adv)
+    return x_adv if num_steps else project(x_adv.clone())
 
 
 def _checked(name: str, value: float | Tensor, x: Tensor) -> float | Tensor:
@@ -126,9 +126,10 @@ def _checked(name: str, value: float | Tensor, x: Tensor) -> float | Tensor:
 
 
 def _move(x_adv: Tensor, direction: Tensor, step_size: float | Tensor) -> Tensor:
+    """x_adv + step_size * direction in one pass over the images, in the memory of `direction`."""
     if isinstance(step_size, Tensor):
-        return torch.addcmul(x_adv, direction, step_size)
-    return torch.add(x_adv, direction, alpha=step_size)  # one pass over the images
+        return torch.addcmul(x_adv, direction, step_size, out=direction)
+    return torch.add(x_adv, direction, alpha=step_size, out=direction)
 
 
 def pgd_by_index(model: nn.Module, x: Tensor, target: object, index: Tensor, restart: int, loss_fn: Callable[[Tensor, object], Tensor],
