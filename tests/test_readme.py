@@ -162,6 +162,14 @@ def test_the_table_of_strong_attacks_is_that_of_its_files():
         assert worst["accuracy"] <= min(attacked) and result["command"].startswith("python ") and result["environment"]["hardware"]
 
 
+def test_the_comparison_of_precisions_is_that_of_its_files():
+    for path, label in (("fast", "bfloat16"), ("float32", "float32, eager")):
+        results = [json.loads((ROOT / f"results/proof/{path}-seed{seed}/eval.json").read_text()) for seed in range(3)]
+        columns = [[result["A_nat"], result["A_rob"], result["A_sa"]["1.0"], result["A_sa"]["2.0"]] for result in results]
+        cells = " | ".join(f"{mean(values):.2f} ± {stdev(values):.2f}" for values in zip(*columns, strict=True))
+        assert f"| {label} | {cells} | {', '.join(f'{row[1]:.2f}' for row in columns)} |" in README
+
+
 def test_the_table_of_robustness_curves_is_that_of_its_files():
     models = json.loads((ROOT / "results/curves/summary.json").read_text())["models"]
     norms = [norm for model in models.values() for norm in model["norms"].values()]
@@ -178,7 +186,7 @@ def test_the_table_of_robustness_curves_is_that_of_its_files():
         assert f"{-100 * min(stretch['gap'] for stretch in stretches):.1f} points more" in README
 
 
-RESULTS = sorted(path for pattern in ("mnist/*", "vir/*/seed*", "fast/*") for path in (ROOT / "results").glob(pattern))
+RESULTS = sorted(path for pattern in ("mnist/*", "vir/*/seed*", "fast/*", "proof/*") for path in (ROOT / "results").glob(pattern))
 
 
 @pytest.mark.parametrize("folder", RESULTS, ids=lambda path: f"{path.parent.name}/{path.name}")
