@@ -161,13 +161,13 @@ def test_what_cannot_be_timed_is_refused_at_once(words, message):
 
 # Cost
 
-@pytest.mark.parametrize(("script", "flags", "phases"), (
+@pytest.mark.parametrize(("trainer", "flags", "phases"), (
     ("train_vir", ("--recipe", "vir-at-digits", "--burn_in_epochs", 3, "--epochs", 4), {"burn-in": 3, "weighted": 1}),
     ("train_free", ("--recipe", "digits", "--epochs", 2, "--num_replays", 2), {"all": 2})))
-def test_the_cost_of_a_result_is_its_batches_times_what_one_takes(script, flags, phases, shell, tmp_path):
-    assert shell(f"{script}.py", *flags, "--max_batches", 1, "--out_dir", "run").returncode == 0
-    assert shell("eval_mnist.py", "--checkpoint", "run/last.pt", "--num_steps", 1, "--num_restarts", 1, "--num_examples", 20, "--out",
-                 "run/eval.json").returncode == 0
+def test_the_cost_of_a_result_is_its_batches_times_what_one_takes(trainer, flags, phases, script, shell, tmp_path):
+    script(trainer, *flags, "--max_batches", 1, "--out_dir", "run")
+    script("eval_mnist", "--checkpoint", "run/last.pt", "--num_steps", 1, "--num_restarts", 1, "--num_examples", 20,
+           "--out", "run/eval.json")
     done = shell("benchmarks/cost.py", "--results", "run", "--batches", 2, "--repeats", 1, "--out", "cost.json")
     assert done.returncode == 0, done.stderr
     row, = json.loads((tmp_path / "cost.json").read_text())["rows"]
@@ -175,5 +175,8 @@ def test_the_cost_of_a_result_is_its_batches_times_what_one_takes(script, flags,
     batches = -(-1300 // 64)  # 1,437 digits of which 137 are held out
     expected = sum(row["seconds_per_batch"][phase] * batches * epochs for phase, epochs in phases.items())
     assert row["seconds"] == pytest.approx(expected) and row["seconds"] > 0
+
+
+def test_a_folder_without_a_result_has_no_cost(shell):
     refused = shell("benchmarks/cost.py", "--results", "nothing")
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)

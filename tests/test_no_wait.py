@@ -1,5 +1,6 @@
 """The host never waits for the device inside a batch: on a GPU a look at a value is an idle gap in every step."""
 import traceback
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ HARMLESS = {("require", "pgd.py"),             # on a GPU an assertion of the de
             ("training_batches", "data.py"),   # of the order, which lives on the host
             ("_update", "run.py"),             # of the averaged weights' counter, which lives on the host
             ("_check_finite", "run.py")}       # once a second
+ROOMS = {ROOT, *(ROOT / name for name in ("attacks", "harness", "losses", "models"))}
 SCRIPTS = [("train_at_mnist", "--alpha", 1), ("train_trades_mnist", "--alpha", 1), ("train_free",), ("train_yopo",), ("train_iaat",),
            *(("train_vir", "--base", base, "--weights", kind, "--burn_in_epochs", 0)
              for base, kind in (("at", "vir"), ("at", "gairat"), ("trades", "mail"), ("mart", "margin"), ("trades", "vir")))]
@@ -31,7 +33,7 @@ class Waits(TorchDispatchMode):
         by_mask = function.overloadpacket.__name__.startswith("index") and any(
             index is not None and index.dtype == torch.bool for index in (args[1] if isinstance(args[1], (list, tuple)) else ()))
         if by_mask or function.overloadpacket.__name__ in WAITING:
-            own = [frame for frame in traceback.extract_stack() if frame.filename.startswith(str(ROOT)) and frame.filename != __file__]
+            own = [frame for frame in traceback.extract_stack() if Path(frame.filename).parent in ROOMS]
             self.places.add((own[-1].name, own[-1].filename.rsplit("/", 1)[1]))
         return function(*args, **(kwargs or {}))
 

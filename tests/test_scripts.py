@@ -135,7 +135,8 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(shell, tmp_path):
 
 def test_ctrl_c_says_how_to_go_on(shell, tmp_path):
     process = subprocess.Popen([sys.executable, str(ROOT / "train_at_mnist.py"), "--recipe", "digits", "--out_dir", "run"], cwd=tmp_path,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell's background jobs ignore it
     deadline = time.monotonic() + 120
     while not (tmp_path / "run/last.pt").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
