@@ -65,6 +65,21 @@ def run_script(main: Callable, cls: type, recipes: dict | None = None, sources: 
         if type(error).__name__ != "OutOfMemoryError":
             raise
         _fail(name, "the accelerator's memory is full: try a smaller --batch_size", 1)
+    if os.environ.get("TORCHELASTIC_RUN_ID"):
+        _leave()
+
+
+def _leave() -> None:
+    """End a process of torchrun, its work done, once all have come here.
+
+    Without the interpreter's own end: gloo's threads may still hold tensors, and freeing these then aborts the process once in some tens
+    of runs (pytorch pull request 179291).
+    """
+    from harness import distributed  # here, so that --help does not wait for torch
+    distributed.wait()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _fail(name: str, message: object, code: int) -> None:
