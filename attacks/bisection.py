@@ -1,15 +1,18 @@
 """The smallest radius at which PGD succeeds, by bisection of each example's own radius.
 
 Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", ICLR 2018, at a radius that is halved in on; with momentum
-(Dong et al., "Boosting Adversarial Attacks with Momentum", CVPR 2018) and a falling step.
+(Dong et al., "Boosting Adversarial Attacks with Momentum", CVPR 2018) and a falling step; and the same with targeted APGD (Croce & Hein,
+"Reliable Evaluation of Adversarial Robustness with an Ensemble of Diverse Parameter-free Attacks", ICML 2020) in PGD's place.
 """
 import torch
 from torch import Tensor, nn
 
-from attacks.ball import per_example
-from attacks.frozen import frozen
+from attacks.apgd import NORMS as APGD_NORMS
+from attacks.apgd import apgd_targeted
+from attacks.ball import norm_of, per_example
+from attacks.frozen import frozen, predict
 from attacks.minimal import Closest, check_arguments, descend, is_wrong
-from attacks.noise import keyed_uniform
+from attacks.noise import example_keys, keyed_uniform
 
 MOMENTUM = 0.75
 FIRST_STEP, LAST_STEP = 1.0, 0.02  # in radii; the step falls linearly
@@ -39,6 +42,30 @@ def pgd_bisection(model: nn.Module, x: Tensor, y: Tensor, *, norm: str = "linf",
             closest.offer(found.x_adv, found.distance.isfinite())
             lower = torch.where(found.distance.isfinite(), lower, radius)
             upper = torch.where(found.distance.isfinite(), found.distance, upper)
+    return closest.x_adv
+
+
+def apgd_bisection(model: nn.Module, x: Tensor, y: Tensor, *, norm: str = "linf", num_steps: int = 40, num_rounds: int = 8,
+                   num_targets: int = 9, upper: Tensor | None = None, keys: Tensor | None = None) -> Tensor:
+    """Bisect each example's radius by `attacks.apgd.apgd_targeted` within it, towards min(num_targets, K - 1) classes in turn.
+
+    x: [B, C, H, W] in [0, 1]; y: [B]; norm: "linf" or "l2"; upper: the radii to begin from [B], those not finite and the default being the
+    box's diameter, the first tried being half of it; keys: [B] of `attacks.noise.example_keys`, for APGD's random starts. At most
+    num_rounds * num_targets * (num_steps + 1) gradients an example. Returns and raises as `pgd_bisection`.
+    """
+    check_arguments(x, y, norm, num_steps, APGD_NORMS)
+    x, closest = x.detach(), Closest(x.detach(), norm)
+    diameter = norm_of(torch.ones_like(x), norm)
+    upper = diameter if upper is None else torch.where(upper.isfinite(), upper.to(x.dtype), diameter)
+    lower = torch.zeros_like(upper)
+    keys = example_keys(torch.arange(len(x), device=x.device)) if keys is None else keys
+    for number in range(num_rounds):
+        radius = (lower + upper) / 2
+        x_adv = apgd_targeted(model, x, y, epsilon=radius, norm=norm, num_steps=num_steps, num_targets=num_targets,
+                              keys=example_keys(keys, number))
+        wrong = is_wrong(predict(model, x_adv), y)
+        closest.offer(x_adv, wrong)
+        upper, lower = torch.where(wrong, torch.minimum(radius, norm_of(x_adv - x, norm)), upper), torch.where(wrong, lower, radius)
     return closest.x_adv
 
 

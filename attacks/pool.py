@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from attacks.alma import alma
 from attacks.ball import norm_of, per_example, ranked_targets
-from attacks.bisection import pgd_bisection
+from attacks.bisection import apgd_bisection, pgd_bisection
 from attacks.ddn import ddn
 from attacks.fab import fab_targeted
 from attacks.fmn import fmn
@@ -118,6 +118,7 @@ class _Pool:
         self.targets = ranked_targets(predict(model, self.x), self.y, budget.num_targets) if budget.num_targets else None  # [B, T]
 
     def run(self, starts: list[Tensor], keys: Tensor | None, extra: dict[str, tuple[Callable, int]]) -> None:
+        """Every attack of the budget, from `starts` where it takes one, then `extra`, name -> (attack, gradients), then the polish."""
         budget = self.budget
         for number, start in enumerate(starts):
             self.attack(f"start {number}", 0, lambda *_, start=start, **options: start)
@@ -135,6 +136,10 @@ class _Pool:
                 self.attack(f"fmn {norm} from start {number}", budget.num_steps, fmn, norm=norm, num_steps=budget.num_steps, start=start)
             if budget.thorough and norm != "l2":
                 self.attack_fab(norm)
+            if budget.thorough and norm != "l1":
+                rounds, targets, steps = budget.num_rounds, budget.num_targets, budget.round_steps
+                self.attack(f"apgd-t bisection {norm}", rounds * targets * (steps + 1), apgd_bisection, norm=norm, num_steps=steps,
+                            num_rounds=rounds, num_targets=targets, upper=self.distance[norm], keys=keys)
             if budget.num_targets and (budget.thorough or norm in TARGETED_ALWAYS):
                 self.attack_targets(f"{TARGETED[norm].__name__} {norm} targeted", TARGETED[norm], aimed, norm=norm)
             for name, (attack, gradients) in extra.items():
