@@ -72,6 +72,7 @@ class Config:
     precision: Literal["auto", "bf16", "float32"] = "auto"  # of training; auto is bf16 where the hardware multiplies it natively
     fuse: bool = True                                     # fold BatchNorm and fuse layers of the attacked network, where a CPU gains by it
     compile: bool = False                                 # torch.compile the network, for GPUs: its first minute goes into that
+    graphs: bool = True                                   # with compile, on a GPU: replay each pass as one CUDA graph
     max_batches: int | None = None                        # stop every epoch after this many batches, for a trial run
 
 

@@ -77,6 +77,7 @@ class Config:
     precision: Literal["auto", "bf16", "float32"] = "auto"  # of our step; auto is bf16 where the hardware multiplies it natively
     fuse: bool = True                                     # of our step: fold BatchNorm and fuse layers of the attacked network on a CPU
     compile: bool = False                                 # of our step: torch.compile the network
+    graphs: bool = True                                   # with compile, on a GPU: replay each pass as one CUDA graph
     json: bool = False                                    # print one line of JSON and nothing else
     out: str | None = None                                # JSON file to write, never over another
 
@@ -224,8 +225,8 @@ def settings_of(name: str, method: str, cfg: Config, folder: str) -> object:
     """The training script's Config for one epoch of timed steps, at the full radius from the first batch on."""
     shape = image_shape_of(name)
     settings = SCRIPTS[method, shape].Config(model=name, batch_size=cfg.batch_size, seed=cfg.seed, device=cfg.device, out_dir=folder,
-                                             precision=cfg.precision, fuse=cfg.fuse, compile=cfg.compile, epochs=1,
-                                             epsilon_warmup_epochs=0, **THREATS[shape], **METHOD_SETTINGS[method])
+                                             precision=cfg.precision, fuse=cfg.fuse, compile=cfg.compile, graphs=cfg.graphs,
+                                             epochs=1, epsilon_warmup_epochs=0, **THREATS[shape], **METHOD_SETTINGS[method])
     return settings if cfg.num_steps is None else replace(settings, num_steps=cfg.num_steps)
 
 
@@ -274,6 +275,7 @@ def measure(name: str, method: str, cfg: Config, peak: float) -> dict[str, objec
     gflop = count_flops(name, method, settings, shape) / 1e9
     return {"model": name, "method": method, "batch_size": cfg.batch_size, "num_steps": settings.num_steps, "image_shape": shape,
             "precision": {torch.bfloat16: "bf16", torch.float32: "float32"}[run.dtype], "fuse": cfg.fuse, "compile": cfg.compile,
+            "graphs": cfg.graphs,
             "ours_seconds": ours, "published_form_seconds": published, "bare_seconds": needed, "ratio": published / ours,
             "overhead_percent": 100 * (ours - needed) / ours, "gflop": gflop, "gflops": gflop / ours,
             "published_form_gflops": gflop / published, "peak_gflops": peak, "peak_percent": 100 * gflop / ours / peak,

@@ -66,17 +66,28 @@ def to_device(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 class TrainingPrecision(nn.Module):
-    """`module` with its convolutions and products in `dtype` (autocast), channels last; logits come out in float32."""
+    """`module` with its convolutions and products in `dtype` (autocast), channels last; logits come out in float32.
+
+    The logits are a copy: a CUDA graph writes its own outputs again in the next pass, when those of this one may still be needed.
+    """
 
     def __init__(self, module: nn.Module, dtype: torch.dtype):
         super().__init__()
         self.module = module
         self.dtype = dtype
+        self.run = self._pass
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.run(x).to(torch.float32, copy=True)
+
+    def _pass(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
         with torch.autocast(x.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            return self.module(x).float()
+            return self.module(x)
+
+    def compile(self, **options: object) -> None:
+        """Compile the passes through `module` by `torch.compile`, which leaves its names, and so checkpoints, as they are."""
+        self.run = torch.compile(self._pass, **options)
 
 
 def bare(model: nn.Module) -> nn.Module:
@@ -192,8 +203,9 @@ class Run:
         self.architecture = {"name": self.cfg.model, "num_classes": self.data.num_classes, "in_channels": channels,
                              "mean": mean, "std": std}
         trained = TrainingPrecision(to_device(model, self.device), self.dtype)
-        if self.cfg.compile:  # in place: names and checkpoints stay; one graph for frozen parameters, one for trained ones
-            trained.compile(dynamic=False)
+        if self.cfg.compile:  # one graph for frozen parameters, one for trained ones
+            replay = self.cfg.graphs and self.device.type == "cuda"
+            trained.compile(dynamic=False, mode="reduce-overhead" if replay else None)
         return distributed.parallel(trained)
 
     def split(self, model: nn.Module, split_first_layer: Callable[[nn.Module], tuple]) -> tuple[nn.Module, nn.Module]:
