@@ -170,6 +170,25 @@ def test_torchrun_gives_the_weights_of_one_process(shell, tmp_path):
     assert read_log(tmp_path / "one")[0]["train_A_rob"] == read_log(tmp_path / "two")[0]["train_A_rob"]
 
 
+def test_a_killed_worker_ends_the_run_and_leaves_one_that_goes_on(shell, tmp_path):
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    command = [*torchrun, str(ROOT / "train_at_mnist.py"), "--recipe", "digits", "--num_steps", "2", "--epochs", "4", "--out_dir", "run"]
+    launcher = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run/last.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    workers = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True, check=True).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    _, errors = launcher.communicate(timeout=120)
+    assert launcher.returncode != 0 and "SIGKILL" in errors
+    before = torch.load(tmp_path / "run/last.pt", weights_only=True)
+    assert before["epoch"] < 4
+    done = shell("train_at_mnist.py", "--resume", "run", launcher=torchrun)
+    assert done.returncode == 0, done.stderr
+    after = torch.load(tmp_path / "run/last.pt", weights_only=True)
+    assert after["epoch"] == 4 and after["log"][:before["epoch"]] == before["log"]
+
+
 @pytest.mark.parametrize("name", ("train_at_mnist", "train_trades_mnist"))
 def test_a_compiled_run_gives_the_weights_of_a_plain_one(name, script, monkeypatch):
     calls, compiled = [], torch.compile
