@@ -14,7 +14,7 @@ from torch import nn
 
 from attacks.noise import example_keys
 from attacks.pgd import first_iterate
-from benchmarks import train_step
+from benchmarks import breakdown, train_step
 from benchmarks.train_step import Config, main
 from harness.config import parse_config
 from harness.data import training_batches
@@ -180,3 +180,18 @@ def test_the_cost_of_a_result_is_its_batches_times_what_one_takes(trainer, flags
 def test_a_folder_without_a_result_has_no_cost(shell):
     refused = shell("benchmarks/cost.py", "--results", "nothing")
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+
+
+# Where the time goes
+
+def test_the_breakdown_adds_up_and_names_what_a_network_does(tmp_path, capsys):
+    out = tmp_path / "breakdown.json"
+    breakdown.main(parse_config(breakdown.Config, ["--model", "lenet", "resnet18", "--batch_size", "4", "--num_steps", "2", "--repeats", "1",
+                                                   "--device", "cpu", "--out", str(out)]))
+    rows = json.loads(out.read_text())["results"]
+    assert [row["model"] for row in rows] == ["lenet", "resnet18"]
+    for row in rows:
+        assert sum(row["percent"].values()) == pytest.approx(100)
+        assert row["percent"]["convolutions"] > 5
+    assert rows[0]["percent"]["max-pooling"] > 1 and rows[1]["percent"].get("max-pooling", 0) < 1  # ResNet-18 here pools by a mean
+    assert "lenet" in capsys.readouterr().out
