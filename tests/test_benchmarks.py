@@ -186,8 +186,8 @@ def test_a_folder_without_a_result_has_no_cost(shell):
 
 def test_the_breakdown_adds_up_and_names_what_a_network_does(tmp_path, capsys):
     out = tmp_path / "breakdown.json"
-    breakdown.main(parse_config(breakdown.Config, ["--model", "lenet", "resnet18", "--batch_size", "4", "--num_steps", "2", "--repeats", "1",
-                                                   "--device", "cpu", "--out", str(out)]))
+    breakdown.main(parse_config(breakdown.Config, ["--model", "lenet", "resnet18", "--batch_size", "4", "--num_steps", "2",
+                                                   "--repeats", "1", "--device", "cpu", "--out", str(out)]))
     rows = json.loads(out.read_text())["results"]
     assert [row["model"] for row in rows] == ["lenet", "resnet18"]
     for row in rows:
