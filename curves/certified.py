@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 NORMS = ("linf", "l2", "l1")
 RELUS = (nn.functional.relu, torch.relu, torch.relu_, "relu", "relu_")
+ROWS_BYTES = 2**28                     # of the rows that a batch of images pulls back through a layer; a few such tensors live at a time
 Layers = list[tuple[Tensor, Tensor]]   # weight [out, in] and bias [out] of each affine map; a ReLU follows all but the last
 Bounds = tuple[Tensor, Tensor]         # lower and upper bounds, [B, n] each
 
@@ -126,8 +127,8 @@ def margin_bounds(layers: Layers, bounds: list[Bounds], x: Tensor, y: Tensor, ra
     return low.scatter(1, y[:, None], torch.inf)
 
 
-def certified_distances(model: nn.Module | Layers, x: Tensor, y: Tensor, upper: Tensor, *, norm: str = "linf", num_steps: int = 7,
-                        batch_size: int = 16) -> Tensor:
+def certified_distances(model: nn.Module | Layers, x: Tensor, y: Tensor, upper: Tensor, *, norm: str = "linf",
+                        num_steps: int = 7) -> Tensor:
     """Radii [B] (float64) within which no adversary exists, by bisection between 0 and `upper` [B]; 0 for misclassified images.
 
     x: [B, C, H, W] in [0, 1] (or [B, D] with layers); y: [B]; upper: distances an attack found (an infinite one counts as the diameter of
@@ -138,8 +139,15 @@ def certified_distances(model: nn.Module | Layers, x: Tensor, y: Tensor, upper: 
     layers = model if isinstance(model, list) else affine_layers(model, x.shape[1:])
     x, y = x.flatten(1).double().cpu(), y.cpu()
     diameter = {"linf": 1.0, "l2": x.shape[1] ** 0.5, "l1": float(x.shape[1])}[norm]
+    batch_size = _images_at_a_time(layers)
     parts = zip(x.split(batch_size), y.split(batch_size), upper.double().cpu().clamp(max=diameter).split(batch_size))
     return torch.cat([_bisect(layers, *part, norm, num_steps) for part in parts])
+
+
+def _images_at_a_time(layers: Layers) -> int:
+    """So many that the widest rows of `crown_bounds`, [B, 2 out, in] in float64, take ROWS_BYTES; at least one."""
+    widest = max(2 * len(bias) * max(earlier.shape[1] for earlier, _ in layers[:depth + 1]) for depth, (_, bias) in enumerate(layers))
+    return max(1, ROWS_BYTES // (8 * widest))
 
 
 def _bisect(layers: Layers, x: Tensor, y: Tensor, upper: Tensor, norm: str, num_steps: int) -> Tensor:
