@@ -159,7 +159,8 @@ def fill(results: curve_store.Results, model: nn.Module, points: Split, others: 
     layers = chain(model, points) if cfg.certify == "crown" else None
     with tqdm(total=len(results), initial=len(results) - len(pending), desc=results.name, unit="point", disable=None) as bar, \
             curve_store.saving(results, folder) as saved:
-        for rows in np.split(pending, range(cfg.batch_size, len(pending), cfg.batch_size)):
+        for start in range(0, len(pending), cfg.batch_size):
+            rows = pending[start:start + cfg.batch_size]
             part = points[torch.from_numpy(rows)]
             keys = example_keys(part.index, cfg.seed)
             x, y = to_unit(part.images), part.labels

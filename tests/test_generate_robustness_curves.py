@@ -128,6 +128,8 @@ def test_an_interrupted_run_goes_on_with_the_points_that_are_left(run, network, 
     run("--resume", "halves")
     first, second = (curve_store.read(Path(name)).columns for name in ("whole", "halves"))
     assert all(np.array_equal(first[name], second[name]) for name in first)
+    monkeypatch.setattr(script, "measure", lambda *_, **__: pytest.fail("nothing is left to be measured"))
+    run("--resume", "halves")  # as a finished model beside one that was interrupted
 
 
 def test_two_models_are_compared(run, network, tmp_path, capsys):
