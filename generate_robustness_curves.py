@@ -139,15 +139,16 @@ def compute(cfg: Config) -> None:
     for name, subject in subjects.items():
         num_outputs(subject.model, points[name])
     folder, started = curve_store.claim(cfg, SCRIPT), time.monotonic()
-    for name, subject in subjects.items():
-        own = folder / name if len(files) > 1 else folder
-        about = subject.about | {"budget": cfg.budget, "seed": cfg.seed}
-        results = curve_store.begin(own, about, points[name], cfg.chosen_norms, cfg.adversaries, bool(cfg.resume))
-        model, others = to_device(subject.model, device), subject.split[slice(0, cfg.num_starts)].to(device)
-        fill(results, model, points[name].to(device), predicted(model, others, cfg.batch_size), own, cfg)
-        several.append(results)
-        if cfg.save:
-            curve_store.write_json(own / "robustness_curves.json", curve_store.original_json(results))
+    with curve_store.resumable(folder, SCRIPT):
+        for name, subject in subjects.items():
+            own = folder / name if len(files) > 1 else folder
+            about = subject.about | {"budget": cfg.budget, "seed": cfg.seed}
+            results = curve_store.begin(own, about, points[name], cfg.chosen_norms, cfg.adversaries, bool(cfg.resume))
+            model, others = to_device(subject.model, device), subject.split[slice(0, cfg.num_starts)].to(device)
+            fill(results, model, points[name].to(device), predicted(model, others, cfg.batch_size), own, cfg)
+            several.append(results)
+            if cfg.save:
+                curve_store.write_json(own / "robustness_curves.json", curve_store.original_json(results))
     output.curves(several, folder, cfg.thresholds, cfg.look, cfg.plot, output.facts(started, device))
 
 
@@ -159,7 +160,8 @@ def fill(results: curve_store.Results, model: nn.Module, points: Split, others: 
     layers = chain(model, points) if cfg.certify == "crown" else None
     with tqdm(total=len(results), initial=len(results) - len(pending), desc=results.name, unit="point", disable=None) as bar, \
             curve_store.saving(results, folder) as saved:
-        for rows in np.split(pending, range(cfg.batch_size, len(pending), cfg.batch_size)):
+        for start in range(0, len(pending), cfg.batch_size):
+            rows = pending[start:start + cfg.batch_size]
             part = points[torch.from_numpy(rows)]
             keys = example_keys(part.index, cfg.seed)
             x, y = to_unit(part.images), part.labels
@@ -305,6 +307,8 @@ def spelling(words: list[str]) -> list[str]:
 def main(cfg: Config) -> None:
     if empty := [name for name in ("norms", "epsilons", "alphas") if not getattr(cfg, name)]:
         raise UserError(f"--{empty[0]} names nothing")
+    if cfg.resume and cfg.command != "compute":
+        raise UserError(f"--resume goes on with compute, and {cfg.resume} is of {cfg.command}: run {cfg.command} anew, into another --out")
     COMMANDS[cfg.command](cfg)
 
 

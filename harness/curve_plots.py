@@ -61,7 +61,7 @@ def curves(panels: dict[str, list[dict]], stem: Path, *, confidence: float = 0.9
     figure, axes = _axes(1, len(panels))
     kind = f"{100 * confidence:g} % {'simultaneous' if band == 'dkw' else 'point-wise'} band"
     for axis, (norm, models) in zip(axes[0], panels.items()):
-        _curve_panel(axis, models, norm, units, (marks or {}).get(norm, ()))
+        _curve_panel(axis, models, units, (marks or {}).get(norm, ()))
         note = f"shaded: {kind}" if len(models) <= FEW else f"{kind}: $\\pm$ {_half_width(models)} at most"
         axis.set_xlabel(_size_label(norm, units))
         axis.set_title(f"{NORM_NAMES[norm]}  ({note})", fontsize=10)
@@ -83,7 +83,7 @@ def _half_width(models: list[dict]) -> str:
     return f"{100 * max(widest):.1f} %"
 
 
-def _curve_panel(axis: object, models: list[dict], norm: str, units: str, marks: tuple[float, ...]) -> None:
+def _curve_panel(axis: object, models: list[dict], units: str, marks: tuple[float, ...]) -> None:
     scale = UNITS[units][0]
     end = 1.02 * scale * max(model["t"][-1] for model in models) or 1.0
     for k, model in enumerate(models):
@@ -283,7 +283,7 @@ def grid(rows: dict[str, list[dict]], stem: Path, *, units: str = "raw", formats
     for row, (norm, models) in enumerate(rows.items()):
         for column in range(others):
             axis = axes[row][column]
-            _curve_panel(axis, [models[0], models[column + 1]], norm, units, ())
+            _curve_panel(axis, [models[0], models[column + 1]], units, ())
             axis.set_xlabel(_size_label(norm, units), fontsize=9)
             axis.legend(loc="upper left", frameon=True, framealpha=0.85, edgecolor="none", fontsize=7)
             if column == 0:

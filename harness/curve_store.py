@@ -3,6 +3,8 @@ import dataclasses
 import hashlib
 import json
 import os
+import shlex
+import sys
 import time
 import zipfile
 import zlib
@@ -185,6 +187,8 @@ def sha256(path: Path) -> str:
 def claim(cfg: object, script: str) -> Path:
     """The folder to write: the one to be resumed, cfg.out, or runs/<script>/<time>, with config.json in it.
 
+    A resumed folder's config.json keeps the command that began it.
+
     Raises UserError for a folder that already holds something or cannot be written.
     """
     try:
@@ -193,8 +197,10 @@ def claim(cfg: object, script: str) -> Path:
         raise UserError(str(error).replace("--out_dir", "--out")) from None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        facts = {"script": script, "command_line": command_line()}
-        write_text(folder / "config.json", dumps(facts | dataclasses.asdict(cfg) | {"resume": None}))
+        saved = folder / "config.json"
+        before = json.loads(saved.read_text(encoding="utf-8")) if saved.exists() else {}
+        facts = {"script": script, "command_line": before.get("command_line", command_line())}
+        write_text(saved, dumps(facts | dataclasses.asdict(cfg) | {"resume": None}))
     except OSError as error:
         raise UserError(f"cannot write to {folder} ({error.strerror}): name another --out") from error
     return folder
@@ -212,6 +218,16 @@ def begin(folder: Path, about: dict, points: Split, norms: tuple[str, ...], adve
     if other or not same_points or set(results.norms) != set(norms):
         raise UserError(f"{folder / FILE} is of other {', '.join(other) or 'points or norms'}: it cannot be gone on with")
     return results
+
+
+@contextmanager
+def resumable(folder: Path, script: str) -> Iterator[None]:
+    """Say how to go on with the computation in `folder` when Ctrl-C or a signal ends it."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        print(f"\nstopped; go on with: python {script}.py compute --resume {shlex.quote(str(folder))}", file=sys.stderr)
+        raise
 
 
 @contextmanager

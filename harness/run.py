@@ -364,7 +364,7 @@ class Run:
                 part.load_state_dict(contents[name])
             self.epoch, self.best = contents["epoch"], contents["best"]
             self.rows, self.weight_rows = contents["log"], contents["weight_log"]
-        except (KeyError, RuntimeError, ValueError) as error:
+        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{self.folder / 'last.pt'} does not continue this run ({str(error).splitlines()[0][:150]})") from error
 
     def _report(self, row: dict[str, float]) -> None:

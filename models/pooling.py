@@ -15,5 +15,5 @@ def max_pool(x: Tensor) -> Tensor:
     if needs_places or x.device.type != "cpu" or height % 2 or width % 2:
         return F.max_pool2d(x, 2)
     rows = x.permute(0, 2, 3, 1).reshape(-1, 2, width * x.shape[1])  # [B H/2, 2, W C]
-    columns = torch.maximum(*rows.unbind(1)).view(len(x), height // 2, width // 2, 2, -1)
+    columns = torch.maximum(*rows.unbind(1)).view(len(x), height // 2, width // 2, 2, x.shape[1])
     return torch.maximum(*columns.unbind(3)).permute(0, 3, 1, 2)

@@ -83,10 +83,11 @@ def test_the_perturbation_survives_a_resumption(script):
     assert not same_bits(weights("whole/last.pt"), weights("parts/last.pt"))  # so delta matters
 
 
-def test_a_checkpoint_without_the_perturbation_does_not_continue_the_run(script):
+@pytest.mark.parametrize("part", ("delta", "optimizer", "model"))
+def test_a_checkpoint_without_one_of_its_parts_does_not_continue_the_run(script, part):
     script("train_free", *PLAIN, "--out_dir", "run")
     contents = saved("run")
-    del contents["delta"]
+    contents[part] = None
     torch.save(contents, "run/last.pt")
     with pytest.raises(UserError, match="does not continue this run"):
         script("train_free", "--resume", "run", "--epochs", 2)

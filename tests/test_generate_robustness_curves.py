@@ -106,7 +106,7 @@ def test_the_folder_holds_what_it_says(measured):
     assert norms["l2"]["misclassified"] == int(wrong.sum()) and norms["l2"]["mean"] > norms["linf"]["mean"] > 0
 
 
-def test_an_interrupted_run_goes_on_with_the_points_that_are_left(run, network, monkeypatch):
+def test_an_interrupted_run_goes_on_with_the_points_that_are_left(run, network, monkeypatch, capsys):
     options = ("--dataset", "digits", "--n_points", 12, "--model", network, "--norms", "inf", "--batch_size", 4, *QUICK)
     run(*options, "--out", "whole", "--no-plot")
     script = importlib.import_module("generate_robustness_curves")
@@ -122,12 +122,17 @@ def test_an_interrupted_run_goes_on_with_the_points_that_are_left(run, network, 
         patch.setattr(script, "attack_pool", stops)
         with pytest.raises(KeyboardInterrupt):
             run(*options, "--out", "halves", "--no-plot")
+    assert "go on with: python generate_robustness_curves.py compute --resume halves" in capsys.readouterr().err
+    begun = json.loads(Path("halves/config.json").read_text())["command_line"]
     assert (curve_store.read(Path("halves")).columns["status"] == "pending").sum() == 4
     with pytest.raises(UserError, match="4 points to go"):
         run("figures", "--results", "halves")
     run("--resume", "halves")
+    assert json.loads(Path("halves/config.json").read_text())["command_line"] == begun and "--resume" not in begun
     first, second = (curve_store.read(Path(name)).columns for name in ("whole", "halves"))
     assert all(np.array_equal(first[name], second[name]) for name in first)
+    monkeypatch.setattr(script, "measure", lambda *_, **__: pytest.fail("nothing is left to be measured"))
+    run("--resume", "halves")  # as a finished model beside one that was interrupted
 
 
 def test_two_models_are_compared(run, network, tmp_path, capsys):
@@ -307,6 +312,12 @@ def test_a_changed_model_is_not_the_one_measured(run, measured, network, tmp_pat
     stored.save(tmp_path / "one")
     with pytest.raises(UserError, match="not the file these distances were measured on"):
         run("surface", "--results", "one")
+
+
+def test_only_a_computation_is_resumed(run, measured):
+    run("figures", "--results", "one", "--out", "drawn", "--format", "png")
+    with pytest.raises(UserError, match="--resume goes on with compute, and drawn is of figures"):
+        run("figures", "--resume", "drawn")
 
 
 def test_results_of_other_data_are_not_compared(run, measured, tmp_path):

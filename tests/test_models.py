@@ -272,7 +272,7 @@ def test_importing_models_attacks_and_losses_does_nothing_else():
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
-@pytest.mark.parametrize("shape", ((3, 6, 28, 28), (2, 5, 7, 8), (1, 1, 2, 2), (4, 32, 10, 6)))
+@pytest.mark.parametrize("shape", ((3, 6, 28, 28), (2, 5, 7, 8), (1, 1, 2, 2), (4, 32, 10, 6), (0, 6, 28, 28)))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64), ids=str)
 def test_max_pooling_is_that_of_the_library_with_and_without_a_gradient(shape, dtype):
     tied = torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(0)).to(dtype)
