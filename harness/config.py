@@ -236,4 +236,9 @@ def _resumed(cls: type, folder: Path):
     missing = [name for name in names if name not in saved]
     if missing:
         raise UserError(f"--resume {folder}: {path} lacks {', '.join(missing)}")
+    for field in dataclasses.fields(cls):
+        value, optional = saved[field.name], type(None) in typing.get_args(field.type)
+        kinds = {float: (float, int), tuple: (list,)}.get(type(field.default), (type(field.default),))
+        if field.default is not None and type(value) not in kinds and not (value is None and optional):
+            raise UserError(f"--resume {folder}: {field.name} in {path} is {json.dumps(value)}, which it cannot be")
     return cls(**{name: tuple(saved[name]) if isinstance(saved[name], list) else saved[name] for name in names})

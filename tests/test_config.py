@@ -230,6 +230,14 @@ def test_resume_refuses_a_config_that_lacks_a_value_by_name(tmp_path):
     assert "lacks lr, seed" in refusal(f"--resume {folder}")
 
 
+@pytest.mark.parametrize("value", ("ten", None, [10], True, 1.5))
+def test_resume_refuses_a_value_of_another_type_by_name(tmp_path, value):
+    folder = saved_run(tmp_path / "run")
+    saved = json.loads((folder / "config.json").read_text()) | {"epochs": value}
+    (folder / "config.json").write_text(json.dumps(saved))
+    assert f"epochs in {folder / 'config.json'} is {json.dumps(value)}, which it cannot be" in refusal(f"--resume {folder}")
+
+
 def test_resume_holds_the_values_of_the_run_to_the_limits(tmp_path):
     assert "--epochs" in refusal(f"--resume {saved_run(tmp_path / 'run', epochs=0)}")
 
