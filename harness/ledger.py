@@ -23,6 +23,7 @@ from harness.errors import UserError
 from harness.evaluation import Record, observe
 from harness.run import write_text
 
+POOL = 8       # batches that an attack is given at once which refills its batch: what it does is written down after so many
 MULTIPLE = 32  # rows: a matrix product takes other kernels for its last few rows, whose rounding differs
 FIELDS = {"prediction": torch.int64, "loss": torch.float64, "margin": torch.float64, "norm": torch.float64, "low": torch.float64,
           "high": torch.float64, "dropped": torch.int64}
@@ -117,15 +118,15 @@ def run(ledger: Ledger, model: nn.Module, split: Split, attacks: dict, columns: 
     mine = torch.arange(len(split)) % shard[1] == shard[0]
     clean = ledger.read("clean")
     for position in _batches(mine & (clean["prediction"] == UNTOUCHED), batch_size):
-        _attack_batch(ledger, "clean", None, model, split, position, epsilon, norm)
+        _attack_batch(ledger, "clean", None, model, split, position, epsilon, norm, batch_size)
     correct = clean["prediction"] == y
     for name, attack in attacks.items():
         row = ledger.read(name)
         needed = mine & _needed(ledger, name, attack, columns, correct, y)
-        batches = _batches(needed & (row["prediction"] == UNTOUCHED), batch_size)
+        batches = _batches(needed & (row["prediction"] == UNTOUCHED), batch_size * (POOL if attack.refills else 1))
         for number, position in enumerate(batches):
             progress(name, number, len(batches))
-            _attack_batch(ledger, name, attack, model, split, position, epsilon, norm)
+            _attack_batch(ledger, name, attack, model, split, position, epsilon, norm, batch_size)
 
 
 def left(ledger: Ledger, y: Tensor, attacks: dict, columns: dict[str, tuple[str, ...]]) -> int:
@@ -158,12 +159,14 @@ def _needed(ledger: Ledger, name: str, attack: object, columns: dict, correct: T
 
 
 def _attack_batch(ledger: Ledger, name: str, attack: object | None, model: nn.Module, split: Split, position: Tensor, epsilon: float,
-                  norm: str) -> None:
+                  norm: str, batch_size: int) -> None:
     part, started = split[position.to(split.images.device)], time.monotonic()
-    x, kept = to_unit(part.images), None
+    x, kept, options = to_unit(part.images), None, {"batch_size": batch_size} if attack and attack.refills else {}
     for restart in range(attack.num_restarts if attack else 1):
-        x_adv = attack.run(model, x, part.labels, part.index, restart) if attack else x
-        fields, x_adv = inspect(model, x, x_adv, part.labels, epsilon, norm, minimal=attack is not None and attack.minimal)
+        x_adv = attack.run(model, x, part.labels, part.index, restart, **options) if attack else x
+        looks = [inspect(model, *some, epsilon, norm, minimal=attack is not None and attack.minimal)
+                 for some in zip(x.split(batch_size), x_adv.split(batch_size), part.labels.split(batch_size))]
+        fields, x_adv = {key: torch.cat([look[0][key] for look in looks]) for key in FIELDS}, torch.cat([look[1] for look in looks])
         if kept is None:
             kept, best = fields, x_adv
         else:

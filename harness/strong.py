@@ -163,7 +163,11 @@ def _proportion(correct: Tensor) -> dict:
 
 
 def worst_case(rows: dict[str, dict[str, Tensor]], y: Tensor) -> Record:
-    """Of all that was recorded of each example, clean image included, what has the lowest margin, a misclassification before all else."""
+    """Of all that was recorded of each example, clean image included, what has the lowest margin, a misclassification before all else.
+
+    An attack that is done at its first success leaves a margin just below 0; A_rob's and A_tr's attacks go on to their last step on every
+    example, so a margin far below 0 is theirs, and where they fail the margin recorded is an upper bound on the lowest.
+    """
     margins = torch.stack([row["margin"].nan_to_num(torch.inf) for row in rows.values()])  # [attacks, N]; NaN: not attacked
     hits = torch.stack([broken(row, y) for row in rows.values()])
     lowest = torch.where(hits.any(0) & ~hits, torch.inf, margins).argmin(0, keepdim=True)

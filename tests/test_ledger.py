@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT
 from torch import nn
 
+from attacks.active import pgd_until_broken
 from attacks.catalogue import members_of, strong_attacks, weighted_attacks
 from attacks.noise import example_keys
 from attacks.pgd import cross_entropy, pgd
@@ -43,6 +44,7 @@ class Fake:
     everyone: bool = False
     num_restarts: int = 1
     limit: int | None = None
+    refills: bool = False
 
 
 def short_pgd(model, x, y, index, restart, loss_fn=cross_entropy):
@@ -66,6 +68,19 @@ def test_the_record_is_the_same_for_any_batch_size_and_sharding(tmp_path):
     assert 0 < int(ledger.broken(whole.rows["a"], split_of().labels).sum()) < COUNT
     assert same(whole, measured(tmp_path / "small", 7))
     assert same(whole, measured(tmp_path / "shards", 25, ((1, 3), (0, 3), (2, 3))))
+
+
+def test_an_attack_that_refills_its_batch_is_given_several_at_once(tmp_path):
+    given = []
+
+    def run(model, x, y, index, restart, batch_size):
+        given.append((len(x), batch_size))
+        return pgd_until_broken(model, x, y, epsilon=EPSILON, step_size=0.01, num_steps=12, keys=example_keys(index), batch_size=batch_size)
+
+    attacks = {"a": Fake(run, refills=True)}
+    few, many = (measured(tmp_path / str(size), size, attacks=attacks) for size in (3, 60))
+    assert given == [(24, 3), (24, 3), (2, 3), (50, 60)] and same(few, many)
+    assert 0 < int(ledger.broken(few.rows["a"], split_of().labels).sum()) < COUNT
 
 
 PROGRAM = f"""
