@@ -219,21 +219,24 @@ def sweep(result: dict, path: Path) -> None:
             for form, (style, marker) in zip(("ours", "published_form") if rows else (), STYLES):
                 axis.plot([row[across] for row in rows], [1e3 * row[form] for row in rows], color=colour, linestyle=style, marker=marker,
                           label=f"{name}, {form.replace('_', ' ')}")
-    for (name, colour), (style, marker) in zip(zip(names, COLOURS), STYLES * len(names)):
+    for (name, colour), (_, marker) in zip(zip(names, COLOURS), STYLES * len(names)):
         rows = sorted((row for row in result["evaluation"] if row["model"] == name), key=lambda row: row["batch_size"])
-        right.plot([row["batch_size"] for row in rows], [1e3 * row["seconds"] for row in rows], color=colour, linestyle=style,
-                   marker=marker, label=name)
+        right.plot([row["batch_size"] for row in rows], [1e3 * row["seconds"] for row in rows], color=colour, marker=marker,
+                   label=name)
     left.set(xlabel="images in a batch", ylabel="milliseconds an image", title=f"A training step, {result['steps']} attack steps")
     middle.set(xlabel="attack steps", ylabel="milliseconds an image", title=f"A training step, {result['batch_size']} images in a batch",
-               xlim=(0, None))
+               xlim=(0, None), ylim=(0, None))
     right.set(xlabel="images in a batch", ylabel="milliseconds an image", title="One attack step of an evaluation, float32")
     for axis in (left, right):
         axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter("{x:.0f}")
-    for axis in (left, middle, right):
         axis.set_yscale("log")
+        axis.xaxis.set_major_formatter("{x:.0f}")
+        low, high = axis.get_ylim()
+        axis.set_yticks([n * 10.0**k for k in range(-6, 7) for n in (1, 2, 5) if low <= n * 10.0**k <= high])
         axis.yaxis.set_major_formatter("{x:g}")
-        axis.legend(frameon=False, fontsize=9)
+        axis.minorticks_off()
+    middle.legend(frameon=False, fontsize=9, title="left and middle", alignment="left")
+    right.legend(frameon=False, fontsize=9)
     _save(figure, path)
 
 

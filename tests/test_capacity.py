@@ -37,6 +37,7 @@ def test_on_a_cpu_no_more_than_is_fast_and_no_more_than_there_are():
         return fitting_batch_size(lenet(), split_of(count), free=lambda device: free, peak=lambda device, work: 1000 * PROBE)
 
     assert found(10_000, 10**12) == FASTEST_ON_CPU and found(10_000, 2 * 1000 * 70) == 64
+    assert fitting_batch_size(lenet(), split_of(500), 5, lambda device: 2 * 1000 * 5 * 70, lambda device, work: 1000 * PROBE) == 64
     assert found(40, 10**12) == 64 and found(1, 10**12) == PROBE
 
 
