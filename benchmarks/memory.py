@@ -34,7 +34,7 @@ from harness.report import output_path
 from harness.run import Run, choose_device, command_line, environment, write_text
 from models import build_model
 
-FIRST = 8  # batches after which nothing new should be needed
+FIRST = 20  # batches after which nothing new should be needed
 STANDINS = {"cifar100": (50_000, 10_000, 100, (3, 32, 32)), "svhn": (73_257, 26_032, 10, (3, 32, 32)),
             "tiny-imagenet": (100_000, 10_000, 200, (3, 64, 64))}  # training images, test images, classes, [C, H, W]
 SUFFIX = "-standin"
@@ -44,7 +44,7 @@ SUFFIX = "-standin"
 class Config:
     dataset: tuple[str, ...] = ("digits", "mnist", "cifar100-standin", "svhn-standin", "tiny-imagenet-standin")  # names, folders, stand-ins
     model: str | None = None                     # network; default: lenet for one channel, resnet18 for three
-    batches: int = 40                            # training batches of each run
+    batches: int = 40                            # training batches of each run, of several epochs where one has fewer
     num_steps: int = 10                          # PGD steps a batch
     batch_size: int = 128                        # images a batch
     data_dir: str = "data"                       # folder of the data sets
@@ -101,21 +101,19 @@ def measure_here(cfg: Config) -> dict[str, object]:
     loaded, grey = memory("VmRSS"), data.image_shape[0] == 1
     script = train_at_mnist if grey else train_at_cifar10
     with tempfile.TemporaryDirectory() as folder:
-        settings = replace(script.Config(), model=cfg.model or ("lenet" if grey else "resnet18"), epochs=1, max_batches=cfg.batches,
-                           seed=cfg.seed, batch_size=cfg.batch_size, num_steps=cfg.num_steps, device="cpu", val_size=0,
-                           out_dir=f"{folder}/run")
+        settings = replace(script.Config(), model=cfg.model or ("lenet" if grey else "resnet18"), max_batches=cfg.batches, seed=cfg.seed,
+                           epochs=-(-cfg.batches // -(-len(data.train) // cfg.batch_size)), batch_size=cfg.batch_size, val_size=0,
+                           num_steps=cfg.num_steps, device="cpu", out_dir=f"{folder}/run")
         run = Watched(settings, data)
         model = run.build(build_model)
         optimizer = SGD(model.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay)
         for epoch in run.epochs(model, optimizer, scheduler=None):
             script.train_one_epoch(model, optimizer, run, epoch, settings)
-    if len(run.resident) <= FIRST:
-        raise UserError(f"{name}: {len(run.resident)} batches are too few, more than {FIRST} are needed")
     images = data.train.images.nbytes + data.test.images.nbytes
     return {"dataset": name, "standin": name.endswith(SUFFIX), "model": settings.model, "batches": len(run.resident),
             "training_images": len(data.train), "image_shape": list(data.image_shape), "images_mb": images / 1e6, "loaded_mb": loaded / 1e6,
             "first_mb": run.resident[FIRST - 1] / 1e6, "end_mb": run.resident[-1] / 1e6, "peak_mb": memory("VmHWM") / 1e6,
-            "growth_mb": (run.resident[-1] - run.resident[FIRST - 1]) / 1e6}
+            "growth_mb": (run.resident[-1] - run.resident[FIRST - 1]) / 1e6, "resident_mb": [value / 1e6 for value in run.resident]}
 
 
 def measure(name: str, cfg: Config) -> dict[str, object]:
@@ -135,6 +133,8 @@ def measure(name: str, cfg: Config) -> dict[str, object]:
 def main(cfg: Config) -> None:
     if not Path("/proc/self/status").exists():
         raise UserError("this benchmark reads /proc/self/status, which is there on Linux alone")
+    if cfg.batches <= FIRST:
+        raise UserError(f"--batches {cfg.batches} are too few, more than {FIRST} are needed")
     if unknown := [name for name in cfg.dataset if name.endswith(SUFFIX) and name.removesuffix(SUFFIX) not in STANDINS]:
         raise UserError(f"no stand-in '{unknown[0]}': choose among {', '.join(name + SUFFIX for name in STANDINS)}")
     if cfg.inside:
