@@ -1,4 +1,5 @@
-"""Resident memory of a training run on each data set: after its first batches, and at the end, which must be no more.
+"""Resident memory of a training run on each data set: after its first batches, and at the end, which must be the same but for
+what a fragmented heap takes now and then, 2 % at most here.
 
 Each data set is trained on in a process of its own, by the training script's own epoch, batch size and data path. `loaded` is the memory
 once the images are there, `first` after FIRST batches, `end` after the last one, `peak` the most that the process ever took, loading
