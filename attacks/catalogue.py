@@ -34,6 +34,7 @@ class Attack:
     num_restarts: int = 1      # independent starts, of which the one of largest cross-entropy counts
     limit: int | None = None   # the first so many examples only
     refills: bool = False      # run takes batch_size too: of the examples it is given it attacks so many at once, and refills as they fall
+    whole: Callable | None = None  # called as run: the same attack to its last step, where run is done at the first success
 
 
 def members_of(columns: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
@@ -60,7 +61,8 @@ def strong_attacks(columns: dict[str, tuple[str, ...]], *, epsilon: float, norm:
                 raise ValueError(f"the attack {name} is not defined in the norm {norm}")
             if name == REFERENCE:
                 require_package()
-            found[name] = Attack(_keyed(attack, seed), **traits)
+            whole = _keyed(traits.pop("whole"), seed) if "whole" in traits else None
+            found[name] = Attack(_keyed(attack, seed), whole=whole, **traits)
     return found
 
 
@@ -88,7 +90,8 @@ def _attacks(epsilon: float, norm: str, margin_loss: Callable, num_spsa_examples
     def stepping(num_steps: int, loss_fn: Callable) -> tuple[Callable, dict]:
         steps = {"num_steps": num_steps, "step_size": step, "start": "uniform"}
         return (lambda m, x, y, k, **options: pgd_until_broken(m, x, y, **ball, **steps, loss_fn=loss_fn, keys=k, **options),
-                {"settings": steps | {"counts": "the first misclassified iterate"}, "refills": True})
+                {"settings": steps | {"counts": "the first misclassified iterate"}, "refills": True,
+                 "whole": lambda m, x, y, k: pgd(m, x, y, **ball, **steps, loss_fn=loss_fn, keys=k)})
 
     return {
         "fgsm": (lambda m, x, y, k: fgsm(m, x, y, epsilon=epsilon), {"settings": {"num_steps": 1, "start": "clean"}, "norms": ("linf",)}),

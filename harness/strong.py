@@ -165,8 +165,8 @@ def _proportion(correct: Tensor) -> dict:
 def worst_case(rows: dict[str, dict[str, Tensor]], y: Tensor) -> Record:
     """Of all that was recorded of each example, clean image included, what has the lowest margin, a misclassification before all else.
 
-    An attack that is done at its first success leaves a margin just below 0; A_rob's and A_tr's attacks go on to their last step on every
-    example, so a margin far below 0 is theirs, and where they fail the margin recorded is an upper bound on the lowest.
+    A_rob's and A_tr's attacks go on to their last step on every example, PGD's columns on those that these leave. The members of an
+    ensemble are done at their first success: where only they succeed the margin is just below 0, an upper bound on the lowest.
     """
     margins = torch.stack([row["margin"].nan_to_num(torch.inf) for row in rows.values()])  # [attacks, N]; NaN: not attacked
     hits = torch.stack([broken(row, y) for row in rows.values()])
