@@ -15,7 +15,7 @@ by the paper's protocol on CIFAR-10 and other colour images.
 """
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -24,6 +24,7 @@ from torch import Tensor
 from attacks.catalogue import members_of, probing_attack, strong_attacks, weighted_attacks
 from attacks.pgd import cross_entropy, pgd_by_index
 from harness import report, strong
+from harness.capacity import fitting_batch_size
 from harness.checkpoint import model_from
 from harness.config import run_script
 from harness.data import first_examples
@@ -51,7 +52,7 @@ class Config:
     norm: Literal["linf", "l2"] = "linf"         # norm of the ball; l2 needs --attacks and --epsilon
     num_examples: int | None = None              # evaluate the first so many test images; default: all
     num_spsa_examples: int = 1000                # SPSA costs 51,200 forward passes an image: it attacks the first so many
-    batch_size: int = 128                        # images at a time; changes no verdict
+    batch_size: int | None = None                # images at a time, changes no verdict; default: as many as memory and speed allow
     seed: int = 0                                # of the random starts
     data_dir: str | None = None                  # folder of the data sets; default: the checkpoint's, or data
     out: str | None = None                       # JSON file to write; default: eval*.json beside the checkpoint
@@ -78,6 +79,7 @@ def main(cfg: Config) -> None:
         model = model_from(subject.contents, path, cfg.arch, data.num_classes, data.image_shape[0], build_model, print)
         model = to_device(model, job.device)
         test = first_examples(data.test, cfg.num_examples).to(job.device)
+        settings = replace(cfg, batch_size=cfg.batch_size or fitting_batch_size(model, test))
         print(f"evaluating {path} on {len(test):,} test images of {data.name}", flush=True)
         attack = partial(pgd_by_index, seed=cfg.seed, epsilon=subject.epsilon, step_size=subject.step_size, num_steps=cfg.num_steps,
                          start=cfg.start, norm=cfg.norm)
@@ -85,12 +87,12 @@ def main(cfg: Config) -> None:
                    "num_restarts": cfg.num_restarts}
         if cfg.attacks:
             attacks = weighted_attacks(**metrics) | job.attacks(subject.epsilon)
-            result, examples[name], certificate = strong.measure(job, model, test, subject, cfg, attacks, probing_attack(cfg.seed),
+            result, examples[name], certificate = strong.measure(job, model, test, subject, settings, attacks, probing_attack(cfg.seed),
                                                                  cross_entropy)
         else:
-            result, examples[name], certificate = evaluate(model, test, **metrics, batch_size=cfg.batch_size)
+            result, examples[name], certificate = evaluate(model, test, **metrics, batch_size=settings.batch_size)
         results[name] = result | {"certificate": report.certified(certificate, subject.epsilon)}
-        results[name] |= report.describe(subject, cfg, len(test), job.device, time.monotonic() - started)
+        results[name] |= report.describe(subject, settings, len(test), job.device, time.monotonic() - started)
     if not job.whole(results):
         return                                                                 # another process reports
     report.print_table(results)

@@ -22,7 +22,7 @@ figures     draw again from stored results, with --paper the figures of the pape
 """
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -35,7 +35,7 @@ from tqdm import tqdm
 from attacks.bim import bim_bisection
 from attacks.noise import example_keys
 from attacks.pgd import cross_entropy, pgd
-from attacks.pool import minimal_distances
+from attacks.pool import BUDGETS, minimal_distances
 from curves import figures as drawing
 from curves import output
 from curves import surface as surfaces
@@ -44,6 +44,7 @@ from curves.class_distances import class_distances
 from curves.exact import exact_distances
 from curves.measure import Candidates, measure, nearest_of_another_class, norms_of
 from harness import curve_store
+from harness.capacity import fitting_batch_size
 from harness.config import run_script
 from harness.curve_models import names_of, open_subject, reopen
 from harness.data import to_unit
@@ -92,7 +93,7 @@ class Config:
     plot: bool = True                            # draw the figures
     paper: bool = False                          # figures: the paper's as well
     format: tuple[Literal["png", "pdf", "svg"], ...] = ("png", "pdf")  # of the figures
-    batch_size: int = 250                        # points at a time; changes distances by rounding alone
+    batch_size: int | None = None                # points at a time, which changes distances by rounding alone; default: what memory allows
     seed: int = 0                                # of random starts, resamples and orders
     out: str | None = None                       # folder to write; default: runs/generate_robustness_curves/<time>
     resume: str | None = None                    # compute: folder of a computation to go on with
@@ -145,11 +146,17 @@ def compute(cfg: Config) -> None:
             about = subject.about | {"budget": cfg.budget, "seed": cfg.seed}
             results = curve_store.begin(own, about, points[name], cfg.chosen_norms, cfg.adversaries, bool(cfg.resume))
             model, others = to_device(subject.model, device), subject.split[slice(0, cfg.num_starts)].to(device)
-            fill(results, model, points[name].to(device), predicted(model, others, cfg.batch_size), own, cfg)
+            settings = sized(cfg, model, points[name].to(device), max(1, BUDGETS[cfg.budget].num_targets) if cfg.budget in BUDGETS else 1)
+            fill(results, model, points[name].to(device), predicted(model, others, settings.batch_size), own, settings)
             several.append(results)
             if cfg.save:
                 curve_store.write_json(own / "robustness_curves.json", curve_store.original_json(results))
     output.curves(several, folder, cfg.thresholds, cfg.look, cfg.plot, output.facts(started, device))
+
+
+def sized(cfg: Config, model: nn.Module, points: Split, copies: int = 1) -> Config:
+    """`cfg` with a batch size, where it leaves that open; copies: of a point that an attack holds at once."""
+    return replace(cfg, batch_size=cfg.batch_size or fitting_batch_size(model, points, copies))
 
 
 def fill(results: curve_store.Results, model: nn.Module, points: Split, others: tuple[Tensor, Tensor], folder: Path,
@@ -250,7 +257,8 @@ def surface(cfg: Config) -> None:
         known = results.upper("linf"), results.columns["clean_margin"], results.columns["margin_linf"]
         attacks = len(epsilons) * (1 + sum(alpha > 0 for alpha in cfg.alphas))
         with tqdm(total=attacks * len(points), desc=results.name, unit="point", unit_scale=True, disable=None) as bar:
-            found[results.name] = surfaces.both(epsilons, cfg.alphas, known, partial(attack_all, model, points, cfg, bar))
+            attack = partial(attack_all, model, points, sized(cfg, model, points), bar)
+            found[results.name] = surfaces.both(epsilons, cfg.alphas, known, attack)
     output.surface(found, epsilons, np.array(cfg.alphas), folder, cfg.look, cfg.plot, output.facts(started, device))
 
 

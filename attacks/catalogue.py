@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from attacks.active import pgd_until_broken
 from attacks.apgd import apgd, apgd_targeted
 from attacks.fab import fab_targeted
 from attacks.fgsm import fgsm
@@ -32,6 +33,8 @@ class Attack:
     everyone: bool = False     # attacks what is misclassified without a perturbation too
     num_restarts: int = 1      # independent starts, of which the one of largest cross-entropy counts
     limit: int | None = None   # the first so many examples only
+    refills: bool = False      # run takes batch_size too: of the examples it is given it attacks so many at once, and refills as they fall
+    whole: Callable | None = None  # called as run: the same attack to its last step, where run is done at the first success
 
 
 def members_of(columns: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
@@ -58,7 +61,8 @@ def strong_attacks(columns: dict[str, tuple[str, ...]], *, epsilon: float, norm:
                 raise ValueError(f"the attack {name} is not defined in the norm {norm}")
             if name == REFERENCE:
                 require_package()
-            found[name] = Attack(_keyed(attack, seed), **traits)
+            whole = _keyed(traits.pop("whole"), seed) if "whole" in traits else None
+            found[name] = Attack(_keyed(attack, seed), whole=whole, **traits)
     return found
 
 
@@ -76,7 +80,7 @@ def probing_attack(seed: int) -> Callable:
 
 
 def _keyed(attack: Callable, seed: int) -> Callable:
-    return lambda model, x, y, index, restart: attack(model, x, y, example_keys(index, seed, restart))
+    return lambda model, x, y, index, restart, **options: attack(model, x, y, example_keys(index, seed, restart), **options)
 
 
 def _attacks(epsilon: float, norm: str, margin_loss: Callable, num_spsa_examples: int | None) -> dict[str, tuple[Callable, dict]]:
@@ -84,8 +88,10 @@ def _attacks(epsilon: float, norm: str, margin_loss: Callable, num_spsa_examples
     ball, step = {"epsilon": epsilon, "norm": norm}, epsilon / 8
 
     def stepping(num_steps: int, loss_fn: Callable) -> tuple[Callable, dict]:
-        settings = {"num_steps": num_steps, "step_size": step, "start": "uniform"}
-        return lambda m, x, y, k: pgd(m, x, y, **ball, num_steps=num_steps, step_size=step, loss_fn=loss_fn, keys=k), {"settings": settings}
+        steps = {"num_steps": num_steps, "step_size": step, "start": "uniform"}
+        return (lambda m, x, y, k, **options: pgd_until_broken(m, x, y, **ball, **steps, loss_fn=loss_fn, keys=k, **options),
+                {"settings": steps | {"counts": "the first misclassified iterate"}, "refills": True,
+                 "whole": lambda m, x, y, k: pgd(m, x, y, **ball, **steps, loss_fn=loss_fn, keys=k)})
 
     return {
         "fgsm": (lambda m, x, y, k: fgsm(m, x, y, epsilon=epsilon), {"settings": {"num_steps": 1, "start": "clean"}, "norms": ("linf",)}),

@@ -23,6 +23,7 @@ from harness.errors import UserError
 from harness.evaluation import Record, observe
 from harness.run import write_text
 
+POOL = 8       # batches that an attack is given at once which refills its batch: what it does is written down after so many
 MULTIPLE = 32  # rows: a matrix product takes other kernels for its last few rows, whose rounding differs
 FIELDS = {"prediction": torch.int64, "loss": torch.float64, "margin": torch.float64, "norm": torch.float64, "low": torch.float64,
           "high": torch.float64, "dropped": torch.int64}
@@ -117,15 +118,17 @@ def run(ledger: Ledger, model: nn.Module, split: Split, attacks: dict, columns: 
     mine = torch.arange(len(split)) % shard[1] == shard[0]
     clean = ledger.read("clean")
     for position in _batches(mine & (clean["prediction"] == UNTOUCHED), batch_size):
-        _attack_batch(ledger, "clean", None, model, split, position, epsilon, norm)
+        _attack_batch(ledger, "clean", None, model, split, position, epsilon, norm, batch_size)
     correct = clean["prediction"] == y
     for name, attack in attacks.items():
         row = ledger.read(name)
         needed = mine & _needed(ledger, name, attack, columns, correct, y)
-        batches = _batches(needed & (row["prediction"] == UNTOUCHED), batch_size)
+        batches = _batches(needed & (row["prediction"] == UNTOUCHED), batch_size * (POOL if attack.refills else 1))
+        full = [broken(ledger.rows[other], y) for other, its in attacks.items() if its.everyone and other in ledger.rows]
+        elsewhere = torch.stack([torch.zeros_like(correct), *full]).any(0)
         for number, position in enumerate(batches):
             progress(name, number, len(batches))
-            _attack_batch(ledger, name, attack, model, split, position, epsilon, norm)
+            _attack_batch(ledger, name, attack, model, split, position, epsilon, norm, batch_size, elsewhere[position])
 
 
 def left(ledger: Ledger, y: Tensor, attacks: dict, columns: dict[str, tuple[str, ...]]) -> int:
@@ -158,19 +161,41 @@ def _needed(ledger: Ledger, name: str, attack: object, columns: dict, correct: T
 
 
 def _attack_batch(ledger: Ledger, name: str, attack: object | None, model: nn.Module, split: Split, position: Tensor, epsilon: float,
-                  norm: str) -> None:
+                  norm: str, batch_size: int, elsewhere: Tensor | None = None) -> None:
     part, started = split[position.to(split.images.device)], time.monotonic()
-    x, kept = to_unit(part.images), None
+    x, kept, options = to_unit(part.images), None, {"batch_size": batch_size} if attack and attack.refills else {}
     for restart in range(attack.num_restarts if attack else 1):
-        x_adv = attack.run(model, x, part.labels, part.index, restart) if attack else x
-        fields, x_adv = inspect(model, x, x_adv, part.labels, epsilon, norm, minimal=attack is not None and attack.minimal)
+        x_adv = attack.run(model, x, part.labels, part.index, restart, **options) if attack else x
+        looks = [inspect(model, *some, epsilon, norm, minimal=attack is not None and attack.minimal)
+                 for some in zip(x.split(batch_size), x_adv.split(batch_size), part.labels.split(batch_size))]
+        fields, x_adv = {key: torch.cat([look[0][key] for look in looks]) for key in FIELDS}, torch.cat([look[1] for look in looks])
         if kept is None:
             kept, best = fields, x_adv
         else:
             larger = ~(fields["loss"] < kept["loss"])
             kept = {key: torch.where(larger, fields[key], kept[key]) for key in FIELDS}
             best = torch.where(larger.to(x.device).view(-1, *(1,) * (x.ndim - 1)), x_adv, best)
+    if attack and attack.whole:
+        for rows in ((kept["prediction"] != part.labels.cpu()) & ~elsewhere).nonzero().squeeze(1).split(batch_size):
+            _deepen(attack, model, x, part, rows, kept, best, epsilon, norm)
     ledger.write(name, position, kept, best, time.monotonic() - started)
+
+
+def _deepen(attack: object, model: nn.Module, x: Tensor, part: Split, rows: Tensor, fields: dict[str, Tensor], x_adv: Tensor,
+            epsilon: float, norm: str) -> None:
+    """Put the attack's last iterate in the place of its first success for those of `rows` where it is misclassified by a larger margin.
+
+    For the examples that no attack on everyone has broken: those attacks go on to their last step, so the others' low margins are known.
+    """
+    if not len(rows):
+        return
+    there = rows.to(x.device)
+    some = x[there], part.labels[there]
+    found, images = inspect(model, some[0], attack.whole(model, *some, part.index[there], 0), some[1], epsilon, norm)
+    deeper = (found["prediction"] != some[1].cpu()) & (found["margin"] < fields["margin"][rows])
+    for key in FIELDS:
+        fields[key][rows[deeper]] = found[key][deeper]
+    x_adv[there[deeper.to(x.device)]] = images[deeper.to(x.device)]
 
 
 def inspect(model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, epsilon: float, norm: str, minimal: bool = False,

@@ -128,7 +128,8 @@ def describe(subject: Subject, cfg: object, num_examples: int, device: torch.dev
                              "num_restarts": cfg.num_restarts, "start": cfg.start, "restart_kept": "largest cross-entropy"},
             "checkpoint": str(subject.path), "checkpoint_sha256": hashlib.sha256(subject.path.read_bytes()).hexdigest(),
             "epoch": subject.contents["epoch"] if own else None, "architecture": cfg.arch or own["name"], "seed": cfg.seed,
-            "training": subject.contents.get("config") if own else None, "command": command_line(), "date": time.strftime("%Y-%m-%d"),
+            "batch_size": cfg.batch_size, "training": subject.contents.get("config") if own else None, "command": command_line(),
+            "date": time.strftime("%Y-%m-%d"),
             "seconds": round(seconds, 1), "environment": environment(device)}
 
 

@@ -2,6 +2,7 @@
 import ctypes
 import dataclasses
 import json
+import os
 import platform
 import shlex
 import subprocess
@@ -58,6 +59,40 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
             fast = device.type == "cpu" and any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
         precision = "bf16" if fast else "float32"
     return {"bf16": torch.bfloat16, "float32": torch.float32}[precision]
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on `device`; where it shares the system's memory, those that the system, or the container, can still give."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    info, group = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+    if info.exists():
+        free = 1024 * int(next(line for line in info.read_text().splitlines() if line.startswith("MemAvailable")).split()[1])
+    else:
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    if (group / "memory.max").exists() and (limit := (group / "memory.max").read_text().strip()) != "max":
+        cache = next(int(line.split()[1]) for line in (group / "memory.stat").read_text().splitlines() if line.startswith("inactive_file"))
+        free = min(free, int(limit) - int((group / "memory.current").read_text()) + cache)
+    return max(free, 0)
+
+
+def peak_memory(device: torch.device, work: Callable[[], object]) -> int:
+    """Bytes that work() takes at most; on a CPU, which keeps no account, those that autograd keeps for its backward passes."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+    kept = {}  # storage -> bytes
+
+    def keep(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        work()
+    return sum(kept.values())
 
 
 def to_device(model: nn.Module, device: torch.device) -> nn.Module:

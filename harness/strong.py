@@ -163,7 +163,11 @@ def _proportion(correct: Tensor) -> dict:
 
 
 def worst_case(rows: dict[str, dict[str, Tensor]], y: Tensor) -> Record:
-    """Of all that was recorded of each example, clean image included, what has the lowest margin, a misclassification before all else."""
+    """Of all that was recorded of each example, clean image included, what has the lowest margin, a misclassification before all else.
+
+    A_rob's and A_tr's attacks go on to their last step on every example, PGD's columns on those that these leave. The members of an
+    ensemble are done at their first success: where only they succeed the margin is just below 0, an upper bound on the lowest.
+    """
     margins = torch.stack([row["margin"].nan_to_num(torch.inf) for row in rows.values()])  # [attacks, N]; NaN: not attacked
     hits = torch.stack([broken(row, y) for row in rows.values()])
     lowest = torch.where(hits.any(0) & ~hits, torch.inf, margins).argmin(0, keepdim=True)

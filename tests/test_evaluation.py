@@ -421,7 +421,8 @@ def test_weights_are_measured_once_and_their_averages_once():
 
 def test_the_description_names_the_classes_and_what_the_training_was(tmp_path):
     (tmp_path / "last.pt").write_bytes(b"weights")
-    cfg = SimpleNamespace(norm="linf", alphas=(1.0,), num_steps=1, num_restarts=1, start="clean", arch="lenet", seed=0)
+    cfg = SimpleNamespace(norm="linf", alphas=(1.0,), num_steps=1, num_restarts=1, start="clean", arch="lenet", seed=0,
+                          batch_size=32)
 
     def described(**contents):
         return report.describe(subject_of("last", 5, tmp_path / "last.pt", **contents), cfg, 10, torch.device("cpu"), 1.0)

@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT
 from torch import nn
 
+from attacks.active import pgd_until_broken
 from attacks.catalogue import members_of, strong_attacks, weighted_attacks
 from attacks.noise import example_keys
 from attacks.pgd import cross_entropy, pgd
@@ -43,6 +44,8 @@ class Fake:
     everyone: bool = False
     num_restarts: int = 1
     limit: int | None = None
+    refills: bool = False
+    whole: object = None
 
 
 def short_pgd(model, x, y, index, restart, loss_fn=cross_entropy):
@@ -66,6 +69,43 @@ def test_the_record_is_the_same_for_any_batch_size_and_sharding(tmp_path):
     assert 0 < int(ledger.broken(whole.rows["a"], split_of().labels).sum()) < COUNT
     assert same(whole, measured(tmp_path / "small", 7))
     assert same(whole, measured(tmp_path / "shards", 25, ((1, 3), (0, 3), (2, 3))))
+
+
+def test_an_attack_that_refills_its_batch_is_given_several_at_once(tmp_path):
+    given = []
+
+    def run(model, x, y, index, restart, batch_size):
+        given.append((len(x), batch_size))
+        return pgd_until_broken(model, x, y, epsilon=EPSILON, step_size=0.01, num_steps=12, keys=example_keys(index), batch_size=batch_size)
+
+    attacks = {"a": Fake(run, refills=True)}
+    few, many = (measured(tmp_path / str(size), size, attacks=attacks) for size in (3, 60))
+    assert given == [(24, 3), (24, 3), (2, 3), (50, 60)] and same(few, many)
+    assert 0 < int(ledger.broken(few.rows["a"], split_of().labels).sum()) < COUNT
+
+
+def test_the_margin_of_an_example_that_one_attack_alone_breaks_is_that_of_its_last_step(tmp_path):
+    options = {"epsilon": EPSILON, "step_size": 0.01, "num_steps": 12}
+
+    def first(model, x, y, index, restart, batch_size):
+        return pgd_until_broken(model, x, y, **options, keys=example_keys(index), batch_size=batch_size)
+
+    def whole(model, x, y, index, restart):
+        return pgd(model, x, y, **options, keys=example_keys(index))
+
+    def rows(name, everyone, **traits):
+        attacks = {"b": Fake(everyone, everyone=True), "a": Fake(first, refills=True, **traits)}
+        return measured(tmp_path / name, 7, attacks=attacks).rows["a"]
+
+    y = split_of().labels
+    early, late = rows("early", lambda m, x, *_: x), rows("late", lambda m, x, *_: x, whole=whole)
+    last = measured(tmp_path / "last", 7, attacks={"a": Fake(whole)}).rows["a"]
+    fallen = ledger.broken(early, y)
+    assert torch.equal(fallen, ledger.broken(late, y)) and torch.equal(late["margin"][fallen], last["margin"][fallen])
+    assert (late["margin"] < early["margin"])[fallen].any()
+    assert torch.equal(late["margin"][~fallen].nan_to_num(), early["margin"][~fallen].nan_to_num())
+    known = rows("known", whole, whole=whole)  # the attack on everyone has the lowest margin already
+    assert torch.equal(known["margin"].nan_to_num(), early["margin"].nan_to_num())
 
 
 PROGRAM = f"""
