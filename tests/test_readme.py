@@ -162,6 +162,14 @@ def test_the_table_of_strong_attacks_is_that_of_its_files():
         assert worst["accuracy"] <= min(attacked) and result["command"].startswith("python ") and result["environment"]["hardware"]
 
 
+def test_the_table_of_evaluations_is_that_of_its_files():
+    rows = [row for name in ("evaluation", "evaluation_pgd") for row in json.loads((ROOT / f"results/speed/{name}.json").read_text())["rows"]]
+    for row in rows:
+        assert row["verdicts_equal"] and f"| {row['epsilon']} | {row['num_examples']:,} | {row['robust_percent']:.2f} |" in README
+        assert f"| {row['ratio']:.2f} | {row['bound']:.2f} |" in README
+    assert len(rows) == 3
+
+
 def test_the_comparison_of_precisions_is_that_of_its_files():
     for path, label in (("fast", "bfloat16"), ("float32", "float32, eager")):
         results = [json.loads((ROOT / f"results/proof/{path}-seed{seed}/eval.json").read_text()) for seed in range(3)]
