@@ -163,7 +163,8 @@ def test_the_table_of_strong_attacks_is_that_of_its_files():
 
 
 def test_the_table_of_evaluations_is_that_of_its_files():
-    rows = [row for name in ("evaluation", "evaluation_pgd") for row in json.loads((ROOT / f"results/speed/{name}.json").read_text())["rows"]]
+    files = [ROOT / f"results/speed/{name}.json" for name in ("evaluation", "evaluation_pgd")]
+    rows = [row for file in files for row in json.loads(file.read_text())["rows"]]
     for row in rows:
         assert row["verdicts_equal"] and f"| {row['epsilon']} | {row['num_examples']:,} | {row['robust_percent']:.2f} |" in README
         assert f"| {row['ratio']:.2f} | {row['bound']:.2f} |" in README
