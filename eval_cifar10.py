@@ -29,7 +29,7 @@ from harness.config import run_script
 from harness.data import first_examples
 from harness.errors import RunError
 from harness.evaluation import evaluate
-from harness.run import choose_device, to_device
+from harness.run import choose_device, to_device, view_for_search
 from losses.margin import cw_loss, margin_weights
 from models import build_model
 
@@ -50,6 +50,7 @@ class Config:
     attacks: tuple[str, ...] = ()                # strong attacks too: names, vir or all; an unknown name lists them
     norm: Literal["linf", "l2"] = "linf"         # norm of the ball; l2 needs --attacks and --epsilon
     num_examples: int | None = None              # evaluate the first so many test images; default: all
+    search_precision: Literal["auto", "float32"] = "float32"  # auto: AutoAttack searches in native bfloat16; float32 decides
     num_spsa_examples: int = 1000                # SPSA costs 51,200 forward passes an image: it attacks the first so many
     batch_size: int = 128                        # images at a time; changes no verdict
     seed: int = 0                                # of the random starts
@@ -69,7 +70,8 @@ def weighted_cross_entropy(alpha: float) -> Callable[[Tensor, Tensor], Tensor]:
 def main(cfg: Config) -> None:
     device, files, results, examples = choose_device(cfg.device), report.find_checkpoints(cfg.checkpoint, PROTOCOL.channels), {}, {}
     job = strong.begin(cfg, files, device, members_of, partial(strong_attacks, norm=cfg.norm, seed=cfg.seed, margin_loss=cw_loss,
-                                                               num_spsa_examples=cfg.num_spsa_examples))
+                                                               num_spsa_examples=cfg.num_spsa_examples,
+                                                               view_of=view_for_search(cfg.search_precision, device)))
     for name, path in files:
         started, subject = time.monotonic(), report.open_subject(name, path, cfg, PROTOCOL)
         if report.measured_before(subject, results):

@@ -6,6 +6,7 @@ fooled; its random numbers depend on its key alone, not on its batch; nothing co
 `attacks.reference` runs the released code.
 """
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from attacks.ball import check_batch, inside, radii, wrong
 from attacks.fab import fab_targeted
 from attacks.frozen import predict
 from attacks.noise import example_keys
+from attacks.search import PROVEN, searched
 from attacks.square import square
 
 Member = tuple[str, Callable[..., Tensor]]  # name, attack(model, x, y, *, epsilon, norm, keys) -> x_adv
@@ -24,27 +26,29 @@ STANDING, MISCLASSIFIED = -1, -2  # in place of the member that broke an example
 
 
 def autoattack(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float | Tensor, norm: str = "linf", keys: Tensor | None = None,
-               batch_size: int = 250) -> Tensor:
+               batch_size: int = 250, view: nn.Module | None = None) -> Tensor:
     """x_adv of the standard ensemble: within epsilon and misclassified where any member succeeded, else x itself.
 
     Arguments as in `attacks.apgd.apgd`; norm: "linf" or "l2"; batch_size: images at a time, which changes no verdict but by the rounding
-    of the forward pass. Errors as there.
+    of the forward pass; view: a faster view of the model, for the members to search on (`attacks.search`). Errors as there.
     """
-    return run_ensemble(model, x, y, STANDARD, epsilon=epsilon, norm=norm, keys=keys, batch_size=batch_size)[0]
+    return run_ensemble(model, x, y, STANDARD, epsilon=epsilon, norm=norm, keys=keys, batch_size=batch_size, view=view)[0]
 
 
 def run_ensemble(model: nn.Module, x: Tensor, y: Tensor, members: Sequence[Member], *, epsilon: float | Tensor, norm: str = "linf",
-                 keys: Tensor | None = None, batch_size: int = 250) -> tuple[Tensor, Tensor]:
+                 keys: Tensor | None = None, batch_size: int = 250, view: nn.Module | None = None) -> tuple[Tensor, Tensor]:
     """Run the members in turn, each on the examples that are still classified correctly.
 
     Returns x_adv, and broken_by [B] int64: the number of the member that broke the example, STANDING or MISCLASSIFIED. A success counts
-    once `confirmed`; whatever else a member returns is dropped.
+    once `confirmed` on `model`; whatever else a member returns is dropped. With a `view` the members in PROVEN search on it first.
     """
     keys, radius = check_batch(x, y, norm, NORMS, keys), radii(epsilon, x).flatten()
     x_adv, broken_by = x.detach().clone(), torch.full_like(y, STANDING)
     for rows in torch.arange(len(x), device=x.device).split(batch_size):
         broken_by[rows[wrong(predict(model, x[rows]), y[rows])]] = MISCLASSIFIED
-    for number, (_, attack) in enumerate(members):
+    for number, (name, attack) in enumerate(members):
+        if view is not None and name in PROVEN:
+            attack = partial(searched, attack, view=view)
         for rows in (broken_by == STANDING).nonzero().squeeze(1).split(batch_size):
             if not len(rows):
                 break

@@ -12,6 +12,7 @@ from attacks.margin_decomposition import md, mdmt
 from attacks.noise import example_keys
 from attacks.pgd import cross_entropy, pgd
 from attacks.reference import EXTRA, autoattack_reference, require_package
+from attacks.search import PROVEN, searched
 from attacks.spsa import spsa
 from attacks.square import square
 
@@ -44,10 +45,11 @@ def members_of(columns: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
 
 
 def strong_attacks(columns: dict[str, tuple[str, ...]], *, epsilon: float, norm: str, seed: int, margin_loss: Callable,
-                   num_spsa_examples: int | None) -> dict[str, Attack]:
+                   num_spsa_examples: int | None, view_of: Callable[[nn.Module], nn.Module] | None = None) -> dict[str, Attack]:
     """The attacks that the columns need, cheap ones first, each member once.
 
-    margin_loss(logits, y) -> [B] is what the CW column maximises. Raises ValueError for an attack that is not defined in `norm`, and
+    margin_loss(logits, y) -> [B] is what the CW column maximises; view_of(model) -> a faster view of it, on which the attacks in
+    `attacks.search.PROVEN` search. Raises ValueError for an attack that is not defined in `norm`, and
     where the package of the published AutoAttack is wanted and missing.
     """
     wanted = {member for members in columns.values() for member in members}
@@ -58,6 +60,8 @@ def strong_attacks(columns: dict[str, tuple[str, ...]], *, epsilon: float, norm:
                 raise ValueError(f"the attack {name} is not defined in the norm {norm}")
             if name == REFERENCE:
                 require_package()
+            if view_of and name in PROVEN:
+                attack = _on_view(attack, view_of, {"epsilon": epsilon, "norm": norm})
             found[name] = Attack(_keyed(attack, seed), **traits)
     return found
 
@@ -73,6 +77,11 @@ def weighted_attacks(attack: Callable, cross_entropy: Callable, weighted: Callab
 def probing_attack(seed: int) -> Callable:
     """`pgd` from random starts that belong to its `keys`, here the examples' indices in the data set."""
     return lambda *args, keys, **options: pgd(*args, keys=example_keys(keys, seed), **options)
+
+
+def _on_view(attack: Callable, view_of: Callable, ball: dict) -> Callable:
+    return lambda model, x, y, keys: searched(lambda network, x, y, *, keys, **_: attack(network, x, y, keys), model, x, y,
+                                              view=view_of(model), keys=keys, **ball)
 
 
 def _keyed(attack: Callable, seed: int) -> Callable:

@@ -3,12 +3,19 @@
 Each attack alone attacks every image; `autoattack` is the standard ensemble, each member on what the ones before it left; `union` counts an
 image as robust if no attack measured here, alone, broke it. Our members have the same random numbers alone as in the ensemble, which must
 therefore leave the very images that the union leaves; the seconds of the two show what leaving out broken images saves. One checker counts
-for both sides: float32, in the ball, in [0, 1], misclassified. Seconds are of the process, so that other programs disturb them little;
+for all sides: float32, in the ball, in [0, 1], misclassified. cpu_seconds are of the process, so that other programs disturb them little;
 compare them on an idle machine all the same.
+
+Sides: `ours` in float32; `searched`, ours with the search in bfloat16 where `attacks.search` has it (an attack that it leaves in float32
+is `ours`), `lost` being how many images it leaves that `ours` breaks; `reference`, the published one on the same network, which is
+channels last with fused layers; `published`, the published one on the network as a checkpoint is loaded elsewhere, contiguous and layer
+by layer.
 
     python benchmarks/attacks.py --checkpoint runs/train_at_mnist/TIME/last.pt --num_examples 1000
     python benchmarks/attacks.py --checkpoint a/last.pt b/last.pt --seeds 0 1 2 --attacks autoattack --out results/attacks.json
+    python benchmarks/attacks.py --checkpoint a/last.pt --sides ours searched --attacks apgd-ce apgd-t square
 """
+import copy
 import json
 import sys
 import time
@@ -27,12 +34,14 @@ from attacks.autoattack import STANDARD, autoattack, confirmed
 from attacks.frozen import predict
 from attacks.noise import example_keys
 from attacks.reference import autoattack_reference
+from attacks.search import PROVEN, searched
 from harness.checkpoint import model_from
 from harness.config import run_script
 from harness.data import first_examples, to_unit
 from harness.errors import UserError
+from harness.ledger import Steady
 from harness.report import Protocol, open_subject, output_path
-from harness.run import choose_device, command_line, environment, to_device, write_text
+from harness.run import choose_device, command_line, environment, to_device, view_for_search, write_text
 from models import build_model
 
 PROTOCOL = Protocol(dataset="mnist", channels=1, epsilon=0.3, step_ratio=30)
@@ -49,7 +58,7 @@ class Config:
     num_examples: int | None = 1000              # the first so many test images
     seeds: tuple[int, ...] = (0,)                # of the random numbers of both sides, one run each
     attacks: tuple[Name, ...] = ("apgd-ce", "apgd-t", "fab-t", "square")  # in this order
-    sides: tuple[Literal["ours", "reference"], ...] = ("ours", "reference")  # which implementations run
+    sides: tuple[Literal["ours", "searched", "reference", "published"], ...] = ("ours", "reference")  # which implementations run
     batch_size: int = 250                        # images at a time
     step_size: float | None = None               # of the checkpoint's threat model; no attack here has one
     data_dir: str | None = None                  # folder of the data sets; default: the checkpoint's, or data
@@ -57,13 +66,16 @@ class Config:
     device: str = "auto"                         # auto, cpu, or an accelerator by its name in torch
 
 
-def ours(name: str, seed: int, batch_size: int, model: nn.Module, x: Tensor, y: Tensor, **task: object) -> Tensor:
-    """Our attack of that name on the images x [B, C, H, W], `batch_size` at a time."""
+def ours(name: str, seed: int, batch_size: int, model: nn.Module, x: Tensor, y: Tensor, view: nn.Module | None = None,
+         **task: object) -> Tensor:
+    """Our attack of that name on the images x [B, C, H, W], `batch_size` at a time, searching on the `view` where there is one."""
     keys = example_keys(torch.arange(len(x), device=x.device), seed)
     if name == "autoattack":
-        return autoattack(model, x, y, keys=keys, batch_size=batch_size, **task)
+        return autoattack(model, x, y, keys=keys, batch_size=batch_size, view=view, **task)
     number = [member for member, _ in STANDARD].index(name)
     attack, keys = STANDARD[number][1], example_keys(keys, number)  # as in the ensemble
+    if view is not None and name in PROVEN:
+        attack = partial(searched, attack, view=view)
     parts = torch.arange(len(x), device=x.device).split(batch_size)
     return torch.cat([attack(model, x[rows], y[rows], keys=keys[rows], **task) for rows in parts])
 
@@ -74,16 +86,34 @@ def reference(name: str, seed: int, batch_size: int, model: nn.Module, x: Tensor
     return autoattack_reference(model, x, y, seed=seed, batch_size=batch_size, **members, **task)
 
 
-SIDES = {"ours": ours, "reference": reference}
+def searching(name: str, seed: int, batch_size: int, model: nn.Module, x: Tensor, y: Tensor, **task: object) -> Tensor:
+    """Our attack of that name, its search in bfloat16 where the hardware has it."""
+    view_of = view_for_search("auto", x.device)
+    if view_of is None:
+        raise UserError("the side `searched` needs hardware that multiplies bfloat16 natively")
+    return ours(name, seed, batch_size, model, x, y, view=view_of(model), **task)
+
+
+SIDES = {"ours": ours, "searched": searching, "reference": reference, "published": reference}
+
+
+def network_of(side: str, model: nn.Module) -> nn.Module:
+    """The network as a side sees it."""
+    if side != "published":
+        return model if side == "reference" else Steady(model)
+    plain = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+    for module in plain.modules():
+        module.fuse = False
+    return plain
 
 
 def measure(attack: Callable, model: nn.Module, x: Tensor, y: Tensor, correct: Tensor, **task: object) -> tuple[dict, Tensor]:
     """Robust accuracy in percent and seconds of one attack, and which images are robust, [B] bool."""
-    start = time.process_time()
+    start, began = time.process_time(), time.perf_counter()
     x_adv = attack(model, x, y, **task)
-    seconds = time.process_time() - start
+    seconds, wall = time.process_time() - start, time.perf_counter() - began
     robust = correct & ~confirmed(model, x_adv, x, y, **task)
-    return {"robust": int(robust.sum()), "accuracy": 100.0 * robust.float().mean().item(), "cpu_seconds": seconds}, robust
+    return {"robust": int(robust.sum()), "accuracy": 100.0 * robust.float().mean().item(), "cpu_seconds": seconds, "seconds": wall}, robust
 
 
 def compare(model: nn.Module, x: Tensor, y: Tensor, seed: int, cfg: Config, epsilon: float) -> list[dict]:
@@ -92,9 +122,13 @@ def compare(model: nn.Module, x: Tensor, y: Tensor, seed: int, cfg: Config, epsi
     task, rows, standing = {"epsilon": epsilon, "norm": cfg.norm}, [], dict.fromkeys(cfg.sides, correct)
     left, spent = {}, dict.fromkeys(cfg.sides, 0.0)  # by the ensemble; by the others together
     for name in cfg.attacks:
-        row = {"attack": name, "seed": seed}
+        row, kept = {"attack": name, "seed": seed}, {}
         for side in cfg.sides:
-            row[side], robust = measure(partial(SIDES[side], name, seed, cfg.batch_size), model, x, y, correct, **task)
+            attack = partial(SIDES[side], name, seed, cfg.batch_size)
+            row[side], robust = measure(attack, network_of(side, model), x, y, correct, **task)
+            kept[side] = robust
+            if side == "searched" and "ours" in kept:
+                row[side]["lost"] = int((robust & ~kept["ours"]).sum())
             if name == "autoattack":
                 left[side] = robust
             else:

@@ -79,6 +79,12 @@ class TrainingPrecision(nn.Module):
             return self.module(x).float()
 
 
+def view_for_search(precision: str, device: torch.device) -> Callable[[nn.Module], nn.Module] | None:
+    """network -> its view in bfloat16, for strong attacks to search on; None where `precision` or the hardware asks for float32."""
+    dtype = choose_dtype(precision, device)
+    return None if dtype == torch.float32 else lambda network: TrainingPrecision(network, dtype)
+
+
 def bare(model: nn.Module) -> nn.Module:
     """The network itself, in float32, without the wrappers of training."""
     while isinstance(model, (DistributedDataParallel, TrainingPrecision)):

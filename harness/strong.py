@@ -20,7 +20,7 @@ from harness.errors import UserError
 from harness.evaluation import Certificate, Record, accuracies, class_accuracy, confusion, num_outputs
 from harness.ledger import UNTOUCHED, Ledger, Steady, broken
 from harness.metrics import weighted_accuracy, wilson_interval
-from harness.run import command_line, write_text
+from harness.run import choose_dtype, command_line, write_text
 
 ENSEMBLES = ("autoattack-reference", "autoattack", "mde")  # columns that PGD is compared with, the first one that there is
 
@@ -97,7 +97,7 @@ def measure(job: Job, model: nn.Module, split: Split, subject: object, cfg: obje
     indices. The result has what `evaluation.evaluate` gives, and `attacks`, `worst_case`, `verdict`, `evidence`, `probe`.
     """
     num_classes, steady = num_outputs(model, split), Steady(model)
-    record = Ledger(job.folder / subject.name, _about(subject, cfg, len(split)), len(split), cfg.save_adversaries)
+    record = Ledger(job.folder / subject.name, _about(subject, cfg, len(split), job.device), len(split), cfg.save_adversaries)
     ball = {"epsilon": subject.epsilon, "norm": cfg.norm}
     with tqdm(bar_format="{desc}", disable=None, leave=False) as bar:
         ledger.run(record, steady, split, attacks, job.columns, **ball, batch_size=cfg.batch_size, shard=job.shard,
@@ -117,12 +117,12 @@ def measure(job: Job, model: nn.Module, split: Split, subject: object, cfg: obje
     return result | {"verdict": sanity.verdict(findings), "evidence": sanity.as_plain(findings), "probe": probed}, examples, certificate
 
 
-def _about(subject: object, cfg: object, count: int) -> dict:
+def _about(subject: object, cfg: object, count: int, device: torch.device) -> dict:
     """What decides the entries of a record; the list of attacks may grow."""
     names = ("arch", "norm", "num_steps", "num_restarts", "start", "alphas", "num_spsa_examples", "seed", "save_adversaries")
     return {"checkpoint": str(subject.path), "checkpoint_sha256": hashlib.sha256(subject.path.read_bytes()).hexdigest(),
             "dataset": subject.data.name, "num_examples": count, "epsilon": subject.epsilon, "step_size": subject.step_size,
-            **{name: getattr(cfg, name) for name in names}}
+            "search_dtype": str(choose_dtype(cfg.search_precision, device)), **{name: getattr(cfg, name) for name in names}}
 
 
 def _complete(job: Job, record: Ledger, y: Tensor, attacks: dict) -> bool:
