@@ -39,7 +39,6 @@ from harness.checkpoint import model_from
 from harness.config import run_script
 from harness.data import first_examples, to_unit
 from harness.errors import UserError
-from harness.ledger import Steady
 from harness.report import Protocol, open_subject, output_path
 from harness.run import choose_device, command_line, environment, to_device, view_for_search, write_text
 from models import build_model
@@ -100,7 +99,7 @@ SIDES = {"ours": ours, "searched": searching, "reference": reference, "published
 def network_of(side: str, model: nn.Module) -> nn.Module:
     """The network as a side sees it."""
     if side != "published":
-        return model if side == "reference" else Steady(model)
+        return model
     plain = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     for module in plain.modules():
         module.fuse = False
@@ -127,6 +126,8 @@ def compare(model: nn.Module, x: Tensor, y: Tensor, seed: int, cfg: Config, epsi
             attack = partial(SIDES[side], name, seed, cfg.batch_size)
             row[side], robust = measure(attack, network_of(side, model), x, y, correct, **task)
             kept[side] = robust
+            if len(cfg.sides) > 1:
+                show(row, side)  # the next one may take an hour
             if side == "searched" and "ours" in kept:
                 row[side]["lost"] = int((robust & ~kept["ours"]).sum())
             if name == "autoattack":
@@ -135,18 +136,17 @@ def compare(model: nn.Module, x: Tensor, y: Tensor, seed: int, cfg: Config, epsi
                 standing[side] = standing[side] & robust
                 spent[side] += row[side]["cpu_seconds"]
         rows.append(row)
-        show(row)
+        show(row, *cfg.sides)
     if set(cfg.attacks) != {"autoattack"}:
         rows.append({"attack": "union", "seed": seed} | {
             side: {"robust": int(robust.sum()), "accuracy": 100.0 * robust.float().mean().item(), "cpu_seconds": spent[side]}
             | ({"same_as_autoattack": torch.equal(robust, left[side])} if side in left else {}) for side, robust in standing.items()})
-        show(rows[-1])
+        show(rows[-1], *cfg.sides)
     return rows
 
 
-def show(row: dict) -> None:
-    figures = "   ".join(f"{side} {row[side]['accuracy']:6.2f} % {row[side].get('cpu_seconds', float('nan')):8.1f} s"
-                         for side in SIDES if side in row)
+def show(row: dict, *sides: str) -> None:
+    figures = "   ".join(f"{side} {row[side]['accuracy']:6.2f} % {row[side]['cpu_seconds']:8.1f} s" for side in sides)
     print(f"seed {row['seed']}  {row['attack']:<11} {figures}", flush=True)
 
 

@@ -94,10 +94,11 @@ def measure(job: Job, model: nn.Module, split: Split, subject: object, cfg: obje
     """The result of one checkpoint, its per-example results and its certificate; empty where other processes have not done their part.
 
     attacks: name -> attack, A_rob and A_tr_ALPHA among them; attack and loss_fn: for `sanity.probe`, its keys being the examples'
-    indices. The result has what `evaluation.evaluate` gives, and `attacks`, `worst_case`, `verdict`, `evidence`, `probe`.
+    indices. The result has what `evaluation.evaluate` gives, and `attacks`, `worst_case`, `search_dtype`, `verdict`, `evidence`, `probe`.
     """
     num_classes, steady = num_outputs(model, split), Steady(model)
-    record = Ledger(job.folder / subject.name, _about(subject, cfg, len(split), job.device), len(split), cfg.save_adversaries)
+    about = _about(subject, cfg, len(split), job.device)
+    record = Ledger(job.folder / subject.name, about, len(split), cfg.save_adversaries)
     ball = {"epsilon": subject.epsilon, "norm": cfg.norm}
     with tqdm(bar_format="{desc}", disable=None, leave=False) as bar:
         ledger.run(record, steady, split, attacks, job.columns, **ball, batch_size=cfg.batch_size, shard=job.shard,
@@ -114,7 +115,8 @@ def measure(job: Job, model: nn.Module, split: Split, subject: object, cfg: obje
     certificate = certify(rows, subject.epsilon)
     probed = _probe(steady, split, rows["clean"], attack, loss_fn, ball)
     findings = judge(probed, rows, split.labels.cpu(), attacks, result, certificate.broken(subject.epsilon))
-    return result | {"verdict": sanity.verdict(findings), "evidence": sanity.as_plain(findings), "probe": probed}, examples, certificate
+    result |= {"search_dtype": about["search_dtype"], "verdict": sanity.verdict(findings), "evidence": sanity.as_plain(findings)}
+    return result | {"probe": probed}, examples, certificate
 
 
 def _about(subject: object, cfg: object, count: int, device: torch.device) -> dict:

@@ -142,6 +142,18 @@ def test_an_unknown_attack_is_one_line_and_exit_code_2(shell, lenet, tmp_path):
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "unknown attack 'pdg'" in done.stderr
 
 
+def test_the_precision_of_the_search_is_part_of_a_record(evaluated, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)  # bfloat16 runs, if slowly, on any CPU
+    found = evaluated("r.json", "--search_precision", "auto", "--record", "record", attacks=("apgd-ce",))
+    assert json.loads(Path("record/net/about.json").read_text())["search_dtype"] == "torch.bfloat16"
+    with pytest.raises(UserError, match="search_dtype differs"):
+        evaluated("s.json", "--record", "record", attacks=("apgd-ce",))
+    assert json.loads(Path("r.json").read_text())["search_dtype"] == "torch.bfloat16"
+    plain = evaluated("s.json", attacks=("apgd-ce",))
+    assert abs(int(found["correct_apgd-ce"].sum()) - int(plain["correct_apgd-ce"].sum())) <= 1
+    assert 0 < plain["correct_apgd-ce"].sum() < COUNT
+
+
 def test_pgd_in_l2(evaluated):
     evaluated("r.json", "--norm", "l2", "--epsilon", 1.5, attacks=("pgd100",))
     result = json.loads(Path("r.json").read_text())
