@@ -16,7 +16,7 @@ from attacks.ball import check_batch, inside, radii, wrong
 from attacks.fab import fab_targeted
 from attacks.frozen import predict
 from attacks.noise import example_keys
-from attacks.search import PROVEN, searched
+from attacks.search import ON_VIEW, searched
 from attacks.square import square
 
 Member = tuple[str, Callable[..., Tensor]]  # name, attack(model, x, y, *, epsilon, norm, keys) -> x_adv
@@ -40,14 +40,14 @@ def run_ensemble(model: nn.Module, x: Tensor, y: Tensor, members: Sequence[Membe
     """Run the members in turn, each on the examples that are still classified correctly.
 
     Returns x_adv, and broken_by [B] int64: the number of the member that broke the example, STANDING or MISCLASSIFIED. A success counts
-    once `confirmed` on `model`; whatever else a member returns is dropped. With a `view` the members in PROVEN search on it first.
+    once `confirmed` on `model`; whatever else a member returns is dropped. With a `view` the members in ON_VIEW search on it first.
     """
     keys, radius = check_batch(x, y, norm, NORMS, keys), radii(epsilon, x).flatten()
     x_adv, broken_by = x.detach().clone(), torch.full_like(y, STANDING)
     for rows in torch.arange(len(x), device=x.device).split(batch_size):
         broken_by[rows[wrong(predict(model, x[rows]), y[rows])]] = MISCLASSIFIED
     for number, (name, attack) in enumerate(members):
-        if view is not None and name in PROVEN:
+        if view is not None and name in ON_VIEW:
             attack = partial(searched, attack, view=view)
         for rows in (broken_by == STANDING).nonzero().squeeze(1).split(batch_size):
             if not len(rows):

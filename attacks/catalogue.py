@@ -12,7 +12,7 @@ from attacks.margin_decomposition import md, mdmt
 from attacks.noise import example_keys
 from attacks.pgd import cross_entropy, pgd
 from attacks.reference import EXTRA, autoattack_reference, require_package
-from attacks.search import PROVEN, searched
+from attacks.search import ON_VIEW, searched
 from attacks.spsa import spsa
 from attacks.square import square
 
@@ -49,7 +49,7 @@ def strong_attacks(columns: dict[str, tuple[str, ...]], *, epsilon: float, norm:
     """The attacks that the columns need, cheap ones first, each member once.
 
     margin_loss(logits, y) -> [B] is what the CW column maximises; view_of(model) -> a faster view of it, on which the attacks in
-    `attacks.search.PROVEN` search. Raises ValueError for an attack that is not defined in `norm`, and
+    `attacks.search.ON_VIEW` search. Raises ValueError for an attack that is not defined in `norm`, and
     where the package of the published AutoAttack is wanted and missing.
     """
     wanted = {member for members in columns.values() for member in members}
@@ -60,7 +60,7 @@ def strong_attacks(columns: dict[str, tuple[str, ...]], *, epsilon: float, norm:
                 raise ValueError(f"the attack {name} is not defined in the norm {norm}")
             if name == REFERENCE:
                 require_package()
-            if view_of and name in PROVEN:
+            if view_of and name in ON_VIEW:
                 attack = _on_view(attack, view_of, {"epsilon": epsilon, "norm": norm})
             found[name] = Attack(_keyed(attack, seed), **traits)
     return found

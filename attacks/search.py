@@ -8,7 +8,8 @@ x' is misclassified, or else if
     m(x') >= NEAR * m(x) > 0   and   |m_view - m| <= NEAR * m(x) at x and at x'
 
 that is, if x' is far from the boundary and the view is right about both points. A success that the view claims and the network denies
-is never settled: it breaks one of the two.
+is never settled: it breaks one of the two. That an attack searches as well on the view as on the network does not follow: right values and
+wrong gradients would not show. It is measured, attack by attack (`benchmarks/attacks.py --sides ours searched`).
 """
 from collections.abc import Callable
 
@@ -19,14 +20,14 @@ from attacks.fab import gap_to_rival
 from attacks.frozen import predict
 
 NEAR = 0.2  # of the clean margin
-PROVEN = ("apgd-ce", "apgd-t", "square")  # attacks whose verdicts were measured to survive a search in bfloat16; those of FAB did not
+ON_VIEW = ("apgd-ce", "apgd-t", "square")  # not FAB: in bfloat16 its walk along the boundary is another one, and finds less
 
 
 def searched(attack: Callable[..., Tensor], model: nn.Module, x: Tensor, y: Tensor, *, view: nn.Module, epsilon: float | Tensor, norm: str,
              keys: Tensor) -> Tensor:
     """x_adv of attack(network, x, y, epsilon=, norm=, keys=) on `view`, of the same attack on `model` where that is not settled.
 
-    Arguments and errors as those of the attack; whatever is wrong with `view`, no example is further from broken than `settled` allows.
+    Arguments and errors as those of the attack. Where `view` is `model`, the result is that of the attack alone, bit for bit.
     """
     x_adv = attack(view, x, y, epsilon=epsilon, norm=norm, keys=keys)
     radius = radii(epsilon, x).flatten()

@@ -34,7 +34,7 @@ from attacks.autoattack import STANDARD, autoattack, confirmed
 from attacks.frozen import predict
 from attacks.noise import example_keys
 from attacks.reference import autoattack_reference
-from attacks.search import PROVEN, searched
+from attacks.search import ON_VIEW, searched
 from harness.checkpoint import model_from
 from harness.config import run_script
 from harness.data import first_examples, to_unit
@@ -73,7 +73,7 @@ def ours(name: str, seed: int, batch_size: int, model: nn.Module, x: Tensor, y: 
         return autoattack(model, x, y, keys=keys, batch_size=batch_size, view=view, **task)
     number = [member for member, _ in STANDARD].index(name)
     attack, keys = STANDARD[number][1], example_keys(keys, number)  # as in the ensemble
-    if view is not None and name in PROVEN:
+    if view is not None and name in ON_VIEW:
         attack = partial(searched, attack, view=view)
     parts = torch.arange(len(x), device=x.device).split(batch_size)
     return torch.cat([attack(model, x[rows], y[rows], keys=keys[rows], **task) for rows in parts])
