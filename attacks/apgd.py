@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 
-from attacks.ball import check_batch, check_steps, direction, per_example, project, radii, random_point, ranked_targets, wrong
+from attacks.ball import check_batch, check_steps, choose, direction, per_example, project, radii, random_point, ranked_targets, wrong
 from attacks.dlr import dlr_loss, targeted_dlr_loss
 from attacks.frozen import frozen
 from attacks.noise import example_keys
@@ -149,17 +149,15 @@ def _step(model, walk: _Walk, norm: str, momentum: float, loss_fn) -> None:
     loss, walk.gradient = _evaluate(model, z, walk.y, walk.target, loss_fn)
     walk.rises = walk.rises + (loss > walk.loss)
     walk.loss, better = loss, loss > walk.best_loss
-    wide = per_example(better, z)
-    walk.x_best, walk.best_gradient = z.where(wide, walk.x_best), walk.gradient.where(wide, walk.best_gradient)
+    walk.x_best, walk.best_gradient = choose(better, z, walk.x_best), choose(better, walk.gradient, walk.best_gradient)
     walk.best_loss = loss.where(better, walk.best_loss)
 
 
 def _check(walk: _Walk, num_steps: int) -> None:
     """Halve the step size of the examples that make no headway and put them back to their best point (conditions 1 and 2)."""
     stuck = (walk.rises < RISE_SHARE * num_steps) | (~walk.halved & (walk.best_loss <= walk.checked_loss))
-    wide = per_example(stuck, walk.x)
-    walk.step_size = (walk.step_size / 2.0).where(wide, walk.step_size)
-    walk.x_adv, walk.gradient = walk.x_best.where(wide, walk.x_adv), walk.best_gradient.where(wide, walk.gradient)
+    walk.step_size = (walk.step_size / 2.0).where(per_example(stuck, walk.x), walk.step_size)
+    walk.x_adv, walk.gradient = choose(stuck, walk.x_best, walk.x_adv), choose(stuck, walk.best_gradient, walk.gradient)
     walk.loss = walk.best_loss.where(stuck, walk.loss)
     walk.halved, walk.checked_loss, walk.rises = stuck, walk.best_loss, torch.zeros_like(walk.rises)
 

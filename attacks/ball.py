@@ -43,6 +43,18 @@ def per_example(values: Tensor, x: Tensor) -> Tensor:
     return values.reshape(-1, *[1] * (x.dim() - 1))
 
 
+def choose(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """The rows of `new` where mask [B], of `old` elsewhere; both [B, ...].
+
+    On a CPU by copying rows, which takes a tenth of the time of asking for every pixel; elsewhere without waiting for the mask.
+    """
+    if old.device.type != "cpu":
+        return new.where(per_example(mask, old), old)
+    rows, result = mask.nonzero().squeeze(1), old.clone()
+    result[rows] = new[rows]
+    return result
+
+
 def norm_of(delta: Tensor, norm: str) -> Tensor:
     """The norm "linf", "l2" or "l1" of each row.  delta: [B, ...] -> [B]."""
     flat = delta.flatten(1)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 
-from attacks.ball import TINY, check_batch, check_steps, norm_of, per_example, radii, ranked_targets
+from attacks.ball import TINY, check_batch, check_steps, choose, norm_of, per_example, radii, ranked_targets
 from attacks.frozen import frozen
 
 ALPHA_MAX = 0.1         # largest pull towards the hyperplane's point nearest to x
@@ -63,7 +63,7 @@ def project_box(x: Tensor, w: Tensor, c: Tensor, norm: str) -> Tensor:
     optimum moves it by min(m_i, lambda) in l_inf and min(m_i, lambda |w_i|) in l_2, and in l_1 fills the rooms by descending |w_i|.
     """
     sign = -torch.sign(c)[:, None] * w.sign()
-    room, rate = torch.where(sign > 0, 1.0 - x, x) * sign.abs(), w.abs()
+    room, rate = (sign.clamp_min(0.0) - x).abs_() * sign.abs(), w.abs()  # the way to 1 or to 0
     step = _fill_by_rate(room, rate, c.abs()) if norm == "l1" else _fill_evenly(room, rate, c.abs(), norm)
     return (x + sign * step).clamp_(0.0, 1.0)
 
@@ -78,14 +78,14 @@ def _fill_evenly(room: Tensor, rate: Tensor, amount: Tensor, norm: str) -> Tenso
     knee = room if norm == "linf" else room / rate.clamp_min(TINY)
     gain, scale = rate * room, slope.sum(1)
     level, count = torch.zeros_like(amount), torch.full_like(amount, -1.0)
+    full, open_ = torch.empty_like(knee), torch.empty_like(knee)  # 0 or 1: what arithmetic on a bool would cast to anew each time
     while True:
-        full = knee <= level[:, None]
-        filled = full.sum(1).to(count.dtype)
+        filled = torch.le(knee, level[:, None], out=full).sum(1)
         if bool((filled == count).all()):
             break
         count = filled
-        rest = slope.masked_fill(full, 0.0).sum(1)
-        missing = (amount - (gain * full).sum(1)).clamp_min_(0.0)
+        rest = torch.gt(knee, level[:, None], out=open_).mul_(slope).sum(1)
+        missing = (amount - full.mul_(gain).sum(1)).clamp_min_(0.0)
         level = torch.maximum(level, torch.where(rest > TINY * scale, missing / rest, torch.inf))
     level = level[:, None].clamp_max(torch.finfo(room.dtype).max)
     return torch.minimum(room, level if norm == "linf" else level * rate)
@@ -144,9 +144,9 @@ def _step(model, walk: _Walk, norm: str) -> None:
     hit = _gap(model, point, walk.y) > 0
     reached = norm_of(point - walk.x, norm)
     nearer = hit & (reached < walk.distance) & ~(walk.distance <= walk.enough)
-    walk.found = point.where(per_example(nearer, point), walk.found)
+    walk.found = choose(nearer, point, walk.found)
     walk.distance = reached.where(nearer, walk.distance)
-    walk.x_adv = torch.where(per_example(hit, point), torch.lerp(walk.x, point, BACKWARD), point)
+    walk.x_adv = choose(hit, torch.lerp(walk.x, point, BACKWARD), point)
 
 
 def _search(model, x: Tensor, y: Tensor, found: Tensor, distance: Tensor, gap: Tensor, norm: str) -> tuple[Tensor, Tensor]:
@@ -157,8 +157,7 @@ def _search(model, x: Tensor, y: Tensor, found: Tensor, distance: Tensor, gap: T
         point = torch.lerp(found, near, per_example(share, x))
         gap_point = _gap(model, point, y)
         hit = distance.isfinite() & (gap_point > 0)
-        wide = per_example(hit, x)
-        found, near = point.where(wide, found), near.where(wide, point)
+        found, near = choose(hit, point, found), choose(hit, near, point)
         gap_far, gap_near = gap_point.where(hit, gap_far), gap_near.where(hit, gap_point)
     return found, norm_of(found - x, norm).where(distance.isfinite(), distance)
 

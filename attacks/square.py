@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 
-from attacks.ball import TINY, check_batch, check_steps, norm_of, per_example, radii
+from attacks.ball import TINY, check_batch, check_steps, choose, norm_of, per_example, radii
 from attacks.fab import gap_to_rival
 from attacks.frozen import frozen
 from attacks.noise import example_keys, keyed_uniform
@@ -83,7 +83,7 @@ def _accept(search: _Search, point: Tensor, gap: Tensor, always: bool) -> None:
     better = (gap > search.gap) & ~(search.gap > 0)
     if always:  # the first point replaces x even where its margin is larger: the search runs over the ball's corners
         better = torch.ones_like(better)
-    search.x_adv = point.where(per_example(better, point), search.x_adv)
+    search.x_adv = choose(better, point, search.x_adv)
     search.gap = gap.where(better, search.gap)
 
 
@@ -97,12 +97,13 @@ def _propose_linf(search: _Search, draws: Tensor, share: float) -> Tensor:
     """x +- epsilon in one window, one sign a channel; the other signs where these would change nothing."""
     channels, height, width = search.x.shape[1:]
     side = min(max(round(math.sqrt(share * height * width)), 1), height, width)
-    inside = _window(draws[:, :2], side, height, width)
-    sign = _per_channel(_signs(draws[:, 5:5 + channels]))
-    point = (search.x + search.radius * sign).clamp_(0.0, 1.0).where(inside, search.x_adv)
-    still = per_example((point == search.x_adv).flatten(1).all(1), point)
-    other = (search.x - search.radius * sign).clamp_(0.0, 1.0)
-    return other.where(inside & still, point)
+    pixels = _pixels(draws[:, :2], side, height, width)[:, None].expand(-1, channels, -1)
+    x, x_adv = (images.flatten(2).gather(2, pixels) for images in (search.x, search.x_adv))  # [B, C, side * side]
+    step = search.radius.flatten(2) * _signs(draws[:, 5:5 + channels])[:, :, None]
+    point = (x + step).clamp_(0.0, 1.0)
+    still = (point == x_adv).flatten(1).all(1)
+    point = choose(still, (x - step).clamp_(0.0, 1.0), point)
+    return search.x_adv.flatten(2).scatter(2, pixels, point).view_as(search.x)
 
 
 def _tiles(x: Tensor, radius: Tensor, keys: Tensor) -> Tensor:
@@ -137,12 +138,24 @@ def _onto_sphere(delta: Tensor, x: Tensor, radius: Tensor) -> Tensor:
     return (x + delta * (radius / per_example(norm_of(delta, "l2"), x).clamp_min(TINY))).clamp_(0.0, 1.0)
 
 
-def _offsets(place: Tensor, side: int, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Row and column of every pixel, [B, H, 1] and [B, 1, W], counted from the corner of a square of `side` pixels.
+def _corner(place: Tensor, side: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """First row and column [B] of a square of `side` pixels.
 
     place [B, 2], uniform in [0, 1), makes every position of the square in the image equally likely, the last row and column included.
     """
-    top, left = (place * place.new_tensor([height - side + 1, width - side + 1])).long().unbind(1)
+    return (place * place.new_tensor([height - side + 1, width - side + 1])).long().unbind(1)
+
+
+def _pixels(place: Tensor, side: int, height: int, width: int) -> Tensor:
+    """Which pixels of the flattened image lie in the square of `side` pixels at a place [B, 2].  [B, side * side] int64."""
+    top, left = _corner(place, side, height, width)
+    within = torch.arange(side, device=place.device)
+    return ((top * width + left)[:, None, None] + within[:, None] * width + within).flatten(1)
+
+
+def _offsets(place: Tensor, side: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Row and column of every pixel, [B, H, 1] and [B, 1, W], counted from the corner of a square of `side` pixels at a place [B, 2]."""
+    top, left = _corner(place, side, height, width)
     row, column = (torch.arange(n, device=place.device) for n in (height, width))
     return (row - top[:, None])[:, :, None], (column - left[:, None])[:, None, :]
 

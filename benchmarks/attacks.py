@@ -3,12 +3,16 @@
 Each attack alone attacks every image; `autoattack` is the standard ensemble, each member on what the ones before it left; `union` counts an
 image as robust if no attack measured here, alone, broke it. Our members have the same random numbers alone as in the ensemble, which must
 therefore leave the very images that the union leaves; the seconds of the two show what leaving out broken images saves. One checker counts
-for both sides: float32, in the ball, in [0, 1], misclassified. Seconds are of the process, so that other programs disturb them little;
+for all sides: float32, in the ball, in [0, 1], misclassified. cpu_seconds are of the process, so that other programs disturb them little;
 compare them on an idle machine all the same.
+
+Sides: `ours`; `reference`, the published one on the same network, which is channels last with fused layers; `published`, the published
+one on the network as a checkpoint is loaded elsewhere, contiguous and layer by layer.
 
     python benchmarks/attacks.py --checkpoint runs/train_at_mnist/TIME/last.pt --num_examples 1000
     python benchmarks/attacks.py --checkpoint a/last.pt b/last.pt --seeds 0 1 2 --attacks autoattack --out results/attacks.json
 """
+import copy
 import json
 import sys
 import time
@@ -49,7 +53,7 @@ class Config:
     num_examples: int | None = 1000              # the first so many test images
     seeds: tuple[int, ...] = (0,)                # of the random numbers of both sides, one run each
     attacks: tuple[Name, ...] = ("apgd-ce", "apgd-t", "fab-t", "square")  # in this order
-    sides: tuple[Literal["ours", "reference"], ...] = ("ours", "reference")  # which implementations run
+    sides: tuple[Literal["ours", "reference", "published"], ...] = ("ours", "reference")  # which implementations run
     batch_size: int = 250                        # images at a time
     step_size: float | None = None               # of the checkpoint's threat model; no attack here has one
     data_dir: str | None = None                  # folder of the data sets; default: the checkpoint's, or data
@@ -74,16 +78,26 @@ def reference(name: str, seed: int, batch_size: int, model: nn.Module, x: Tensor
     return autoattack_reference(model, x, y, seed=seed, batch_size=batch_size, **members, **task)
 
 
-SIDES = {"ours": ours, "reference": reference}
+SIDES = {"ours": ours, "reference": reference, "published": reference}
+
+
+def network_of(side: str, model: nn.Module) -> nn.Module:
+    """The network as a side sees it."""
+    if side != "published":
+        return model
+    plain = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+    for module in plain.modules():
+        module.fuse = False
+    return plain
 
 
 def measure(attack: Callable, model: nn.Module, x: Tensor, y: Tensor, correct: Tensor, **task: object) -> tuple[dict, Tensor]:
     """Robust accuracy in percent and seconds of one attack, and which images are robust, [B] bool."""
-    start = time.process_time()
+    start, began = time.process_time(), time.perf_counter()
     x_adv = attack(model, x, y, **task)
-    seconds = time.process_time() - start
+    seconds, wall = time.process_time() - start, time.perf_counter() - began
     robust = correct & ~confirmed(model, x_adv, x, y, **task)
-    return {"robust": int(robust.sum()), "accuracy": 100.0 * robust.float().mean().item(), "cpu_seconds": seconds}, robust
+    return {"robust": int(robust.sum()), "accuracy": 100.0 * robust.float().mean().item(), "cpu_seconds": seconds, "seconds": wall}, robust
 
 
 def compare(model: nn.Module, x: Tensor, y: Tensor, seed: int, cfg: Config, epsilon: float) -> list[dict]:
@@ -94,25 +108,27 @@ def compare(model: nn.Module, x: Tensor, y: Tensor, seed: int, cfg: Config, epsi
     for name in cfg.attacks:
         row = {"attack": name, "seed": seed}
         for side in cfg.sides:
-            row[side], robust = measure(partial(SIDES[side], name, seed, cfg.batch_size), model, x, y, correct, **task)
+            attack = partial(SIDES[side], name, seed, cfg.batch_size)
+            row[side], robust = measure(attack, network_of(side, model), x, y, correct, **task)
+            if len(cfg.sides) > 1:
+                show(row, side)  # the next one may take an hour
             if name == "autoattack":
                 left[side] = robust
             else:
                 standing[side] = standing[side] & robust
                 spent[side] += row[side]["cpu_seconds"]
         rows.append(row)
-        show(row)
+        show(row, *cfg.sides)
     if set(cfg.attacks) != {"autoattack"}:
         rows.append({"attack": "union", "seed": seed} | {
             side: {"robust": int(robust.sum()), "accuracy": 100.0 * robust.float().mean().item(), "cpu_seconds": spent[side]}
             | ({"same_as_autoattack": torch.equal(robust, left[side])} if side in left else {}) for side, robust in standing.items()})
-        show(rows[-1])
+        show(rows[-1], *cfg.sides)
     return rows
 
 
-def show(row: dict) -> None:
-    figures = "   ".join(f"{side} {row[side]['accuracy']:6.2f} % {row[side].get('cpu_seconds', float('nan')):8.1f} s"
-                         for side in SIDES if side in row)
+def show(row: dict, *sides: str) -> None:
+    figures = "   ".join(f"{side} {row[side]['accuracy']:6.2f} % {row[side]['cpu_seconds']:8.1f} s" for side in sides)
     print(f"seed {row['seed']}  {row['attack']:<11} {figures}", flush=True)
 
 

@@ -2,6 +2,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.fused import conv_norm_relu
 from models.pooling import max_pool
 
 
@@ -24,12 +25,12 @@ class LeNet(nn.Module):
         return self.conv1
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.after_first_layer(self.first_layer(x))  # [B, K]
+        return self.after_first_layer(conv_norm_relu(x, self.first_layer, relu=False))  # [B, K]
 
     def after_first_layer(self, x: Tensor) -> Tensor:
         """The logits [B, K] from the output of `first_layer` on."""
-        x = max_pool(F.relu(x))
-        x = max_pool(F.relu(self.conv2(x)))
+        x = F.relu(max_pool(x), inplace=True)  # pooled first: a quarter of the ReLUs
+        x = F.relu(max_pool(conv_norm_relu(x, self.conv2, relu=False)), inplace=True)
         if x.shape[-2:] != (5, 5):
             x = F.adaptive_avg_pool2d(x, 5)
         x = F.relu(self.fc1(x.flatten(1)))

@@ -36,6 +36,13 @@ def test_windows_reach_every_pixel_equally_likely_positions():
     assert all(abs(share - 1 / 12) < 0.02 for share in corners)
 
 
+@pytest.mark.parametrize("side", (1, 3, 5))
+def test_the_pixels_of_a_window_are_those_inside_it(side):
+    place = keyed_uniform(example_keys(torch.arange(50)), (2,))
+    pixels = module._pixels(place, side, 5, 6)
+    assert torch.equal(torch.zeros(50, 30).scatter(1, pixels, 1.0).view(50, 1, 5, 6).bool(), module._window(place, side, 5, 6))
+
+
 @pytest.mark.parametrize("side", (1, 2, 3, 5, 8))
 def test_the_pattern_is_two_bumps_of_opposite_sign(side):
     pattern = module._pattern(side, torch.zeros(1))
