@@ -50,6 +50,7 @@ from harness.curve_models import names_of, open_subject, reopen
 from harness.data import to_unit
 from harness.errors import UserError
 from harness.evaluation import num_outputs
+from harness.folder import resumable
 from harness.points import choose, load_split, pick
 from harness.run import choose_device, to_device
 from harness.sources import Split
@@ -140,7 +141,7 @@ def compute(cfg: Config) -> None:
     for name, subject in subjects.items():
         num_outputs(subject.model, points[name])
     folder, started = curve_store.claim(cfg, SCRIPT), time.monotonic()
-    with curve_store.resumable(folder, SCRIPT):
+    with resumable(folder, f"{SCRIPT}.py compute"):
         for name, subject in subjects.items():
             own = folder / name if len(files) > 1 else folder
             about = subject.about | {"budget": cfg.budget, "seed": cfg.seed}

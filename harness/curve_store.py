@@ -3,8 +3,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import shlex
-import sys
 import time
 import zipfile
 import zlib
@@ -218,16 +216,6 @@ def begin(folder: Path, about: dict, points: Split, norms: tuple[str, ...], adve
     if other or not same_points or set(results.norms) != set(norms):
         raise UserError(f"{folder / FILE} is of other {', '.join(other) or 'points or norms'}: it cannot be gone on with")
     return results
-
-
-@contextmanager
-def resumable(folder: Path, script: str) -> Iterator[None]:
-    """Say how to go on with the computation in `folder` when Ctrl-C or a signal ends it."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit):
-        print(f"\nstopped; go on with: python {script}.py compute --resume {shlex.quote(str(folder))}", file=sys.stderr)
-        raise
 
 
 @contextmanager

@@ -1,5 +1,9 @@
 """The folder of a run: its name, and files in it that are at every moment the old one or the whole new one."""
 import os
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -32,3 +36,14 @@ def write_text(path: Path, text: str) -> None:
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
+
+
+@contextmanager
+def resumable(folder: Path, command: str, quiet: bool = False) -> Iterator[None]:
+    """Say how to go on with the work in `folder`, by `python COMMAND --resume`, when Ctrl-C or a signal ends it, unless `quiet`."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        if not quiet:
+            print(f"\nstopped; go on with: python {command} --resume {shlex.quote(str(folder))}", file=sys.stderr)
+        raise

@@ -10,6 +10,8 @@ import io
 import json
 import os
 import time
+import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,7 +61,12 @@ class Ledger:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "about.json"
         about = json.loads(json.dumps(about))
-        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else about
+        try:
+            found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else about
+        except ValueError as error:
+            raise UserError(f"{path} is damaged ({error}): name another --out, or restore it") from None
+        if not isinstance(found, dict):
+            raise UserError(f"{path} is damaged (it holds a {type(found).__name__}): name another --out, or restore it")
         if found != about:
             changed = next(name for name in {**found, **about} if found.get(name) != about.get(name))
             raise UserError(f"{folder} is the record of another evaluation ({changed} differs): name another --out")
@@ -71,9 +78,12 @@ class Ledger:
                for key, kind in FIELDS.items()}
         self.rows[name], self.seconds[name] = row, 0.0
         for path in sorted((self.folder / name).glob("*.npz")):
-            with np.load(path) as batch:
-                self._take(name, torch.from_numpy(batch["position"]), {key: torch.from_numpy(batch[key]) for key in FIELDS})
-                self.seconds[name] += float(batch["seconds"])
+            try:
+                with np.load(path) as batch:
+                    self._take(name, torch.from_numpy(batch["position"]), {key: torch.from_numpy(batch[key]) for key in FIELDS})
+                    self.seconds[name] += float(batch["seconds"])
+            except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+                raise UserError(f"{path} is damaged ({error}): delete it, and --resume attacks its images again") from None
         return row
 
     def _take(self, name: str, position: Tensor, fields: dict[str, Tensor]) -> None:

@@ -18,6 +18,7 @@ from harness import distributed, ledger, report, sanity
 from harness.data import Split, to_unit
 from harness.errors import UserError
 from harness.evaluation import Certificate, Record, accuracies, class_accuracy, confusion, num_outputs
+from harness.folder import resumable
 from harness.ledger import UNTOUCHED, Ledger, Steady, broken
 from harness.metrics import weighted_accuracy, wilson_interval
 from harness.run import command_line, write_text
@@ -99,7 +100,8 @@ def measure(job: Job, model: nn.Module, split: Split, subject: object, cfg: obje
     num_classes, steady = num_outputs(model, split), Steady(model)
     record = Ledger(job.folder / subject.name, _about(subject, cfg, len(split)), len(split), cfg.save_adversaries)
     ball = {"epsilon": subject.epsilon, "norm": cfg.norm}
-    with tqdm(bar_format="{desc}", disable=None, leave=False) as bar:
+    script = Path(command_line().split()[1]).name
+    with resumable(job.folder, script, quiet=job.rank > 0), tqdm(bar_format="{desc}", disable=None, leave=False) as bar:
         ledger.run(record, steady, split, attacks, job.columns, **ball, batch_size=cfg.batch_size, shard=job.shard,
                    progress=lambda name, number, total: bar.set_description_str(f"{name}: batch {number + 1} of {total}"))
     if not _complete(job, record, split.labels.cpu(), attacks):

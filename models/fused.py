@@ -10,8 +10,8 @@ On a GPU and in float64 this is just that sequence of modules. With frozen param
   - the input gradient of a convolution of few input channels, for which the library leaves most of its vector units idle, is a
     convolution with stride 4 of the flipped kernel at four places beside each other, which become columns of the image again.
 With trainable parameters too, a 3x3 convolution in bfloat16 on a map of 4x4 pixels or less is a matrix product of its patches, where the
-library's takes three times as long, and its weight gradient six times. Without a norm and on larger maps the result is bit for bit
-that of the modules; else it is the same function up to rounding. A convolution whose attribute `fuse` is False stays a module.
+library's takes three times as long, and its weight gradient six times. Without a norm, on larger maps and with more channels it is
+bit for bit what the modules give; else the same function up to rounding. A convolution whose attribute `fuse` is False stays a module.
 """
 from dataclasses import dataclass
 

@@ -142,6 +142,27 @@ def test_an_unknown_attack_is_one_line_and_exit_code_2(shell, lenet, tmp_path):
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "unknown attack 'pdg'" in done.stderr
 
 
+def test_ctrl_c_says_how_to_go_on_and_a_damaged_record_is_refused(evaluated, monkeypatch, capsys, script):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(strong.ledger, "run", stopped)
+        evaluated("r.json")
+    assert "stopped; go on with: python eval_mnist.py --resume r.record" in capsys.readouterr().err
+    script("eval_mnist", "--resume", "r.record")
+    batch, about = next(Path("r.record/net/cw").glob("*.npz")), Path("r.record/net/about.json")
+    for path in Path().glob("r[._]*[!d]"):  # all but the record
+        path.unlink()
+    batch.write_bytes(batch.read_bytes()[:-40])
+    with pytest.raises(UserError, match=r"\.npz is damaged .* delete it"):
+        script("eval_mnist", "--resume", "r.record")
+    for text in ("{", "[]"):
+        about.write_text(text)
+        with pytest.raises(UserError, match=r"about\.json is damaged"):
+            script("eval_mnist", "--resume", "r.record")
+
+
 def test_pgd_in_l2(evaluated):
     evaluated("r.json", "--norm", "l2", "--epsilon", 1.5, attacks=("pgd100",))
     result = json.loads(Path("r.json").read_text())
