@@ -2,7 +2,7 @@
 
     y = relu( norm(conv(x)) + add )
 
-On a GPU and in float64 this is just that sequence of modules. With frozen parameters on a CPU
+In float64 this is just that sequence of modules. With frozen parameters, the first two on a GPU as well, all on a CPU,
   - BatchNorm in eval mode, an affine map per channel, is folded into the convolution: W' = W s, b' = (b - mean) s + beta with
     s = gamma / sqrt(var + eps), computed in float32 and rounded once (Jacob et al., CVPR 2018, Eq. 14);
   - the weights are folded and cast once for each value of the parameters, not in every pass;
@@ -26,14 +26,16 @@ ENABLED = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_c
 
 def conv_norm_relu(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d | None = None, add: Tensor | None = None, relu: bool = True) -> Tensor:
     """relu(norm(conv(x)) + add) for x [B, C, H, W]; differentiable in x and `add`, and in the parameters where they are trainable."""
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    if _fusible(x, conv, norm, dtype):
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    here, small = _here(x, conv), _small(x, conv, dtype)
+    if (here or _folds_elsewhere(x, conv, norm)) and _fusible(conv, norm, dtype):
         frozen = _frozen(conv, norm, dtype)
-        if not _small(x, conv, dtype):
+        if here and not small:
             return _FusedConvolution.apply(x.to(dtype), add if add is None else add.to(dtype), frozen, relu)
-        out = _convolve_patches(x.to(dtype), frozen.weight, frozen.bias, conv.stride)
+        out = (_convolve_patches(x.to(dtype), frozen.weight, frozen.bias, conv.stride) if here else
+               F.conv2d(x.to(dtype), frozen.weight, frozen.bias, conv.stride, conv.padding))
     else:
-        small = _small(x, conv, dtype)
         out = _convolve_patches(*(t if t is None else t.to(dtype) for t in (x, conv.weight, conv.bias)), conv.stride) if small else conv(x)
         if norm is not None:
             out = norm(out)
@@ -46,9 +48,14 @@ def _here(x: Tensor, conv: nn.Conv2d) -> bool:
     return ENABLED and getattr(conv, "fuse", True) and x.device.type == "cpu"
 
 
-def _fusible(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d | None, dtype: torch.dtype) -> bool:
+def _folds_elsewhere(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> bool:
+    """Whether a norm is to be folded off the CPU: without one the convolution stays a module there."""
+    return norm is not None and getattr(conv, "fuse", True) and x.device.type != "cpu"
+
+
+def _fusible(conv: nn.Conv2d, norm: nn.BatchNorm2d | None, dtype: torch.dtype) -> bool:
     parameters = [*conv.parameters(), *(norm.parameters() if norm is not None else ())]
-    return (_here(x, conv) and dtype in (torch.float32, torch.bfloat16)
+    return (dtype in (torch.float32, torch.bfloat16)
             and conv.weight.dtype == torch.float32 and not any(parameter.requires_grad for parameter in parameters)
             and (norm is None or not norm.training) and conv.dilation == (1, 1) and conv.groups == 1 and conv.padding_mode == "zeros")
 
@@ -70,7 +77,7 @@ def _frozen(conv: nn.Conv2d, norm: nn.BatchNorm2d | None, dtype: torch.dtype) ->
     sources = [conv.weight, conv.bias, *((norm.weight, norm.bias, norm.running_mean, norm.running_var) if norm is not None else ())]
     state = (dtype, *((tensor.data_ptr(), tensor._version) for tensor in sources if tensor is not None))
     if getattr(conv, "frozen", None) is None or conv.frozen.state != state:
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        with torch.no_grad(), torch.autocast(conv.weight.device.type, enabled=False):
             weight, bias = conv.weight, conv.bias
             if norm is not None:
                 scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)

@@ -123,16 +123,23 @@ def test_the_attack_on_small_cnn_is_the_same_bit_for_bit(size, dtype, monkeypatc
     assert torch.equal(found[True], found[False]) and not torch.equal(found[True], x)
 
 
+@pytest.mark.parametrize("place", ("cpu", "elsewhere"))
 @pytest.mark.parametrize("name", ("resnet18", "wide_resnet"))
-def test_residual_networks_with_folded_norms_give_the_logits_and_gradients_of_their_modules(name, monkeypatch):
+def test_residual_networks_with_folded_norms_give_the_logits_and_gradients_of_their_modules(name, place, monkeypatch):
     torch.manual_seed(0)
     network = build_model("resnet18", 7, 3) if name == "resnet18" else WideResNet(10, 1, 7, 3)
     with torch.no_grad():
         for _ in range(3):
             network.train()(torch.rand(8, 3, 16, 16))  # running statistics of their own
     network.eval().requires_grad_(False)
-    x = torch.rand(4, 3, 16, 16)
-    ours = value_and_gradients(lambda x, _: network(x), x, None)
+    x, norms, normalise = torch.rand(4, 3, 16, 16), [], nn.BatchNorm2d.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.BatchNorm2d, "forward", lambda *args: norms.append(1) or normalise(*args))
+        if place == "elsewhere":  # what runs on a GPU
+            patch.setattr(fused, "_here", lambda *_: False)
+            patch.setattr(fused, "_folds_elsewhere", lambda x, conv, norm: norm is not None)
+        ours = value_and_gradients(lambda x, _: network(x), x, None)
+    assert len(norms) == (4 if name == "wide_resnet" else 0)  # those that no convolution stands before
     monkeypatch.setattr(fused, "ENABLED", False)
     expected = value_and_gradients(lambda x, _: network(x), x, None)
     for mine, theirs in zip(ours, expected):
