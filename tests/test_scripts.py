@@ -1,5 +1,6 @@
 """The scripts as their users run them: twins, trial runs, determinism, resumption, torchrun, evaluation, and refusals."""
 import ast
+import contextlib
 import csv
 import json
 import os
@@ -170,6 +171,14 @@ def test_torchrun_gives_the_weights_of_one_process(shell, tmp_path):
     assert read_log(tmp_path / "one")[0]["train_A_rob"] == read_log(tmp_path / "two")[0]["train_A_rob"]
 
 
+def children_of(process):
+    found = []
+    for status in Path("/proc").glob("[0-9]*/status"):
+        with contextlib.suppress(OSError):  # ended meanwhile
+            found += [int(status.parent.name)] * (f"PPid:\t{process}\n" in status.read_text())
+    return sorted(found)
+
+
 def test_a_killed_worker_ends_the_run_and_leaves_one_that_goes_on(shell, tmp_path):
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     command = [*torchrun, str(ROOT / "train_at_mnist.py"), "--recipe", "digits", "--num_steps", "2", "--epochs", "4", "--out_dir", "run"]
@@ -177,8 +186,7 @@ def test_a_killed_worker_ends_the_run_and_leaves_one_that_goes_on(shell, tmp_pat
     deadline = time.monotonic() + 120
     while not (tmp_path / "run/last.pt").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
-    workers = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True, check=True).stdout.split()
-    os.kill(int(workers[-1]), signal.SIGKILL)
+    os.kill(children_of(launcher.pid)[-1], signal.SIGKILL)
     _, errors = launcher.communicate(timeout=120)
     assert launcher.returncode != 0 and "SIGKILL" in errors
     before = torch.load(tmp_path / "run/last.pt", weights_only=True)
