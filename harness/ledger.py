@@ -134,11 +134,9 @@ def run(ledger: Ledger, model: nn.Module, split: Split, attacks: dict, columns: 
         row = ledger.read(name)
         needed = mine & _needed(ledger, name, attack, columns, correct, y)
         batches = _batches(needed & (row["prediction"] == UNTOUCHED), batch_size * (POOL if attack.refills else 1))
-        full = [broken(ledger.rows[other], y) for other, its in attacks.items() if its.everyone and other in ledger.rows]
-        elsewhere = torch.stack([torch.zeros_like(correct), *full]).any(0)
         for number, position in enumerate(batches):
             progress(name, number, len(batches))
-            _attack_batch(ledger, name, attack, model, split, position, epsilon, norm, batch_size, elsewhere[position])
+            _attack_batch(ledger, name, attack, model, split, position, epsilon, norm, batch_size)
 
 
 def left(ledger: Ledger, y: Tensor, attacks: dict, columns: dict[str, tuple[str, ...]]) -> int:
@@ -171,7 +169,7 @@ def _needed(ledger: Ledger, name: str, attack: object, columns: dict, correct: T
 
 
 def _attack_batch(ledger: Ledger, name: str, attack: object | None, model: nn.Module, split: Split, position: Tensor, epsilon: float,
-                  norm: str, batch_size: int, elsewhere: Tensor | None = None) -> None:
+                  norm: str, batch_size: int) -> None:
     part, started = split[position.to(split.images.device)], time.monotonic()
     x, kept, options = to_unit(part.images), None, {"batch_size": batch_size} if attack and attack.refills else {}
     for restart in range(attack.num_restarts if attack else 1):
@@ -186,7 +184,7 @@ def _attack_batch(ledger: Ledger, name: str, attack: object | None, model: nn.Mo
             kept = {key: torch.where(larger, fields[key], kept[key]) for key in FIELDS}
             best = torch.where(larger.to(x.device).view(-1, *(1,) * (x.ndim - 1)), x_adv, best)
     if attack and attack.whole:
-        for rows in ((kept["prediction"] != part.labels.cpu()) & ~elsewhere).nonzero().squeeze(1).split(batch_size):
+        for rows in (kept["prediction"] != part.labels.cpu()).nonzero().squeeze(1).split(batch_size):
             _deepen(attack, model, x, part, rows, kept, best, epsilon, norm)
     ledger.write(name, position, kept, best, time.monotonic() - started)
 
@@ -195,7 +193,7 @@ def _deepen(attack: object, model: nn.Module, x: Tensor, part: Split, rows: Tens
             epsilon: float, norm: str) -> None:
     """Put the attack's last iterate in the place of its first success for those of `rows` where it is misclassified by a larger margin.
 
-    For the examples that no attack on everyone has broken: those attacks go on to their last step, so the others' low margins are known.
+    The verdict needs the first success only; how vulnerable an example is, its weight in A_sa at the worst case, needs the last step.
     """
     if not len(rows):
         return
