@@ -26,7 +26,7 @@ ENABLED = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_c
 
 def conv_norm_relu(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d | None = None, add: Tensor | None = None, relu: bool = True) -> Tensor:
     """relu(norm(conv(x)) + add) for x [B, C, H, W]; differentiable in x and `add`, and in the parameters where they are trainable."""
-    kind = x.device.type
+    kind = "cpu" if x.is_meta else x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     here, small = _here(x, conv), _small(x, conv, dtype)
     if (here or _folds_elsewhere(x, conv, norm)) and _fusible(conv, norm, dtype):
@@ -50,7 +50,7 @@ def _here(x: Tensor, conv: nn.Conv2d) -> bool:
 
 def _folds_elsewhere(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> bool:
     """Whether a norm is to be folded off the CPU: without one the convolution stays a module there."""
-    return norm is not None and getattr(conv, "fuse", True) and x.device.type != "cpu"
+    return norm is not None and getattr(conv, "fuse", True) and x.device.type not in ("cpu", "meta")
 
 
 def _fusible(conv: nn.Conv2d, norm: nn.BatchNorm2d | None, dtype: torch.dtype) -> bool:
