@@ -14,6 +14,7 @@ from attacks.ball import TINY, check_batch, check_steps, choose, norm_of, per_ex
 from attacks.fab import gap_to_rival
 from attacks.frozen import frozen
 from attacks.noise import example_keys, keyed_uniform
+from attacks.window import WindowPass, square_places, window_pass
 
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries after which the share halves (Sec. 4.2 there), not rescaled
 BLOCK = 50         # queries between two removals of the images that are fooled, and per draw of random numbers
@@ -39,7 +40,7 @@ def square(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float | Tensor, n
     propose = _propose_linf if norm == "linf" else _propose_l2
     with frozen(model) as bare, torch.no_grad():
         result = x.clone()
-        search = _Search(torch.arange(len(x), device=x.device), x, y, keys, radius, x, gap_to_rival(bare(x), y))
+        search = _Search(torch.arange(len(x), device=x.device), x, y, keys, radius, x, gap_to_rival(bare(x), y), None)
         for query in range(num_queries):
             if query % BLOCK == 0:
                 if bool((fooled := search.gap > 0).any()):
@@ -50,10 +51,9 @@ def square(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float | Tensor, n
                 draws = keyed_uniform(example_keys(search.keys, query // BLOCK + 1), (BLOCK, 5 + x.shape[1])).to(x.dtype)
             if query == 0:
                 point = (_stripes if norm == "linf" else _tiles)(search.x, search.radius, search.keys)
+                search.accept(point, gap_to_rival(bare(point), search.y), always=True)
             else:
-                point = propose(search, draws[:, query % BLOCK], share_of_window(p_init, query))
-            gap = gap_to_rival(bare(point), search.y)
-            _accept(search, point, gap, always=query == 0)
+                propose(bare, search, draws[:, query % BLOCK], share_of_window(p_init, query))
         result[search.row] = search.x_adv
         return result
 
@@ -73,18 +73,21 @@ class _Search:
     radius: Tensor  # [B, 1, 1, 1]
     x_adv: Tensor   # best point
     gap: Tensor     # [B] max_{k != y} z_k - z_y there: minus the margin
+    pass_: WindowPass | None  # of the best points, once windows are small
 
     def keep(self, rows: Tensor) -> None:
-        for field in fields(self):
+        for field in fields(self)[:-1]:
             setattr(self, field.name, getattr(self, field.name)[rows])
+        if self.pass_:
+            self.pass_.keep(rows)
 
-
-def _accept(search: _Search, point: Tensor, gap: Tensor, always: bool) -> None:
-    better = (gap > search.gap) & ~(search.gap > 0)
-    if always:  # the first point replaces x even where its margin is larger: the search runs over the ball's corners
-        better = torch.ones_like(better)
-    search.x_adv = choose(better, point, search.x_adv)
-    search.gap = gap.where(better, search.gap)
+    def accept(self, point: Tensor, gap: Tensor, always: bool = False) -> None:
+        """Go on from `point` where its gap is larger, and everywhere for the first one: the search runs over the ball's corners."""
+        better = (gap > self.gap) & ~(self.gap > 0) | always
+        self.x_adv = choose(better, point, self.x_adv)
+        self.gap = gap.where(better, self.gap)
+        if self.pass_:
+            self.pass_.undo(~better)
 
 
 def _stripes(x: Tensor, radius: Tensor, keys: Tensor) -> Tensor:
@@ -93,17 +96,21 @@ def _stripes(x: Tensor, radius: Tensor, keys: Tensor) -> Tensor:
     return (x + radius * sign).clamp_(0.0, 1.0)
 
 
-def _propose_linf(search: _Search, draws: Tensor, share: float) -> Tensor:
+def _propose_linf(model: nn.Module, search: _Search, draws: Tensor, share: float) -> None:
     """x +- epsilon in one window, one sign a channel; the other signs where these would change nothing."""
     channels, height, width = search.x.shape[1:]
     side = min(max(round(math.sqrt(share * height * width)), 1), height, width)
-    pixels = _pixels(draws[:, :2], side, height, width)[:, None].expand(-1, channels, -1)
+    top, left = _corner(draws[:, :2], side, height, width)
+    pixels = square_places(top, left, side, width)[:, None].expand(-1, channels, -1)
     x, x_adv = (images.flatten(2).gather(2, pixels) for images in (search.x, search.x_adv))  # [B, C, side * side]
     step = search.radius.flatten(2) * _signs(draws[:, 5:5 + channels])[:, :, None]
     point = (x + step).clamp_(0.0, 1.0)
     still = (point == x_adv).flatten(1).all(1)
     point = choose(still, (x - step).clamp_(0.0, 1.0), point)
-    return search.x_adv.flatten(2).scatter(2, pixels, point).view_as(search.x)
+    point = search.x_adv.flatten(2).scatter(2, pixels, point).view_as(search.x)
+    search.pass_ = search.pass_ or window_pass(model, search.x_adv, side)
+    logits = search.pass_.change(point, top, left, side) if search.pass_ else model(point)
+    search.accept(point, gap_to_rival(logits, search.y))
 
 
 def _tiles(x: Tensor, radius: Tensor, keys: Tensor) -> Tensor:
@@ -117,7 +124,7 @@ def _tiles(x: Tensor, radius: Tensor, keys: Tensor) -> Tensor:
     return _onto_sphere(delta, x, radius)
 
 
-def _propose_l2(search: _Search, draws: Tensor, share: float) -> Tensor:
+def _propose_l2(model: nn.Module, search: _Search, draws: Tensor, share: float) -> None:
     """Move the budget of one window, and what is unused, into another along a random pattern (Alg. 3)."""
     channels, height, width = search.x.shape[1:]
     side = min(max(round(math.sqrt(share * height * width)), 3), height, width)
@@ -131,7 +138,8 @@ def _propose_l2(search: _Search, draws: Tensor, share: float) -> Tensor:
     budget = (_channel_norm(delta * (to | source)).square() + unused / channels).sqrt()
     new = new / _channel_norm(new).clamp_min(TINY) * budget
     moved = torch.where(to, new, delta.masked_fill(source, 0.0))
-    return _onto_sphere(moved, search.x, search.radius)
+    point = _onto_sphere(moved, search.x, search.radius)
+    search.accept(point, gap_to_rival(model(point), search.y))
 
 
 def _onto_sphere(delta: Tensor, x: Tensor, radius: Tensor) -> Tensor:
@@ -144,13 +152,6 @@ def _corner(place: Tensor, side: int, height: int, width: int) -> tuple[Tensor, 
     place [B, 2], uniform in [0, 1), makes every position of the square in the image equally likely, the last row and column included.
     """
     return (place * place.new_tensor([height - side + 1, width - side + 1])).long().unbind(1)
-
-
-def _pixels(place: Tensor, side: int, height: int, width: int) -> Tensor:
-    """Which pixels of the flattened image lie in the square of `side` pixels at a place [B, 2].  [B, side * side] int64."""
-    top, left = _corner(place, side, height, width)
-    within = torch.arange(side, device=place.device)
-    return ((top * width + left)[:, None, None] + within[:, None] * width + within).flatten(1)
 
 
 def _offsets(place: Tensor, side: int, height: int, width: int) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from models.fused import conv_norm_relu
 from models.pooling import max_pool
+from models.stem import Stem
 
 
 class LeNet(nn.Module):
@@ -27,10 +28,20 @@ class LeNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.after_first_layer(conv_norm_relu(x, self.first_layer, relu=False))  # [B, K]
 
+    @property
+    def stem(self) -> Stem:
+        return Stem(lambda x: self._pool(F.conv2d(x, self.conv1.weight, self.conv1.bias)), self._after_first_pool,
+                    reach=6, stride=2, padding=2)
+
     def after_first_layer(self, x: Tensor) -> Tensor:
         """The logits [B, K] from the output of `first_layer` on."""
-        x = F.relu(max_pool(x), inplace=True)  # pooled first: a quarter of the ReLUs
-        x = F.relu(max_pool(conv_norm_relu(x, self.conv2, relu=False)), inplace=True)
+        return self._after_first_pool(self._pool(x))
+
+    def _pool(self, x: Tensor) -> Tensor:
+        return F.relu(max_pool(x), inplace=True)  # pooled first: a quarter of the ReLUs
+
+    def _after_first_pool(self, x: Tensor) -> Tensor:
+        x = self._pool(conv_norm_relu(x, self.conv2, relu=False))
         if x.shape[-2:] != (5, 5):
             x = F.adaptive_avg_pool2d(x, 5)
         x = F.relu(self.fc1(x.flatten(1)))

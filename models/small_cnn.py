@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from models.fused import conv_norm_relu
 from models.pooling import max_pool
+from models.stem import Stem
 
 
 class SmallCNN(nn.Module):
@@ -38,16 +39,22 @@ class SmallCNN(nn.Module):
     def first_layer(self) -> nn.Module:
         return self.feature_extractor.conv1
 
+    @property
+    def stem(self) -> Stem:
+        return Stem(lambda x: self._first_pool(conv_norm_relu(x, self.first_layer)), self._after_first_pool, reach=6, stride=2, padding=0)
+
     def forward(self, x: Tensor) -> Tensor:
-        return self._after_first_relu(conv_norm_relu(x, self.first_layer))  # [B, K]
+        return self._after_first_pool(self._first_pool(conv_norm_relu(x, self.first_layer)))  # [B, K]
 
     def after_first_layer(self, features: Tensor) -> Tensor:
         """The logits [B, K] from the output of `first_layer` on."""
-        return self._after_first_relu(F.relu(features))
+        return self._after_first_pool(self._first_pool(F.relu(features)))
 
-    def _after_first_relu(self, x: Tensor) -> Tensor:
+    def _first_pool(self, x: Tensor) -> Tensor:
+        return F.relu(max_pool(self.feature_extractor.conv2(x)), inplace=True)  # pooled first: a quarter of the ReLUs
+
+    def _after_first_pool(self, x: Tensor) -> Tensor:
         layers = self.feature_extractor
-        x = F.relu(max_pool(layers.conv2(x)), inplace=True)  # pooled first: a quarter of the ReLUs
         x = conv_norm_relu(x, layers.conv3)
         features = F.relu(max_pool(layers.conv4(x)), inplace=True)
         if features.shape[-2:] != (4, 4):
