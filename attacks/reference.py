@@ -15,11 +15,12 @@ from attacks.frozen import frozen
 
 EXTRA = "pyautoattack==0.2.0"
 NORMS = {"linf": "Linf", "l2": "L2"}
-MEMBERS = ("apgd-ce", "apgd-t", "fab-t", "square")
+STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
+MEMBERS = (*STANDARD, "apgd-dlr")
 
 
 def autoattack_reference(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float, norm: str = "linf", seed: int = 0,
-                         batch_size: int = 250, members: tuple[str, ...] = MEMBERS) -> Tensor:
+                         batch_size: int = 250, members: tuple[str, ...] = STANDARD) -> Tensor:
     """x_adv of the released standard ensemble, or of some of its members in the order given; x: [B, C, H, W] in [0, 1], y: [B].
 
     The model is in eval mode with frozen parameters, which changes no bit of the result; torch's global generators and the tracing

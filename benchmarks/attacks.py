@@ -1,4 +1,7 @@
-"""Hold our attacks against the published AutoAttack's (pyautoattack, an optional extra): robust accuracy and processor time, same images.
+"""Hold our attacks against others' implementations: robust accuracy and processor time, same images.
+
+Those of AutoAttack against the published package (pyautoattack, an optional extra), FGSM, PGD and SPSA against torchattacks, FMN against
+foolbox; what is missing is named with the command that installs it.
 
 Each attack alone attacks every image; `autoattack` is the standard ensemble, each member on what the ones before it left; `union` counts an
 image as robust if no attack measured here, alone, broke it. Our members have the same random numbers alone as in the ensemble, which must
@@ -6,11 +9,12 @@ therefore leave the very images that the union leaves; the seconds of the two sh
 for all sides: float32, in the ball, in [0, 1], misclassified. cpu_seconds are of the process, so that other programs disturb them little;
 compare them on an idle machine all the same.
 
-Sides: `ours`; `reference`, the published one on the same network, which is channels last with fused layers; `published`, the published
+Sides: `ours`; `reference`, the other implementation on the same network, which is channels last with fused layers; `published`, that
 one on the network as a checkpoint is loaded elsewhere, contiguous and layer by layer.
 
     python benchmarks/attacks.py --checkpoint runs/train_at_mnist/TIME/last.pt --num_examples 1000
     python benchmarks/attacks.py --checkpoint a/last.pt b/last.pt --seeds 0 1 2 --attacks autoattack --out results/attacks.json
+    python benchmarks/attacks.py --checkpoint a/last.pt --attacks fgsm pgd100 apgd-dlr fmn100
 """
 import copy
 import json
@@ -19,6 +23,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
@@ -27,8 +32,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script's ow
 import torch
 from torch import Tensor, nn
 
+from attacks.apgd import apgd
 from attacks.autoattack import STANDARD, autoattack, confirmed
-from attacks.frozen import predict
+from attacks.catalogue import members_of, strong_attacks
+from attacks.frozen import frozen, predict
 from attacks.noise import example_keys
 from attacks.reference import autoattack_reference
 from harness.checkpoint import model_from
@@ -40,7 +47,8 @@ from harness.run import choose_device, command_line, environment, to_device, wri
 from models import build_model
 
 PROTOCOL = Protocol(dataset="mnist", channels=1, epsilon=0.3, step_ratio=30)
-Name = Literal["apgd-ce", "apgd-t", "fab-t", "square", "autoattack"]
+Name = Literal["apgd-ce", "apgd-t", "fab-t", "square", "autoattack", "apgd-dlr", "fgsm", "pgd100", "fmn100", "spsa"]
+INSTALL = {"torchattacks": "pip install --no-deps torchattacks", "foolbox": "pip install foolbox"}  # without the old packages it pins
 
 
 @dataclass(frozen=True)
@@ -63,21 +71,60 @@ class Config:
 
 def ours(name: str, seed: int, batch_size: int, model: nn.Module, x: Tensor, y: Tensor, **task: object) -> Tensor:
     """Our attack of that name on the images x [B, C, H, W], `batch_size` at a time."""
-    keys = example_keys(torch.arange(len(x), device=x.device), seed)
+    index = torch.arange(len(x), device=x.device)
+    keys, members = example_keys(index, seed), [member for member, _ in STANDARD]
     if name == "autoattack":
         return autoattack(model, x, y, keys=keys, batch_size=batch_size, **task)
-    number = [member for member, _ in STANDARD].index(name)
-    attack, keys = STANDARD[number][1], example_keys(keys, number)  # as in the ensemble
-    parts = torch.arange(len(x), device=x.device).split(batch_size)
-    return torch.cat([attack(model, x[rows], y[rows], keys=keys[rows], **task) for rows in parts])
+    if name in members:
+        attack, keys = STANDARD[members.index(name)][1], example_keys(keys, members.index(name))  # as in the ensemble
+    elif name == "apgd-dlr":
+        attack = partial(apgd, loss="dlr")
+    else:
+        found = strong_attacks(members_of((name,)), seed=seed, margin_loss=None, num_spsa_examples=None, **task)[name]
+        return torch.cat([found.run(model, x[rows], y[rows], rows, 0) for rows in index.split(batch_size)])
+    return torch.cat([attack(model, x[rows], y[rows], keys=keys[rows], **task) for rows in index.split(batch_size)])
 
 
 def reference(name: str, seed: int, batch_size: int, model: nn.Module, x: Tensor, y: Tensor, **task: object) -> Tensor:
-    """The published attack of that name."""
+    """Another's attack of that name."""
+    if name in OTHERS:
+        parts = zip(x.split(batch_size), y.split(batch_size))
+        with frozen(model) as bare, torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return torch.cat([OTHERS[name](bare, images, labels, **task) for images, labels in parts])
     members = {} if name == "autoattack" else {"members": (name,)}
     return autoattack_reference(model, x, y, seed=seed, batch_size=batch_size, **members, **task)
 
 
+def torchattack(name: str, settings: Callable[[float], dict]) -> Callable[..., Tensor]:
+    """attack(model, x, y, epsilon=, norm=) -> x_adv of torchattacks; settings(epsilon) are its arguments beside eps."""
+    def attack(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, norm: str) -> Tensor:
+        return getattr(package("torchattacks"), name)(model, eps=epsilon, **settings(epsilon))(x, y)
+
+    return attack
+
+
+def foolbox_fmn(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, norm: str) -> Tensor:
+    """foolbox's FMN, in l_inf alone: its l_2 form does not project."""
+    foolbox = package("foolbox")
+    network = foolbox.PyTorchModel(model, bounds=(0, 1), device=x.device)
+    return import_module("foolbox.attacks").LInfFMNAttack(steps=100)(network, x, y, epsilons=None)[0]
+
+
+def package(name: str) -> object:
+    """The module of that name.  Raises ValueError, with the command that installs it, where it is missing."""
+    try:
+        return import_module(name)
+    except ImportError:
+        raise ValueError(f"the other implementation comes from {name}: {INSTALL[name]}") from None
+
+
+OTHERS = {
+    "fgsm": torchattack("FGSM", lambda epsilon: {}),
+    "pgd100": torchattack("PGD", lambda epsilon: {"alpha": epsilon / 8, "steps": 100}),
+    "spsa": torchattack("SPSA", lambda epsilon: {"delta": 0.001, "lr": 0.01, "nb_iter": 100, "nb_sample": 256}),
+    "fmn100": foolbox_fmn,
+}
 SIDES = {"ours": ours, "reference": reference, "published": reference}
 
 
@@ -135,6 +182,8 @@ def show(row: dict, *sides: str) -> None:
 def main(cfg: Config) -> None:
     if not cfg.checkpoint:
         raise UserError("name at least one --checkpoint")
+    if cfg.norm != "linf" and (found := [name for name in cfg.attacks if name in OTHERS]):
+        raise UserError(f"{found[0]} is compared in l_inf alone")
     out = output_path(cfg.out, Path(cfg.out), whole_run=False) if cfg.out else None
     device, results = choose_device(cfg.device), []
     for path in map(Path, cfg.checkpoint):

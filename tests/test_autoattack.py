@@ -190,6 +190,47 @@ def test_the_benchmark_counts_both_sides_with_one_checker(tmp_path, monkeypatch)
         main(parse_config(Config, []))
 
 
+def test_the_benchmark_runs_other_packages_as_they_are_called_there(tmp_path, monkeypatch):
+    calls = []
+
+    class Fake:
+        def __init__(self, model, **settings):
+            calls.append(settings)
+
+        def __call__(self, x, y):
+            return x + 2 * calls[-1]["eps"]  # outside the ball: nothing of it may count
+
+    monkeypatch.setitem(sys.modules, "torchattacks", types.SimpleNamespace(FGSM=Fake, PGD=Fake, SPSA=Fake))
+    torch.manual_seed(0)
+    torch.save(build_model("lenet", 10, 1).state_dict(), tmp_path / "net.pt")
+    arguments = ["--checkpoint", str(tmp_path / "net.pt"), "--arch", "lenet", "--dataset", "digits", "--num_examples", "20",
+                 "--epsilon", "0.1"]
+    names = ("fgsm", "pgd100", "spsa")
+    main(parse_config(Config, [*arguments, "--sides", "reference", "--attacks", *names, "--out", str(tmp_path / "fake.json")]))
+    rows = json.loads((tmp_path / "fake.json").read_text())["results"][0]["rows"]
+    clean = rows[0]["reference"]["robust"]
+    assert clean > 0 and [row["reference"]["robust"] for row in rows] == [clean] * 4
+    assert calls == [{"eps": 0.1}, {"eps": 0.1, "alpha": 0.0125, "steps": 100},
+                     {"eps": 0.1, "delta": 0.001, "lr": 0.01, "nb_iter": 100, "nb_sample": 256}]
+    monkeypatch.setitem(sys.modules, "torchattacks", None)
+    with pytest.raises(UserError, match="pip install --no-deps torchattacks"):
+        main(parse_config(Config, [*arguments, "--attacks", "fgsm"]))
+    with pytest.raises(UserError, match="l_inf alone"):
+        main(parse_config(Config, [*arguments, "--attacks", "spsa", "--norm", "l2"]))
+
+
+def test_our_fmn_leaves_no_more_than_foolbox_does_and_apgd_on_dlr_is_measured_too(tmp_path):
+    pytest.importorskip("foolbox")
+    torch.manual_seed(0)
+    torch.save(build_model("lenet", 10, 1).state_dict(), tmp_path / "net.pt")
+    arguments = ["--checkpoint", str(tmp_path / "net.pt"), "--arch", "lenet", "--dataset", "digits", "--num_examples", "60",
+                 "--epsilon", "0.003"]
+    main(parse_config(Config, [*arguments, "--attacks", "fmn100", "--out", str(tmp_path / "fmn.json")]))
+    main(parse_config(Config, [*arguments, "--attacks", "apgd-dlr", "--sides", "ours", "--out", str(tmp_path / "dlr.json")]))
+    fmn, dlr = (json.loads((tmp_path / f"{name}.json").read_text())["results"][0]["rows"][0] for name in ("fmn", "dlr"))
+    assert 0 < fmn["ours"]["robust"] <= fmn["reference"]["robust"] < 60 and dlr["ours"]["robust"] < 60
+
+
 def test_the_ensemble_leaves_the_images_that_its_members_leave_alone(tmp_path):
     torch.manual_seed(0)
     torch.save(build_model("lenet", 10, 1).state_dict(), tmp_path / "net.pt")
