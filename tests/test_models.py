@@ -282,3 +282,13 @@ def test_max_pooling_is_that_of_the_library_with_and_without_a_gradient(shape, d
         assert torch.equal(max_pool(x), expected) and torch.equal(found, expected)
         slope = torch.randn(expected.shape).to(dtype)
         assert torch.equal(*(torch.autograd.grad(out, source, slope)[0] for out, source in ((found, ours), (expected, theirs))))
+
+
+def test_the_gradient_of_max_pooling_can_be_differentiated_again():
+    x = torch.randint(-3, 4, (2, 3, 4, 6), generator=torch.Generator().manual_seed(0)).float()
+    second = []
+    for pool in (max_pool, lambda x: F.max_pool2d(x, 2)):
+        point = x.clone().requires_grad_()
+        gradient, = torch.autograd.grad((pool(point) ** 3).sum(), point, create_graph=True)
+        second.append((gradient, torch.autograd.grad((gradient ** 2).sum(), point)[0]))
+    assert torch.equal(second[0][0], second[1][0]) and torch.allclose(second[0][1], second[1][1]) and second[0][1].any()
