@@ -10,7 +10,7 @@ from curves import figures, report, transfer
 from curves import surface as surfaces
 from curves.class_distances import ClassDistances, summarize
 from curves.figures import Look
-from harness.curve_store import Results, write_csv, write_json
+from harness.curve_store import Results, write_columns, write_json
 from harness.run import command_line, environment
 from harness.sources import Split
 
@@ -34,7 +34,7 @@ def curves(several: list[Results], folder: Path, thresholds: Thresholds, look: L
             columns = report.curve_points(results.upper(norm), results.lower(norm), look.band, look.confidence)
             unknown = np.full(len(columns["t"]), np.nan)
             rows += [(results.name, norm, *values) for values in zip(*(columns.get(name, unknown) for name in head))]
-    write_csv(folder / "curves.csv", ("model", "norm", *head), rows)
+    write_columns(folder / "curves.csv", ("model", "norm", *head), rows)
     write_json(folder / "summary.json", run | {"confidence": look.confidence, "band": look.band, "models": entries})
     _print_curves(entries)
     if plot:
@@ -113,7 +113,7 @@ def surface(found: dict[str, dict[str, np.ndarray]], epsilons: np.ndarray, alpha
             print(f"warning: {model}: fewer than {surfaces.FEW} points carry the weight at {few} of {part['A_sa'].size} grid points")
         if part["improved"]:
             print(f"note: {model}: PGD came closer than the stored distance of {part['improved']:,} points, and the surface uses its own")
-    write_csv(folder / "surface.csv", ("model", "epsilon", "alpha", *names), rows)
+    write_columns(folder / "surface.csv", ("model", "epsilon", "alpha", *names), rows)
     write_json(folder / "summary.json", run | {"models": list(found), "epsilons": epsilons.tolist(), "alphas": alphas.tolist()})
     if plot:
         figures.draw_surfaces(found, epsilons, alphas, folder, look)

@@ -242,7 +242,7 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, dumps(value))
 
 
-def write_csv(path: Path, head: tuple[str, ...], rows: list[tuple]) -> None:
+def write_columns(path: Path, head: tuple[str, ...], rows: list[tuple]) -> None:
     """Write rows under a heading, numbers to nine digits, nothing for nan."""
     def cell(value: object) -> str:
         return ("" if np.isnan(value) else f"{value:.9g}") if isinstance(value, (float, np.floating)) else str(value)

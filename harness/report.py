@@ -89,6 +89,9 @@ def open_subject(name: str, path: Path, cfg: object, protocol: Protocol) -> Subj
     epsilon = next(value for value in (cfg.epsilon, trained, protocol.epsilon) if value is not None)
     if trained is not None and epsilon != trained:
         print(f"note: evaluated at epsilon {epsilon:g}, trained at {trained:g}")
+    if channels != protocol.channels and cfg.step_size is None:
+        print(f"note: steps of epsilon / {protocol.step_ratio:g}, as for {protocol.dataset}, on {channels}-channel images: another "
+              "--step_size, or the other eval script, may be meant")
     return Subject(name, path, contents, data, epsilon, epsilon / protocol.step_ratio if cfg.step_size is None else cfg.step_size)
 
 

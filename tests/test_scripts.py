@@ -275,7 +275,14 @@ def test_the_flags_win_over_the_checkpoint(script, trained, capsys):
     script("eval_mnist", *QUICK, "--epsilon", "8/255", "--step_size", "2/255", "--start", "gaussian", "--out", "r.json")
     threat = json.loads(Path("r.json").read_text())["threat_model"]
     assert (threat["epsilon"], threat["step_size"], threat["start"], threat["num_restarts"]) == (8 / 255, 2 / 255, "gaussian", 2)
-    assert "note: evaluated at epsilon 0.0313725, trained at 0.05" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "note: evaluated at epsilon 0.0313725, trained at 0.05" in said and "note: steps" not in said
+
+
+def test_a_checkpoint_of_the_other_kind_of_images_is_evaluated_with_a_note(script, trained, capsys):
+    script("eval_cifar10", *QUICK, "--checkpoint", trained / "last.pt", "--out", "r.json")
+    assert "note: steps of epsilon / 10, as for cifar10, on 1-channel images" in capsys.readouterr().out
+    assert json.loads(Path("r.json").read_text())["threat_model"]["step_size"] == pytest.approx(0.005)
 
 
 NETWORK = """
