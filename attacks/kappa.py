@@ -21,12 +21,11 @@ def pgd_kappa(model: nn.Module, x: Tensor, y: Tensor, target: object | None = No
     count = torch.zeros_like(y)
     standing = torch.ones_like(y, dtype=torch.bool)
 
-    def counting(logits_adv: Tensor, attacked: object) -> Tensor:
+    def count_correct(logits_adv: Tensor) -> None:
         nonlocal count, standing
-        correct = logits_adv.detach().argmax(dim=1) == y
+        correct = logits_adv.argmax(dim=1) == y
         standing = standing & correct
         count = count + (correct if kappa == "count" else standing)
-        return loss_fn(logits_adv, attacked)
 
-    x_adv = pgd(model, x, y if target is None else target, loss_fn=counting, **options)
+    x_adv = pgd(model, x, y if target is None else target, loss_fn=loss_fn, watch=count_correct, **options)
     return x_adv, count

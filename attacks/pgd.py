@@ -75,7 +75,7 @@ STARTS = ("uniform", "clipped", "gaussian", "clean")
 
 def pgd(model: nn.Module, x: Tensor, target: object, *, epsilon: float | Tensor, step_size: float | Tensor, num_steps: int,
         loss_fn: Callable[[Tensor, object], Tensor] = cross_entropy, start: str | Tensor = "uniform", norm: str = "linf",
-        mode: str | None = "eval", keys: Tensor | None = None) -> Tensor:
+        mode: str | None = "eval", keys: Tensor | None = None, watch: Callable[[Tensor], object] | None = None) -> Tensor:
     """Maximise loss_fn(model(x_adv), target) over the epsilon ball around x within [0, 1].
 
     x: [B, C, H, W] in [0, 1]; target: whatever loss_fn(logits_adv, target) -> [B] takes, labels [B] by default; epsilon and
@@ -90,6 +90,10 @@ def pgd(model: nn.Module, x: Tensor, target: object, *, epsilon: float | Tensor,
     mode   of the model during the attack: "eval", "train", or None for as it is (see `frozen`).
     keys   [B] int64 from `attacks.noise.example_keys`: the noise of an example then depends on its key alone. Without keys it comes
            from torch's global generator.
+    watch  called with the logits [B, K] of every iterate that a step starts from, without a graph.
+
+    A model with a method `pgd_step` takes the steps itself: pgd_step(steps, whole_step, x_adv, settings) returns what
+    steps(model, **settings) would, two forms of the same step being at its choice.
 
     Raises ValueError for images outside [0, 1], a negative epsilon, step_size or num_steps, and an unknown start or norm.
     """
@@ -100,17 +104,48 @@ def pgd(model: nn.Module, x: Tensor, target: object, *, epsilon: float | Tensor,
         raise ValueError(f"keys of shape {tuple(keys.shape)} do not fit {len(x)} images")
     if norm not in NORMS:
         raise ValueError(f"unknown norm {norm!r}: choose one of {', '.join(NORMS)}")
-    direction, projection, _ = NORMS[norm]
     x = x.detach()
-    project = projection(x, epsilon)
+    settings = {"x": x, "target": target, "epsilon": epsilon, "step_size": step_size, "loss_fn": loss_fn, "norm": norm}
     x_adv = first_iterate(x, epsilon, start, keys, norm).detach()
     with frozen(model, mode) as bare, torch.enable_grad():
+        advance = bare.pgd_step(steps, whole_step, x_adv, settings) if hasattr(bare, "pgd_step") else steps(bare, **settings)
         for _ in range(num_steps):
-            x_adv.requires_grad_()
-            losses = loss_fn(bare(x_adv), target)  # [B]
-            gradient, = torch.autograd.grad(losses, x_adv, torch.ones_like(losses))  # of their sum: a mean only underflows earlier
-            x_adv = project(_move(x_adv.detach(), direction(gradient), step_size))
-    return x_adv if num_steps else project(x_adv.clone())
+            x_adv, logits_adv = advance(x_adv)
+            if watch is not None:
+                watch(logits_adv)
+    return x_adv if num_steps else NORMS[norm][1](x, epsilon)(x_adv.clone())
+
+
+def steps(model: nn.Module, *, x: Tensor, target: object, epsilon: float | Tensor, step_size: float | Tensor,
+          loss_fn: Callable[[Tensor, object], Tensor], norm: str) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """The step of `pgd` as a function: x_adv -> the next x_adv, and the logits [B, K] of this one, both without a graph."""
+    direction, projection, _ = NORMS[norm]
+    project = projection(x, epsilon)  # with bounds that are the same for every step
+
+    def advance(x_adv: Tensor) -> tuple[Tensor, Tensor]:
+        x_adv.requires_grad_()
+        logits_adv = model(x_adv)
+        losses = loss_fn(logits_adv, target)  # [B]
+        gradient, = torch.autograd.grad(losses, x_adv, torch.ones_like(losses))  # of their sum: a mean only underflows earlier
+        return project(_move(x_adv.detach(), direction(gradient), step_size)), logits_adv.detach()
+
+    return advance
+
+
+def whole_step(model: nn.Module, x_adv: Tensor, *, x: Tensor, target: object, epsilon: Tensor, step_size: Tensor,
+               loss_fn: Callable[[Tensor, object], Tensor], norm: str) -> tuple[Tensor, Tensor]:
+    """The step of `steps` in one call and in the terms of torch.func, for torch.compile, which so makes one graph of all of it.
+
+    epsilon and step_size are tensors, of one value or [B, 1, 1, 1]: a number would be a constant of the graph, and a ramp a graph a batch.
+    """
+    direction, projection, _ = NORMS[norm]
+
+    def total(point):  # without annotations, at which torch 2.6 ends the graph
+        logits_adv = model(point)
+        return loss_fn(logits_adv, target).sum(), logits_adv
+
+    gradient, logits_adv = torch.func.grad(total, has_aux=True)(x_adv)
+    return projection(x, epsilon)(x_adv + step_size * direction(gradient)), logits_adv
 
 
 def _checked(name: str, value: float | Tensor, x: Tensor) -> float | Tensor:

@@ -11,7 +11,8 @@ In float64 this is just that sequence of modules. With frozen parameters, the fi
     convolution of the flipped kernel at the places of a tile at once, its stride the tile: its channels become the tile's pixels.
 With trainable parameters too, a 3x3 convolution in bfloat16 on a map of 4x4 pixels or less is a matrix product of its patches, where the
 library's takes three times as long, and its weight gradient six times. Without a norm, on larger maps and with more channels it is
-bit for bit what the modules give; else the same function up to rounding. A convolution whose attribute `fuse` is False stays a module.
+bit for bit what the modules give; else the same function up to rounding. A convolution whose attribute `fuse` is False stays a module,
+and so does every one where torch.compile traces it, which fuses by itself.
 """
 from dataclasses import dataclass
 
@@ -45,12 +46,16 @@ def conv_norm_relu(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d | None = Non
 
 
 def _here(x: Tensor, conv: nn.Conv2d) -> bool:
-    return ENABLED and getattr(conv, "fuse", True) and x.device.type == "cpu"
+    return ENABLED and _may_fuse(conv) and x.device.type == "cpu"
 
 
 def _folds_elsewhere(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> bool:
     """Whether a norm is to be folded off the CPU: without one the convolution stays a module there."""
-    return norm is not None and getattr(conv, "fuse", True) and x.device.type not in ("cpu", "meta")
+    return norm is not None and _may_fuse(conv) and x.device.type not in ("cpu", "meta")
+
+
+def _may_fuse(conv: nn.Conv2d) -> bool:
+    return getattr(conv, "fuse", True) and not torch.compiler.is_compiling()
 
 
 def _fusible(conv: nn.Conv2d, norm: nn.BatchNorm2d | None, dtype: torch.dtype) -> bool:
