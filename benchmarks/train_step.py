@@ -76,8 +76,8 @@ class Config:
     device: str = "auto"                                  # auto, cpu, or an accelerator by its name in torch
     precision: Literal["auto", "bf16", "float32"] = "auto"  # of our step; auto is bf16 where the hardware multiplies it natively
     fuse: bool = True                                     # of our step: fold BatchNorm and fuse layers of the attacked network on a CPU
-    compile: bool = False                                 # of our step: torch.compile the network
-    graphs: bool = True                                   # with compile, on a GPU: replay each pass as one CUDA graph
+    compile: Literal["auto", "on", "off"] = "auto"        # of our step: torch.compile; for auto the steps here are too few
+    graphs: bool = True                                   # with compile, on a GPU: replay each compiled piece as one CUDA graph
     json: bool = False                                    # print one line of JSON and nothing else
     out: str | None = None                                # JSON file to write, never over another
 

@@ -1,6 +1,7 @@
 """A training run: its device, precision and seed, its folder and log, its steps and checkpoints, its end and its resumption."""
 import ctypes
 import dataclasses
+import importlib.util
 import json
 import os
 import platform
@@ -18,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from harness import checkpoint, distributed, plots
+from harness.compilation import ENOUGH_STEPS, Compilation
 from harness.data import Dataset, training_batches
 from harness.errors import RunError, UserError
 from harness.folder import claim_folder, write_csv, write_text
@@ -59,6 +61,17 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
             fast = device.type == "cpu" and any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
         precision = "bf16" if fast else "float32"
     return {"bf16": torch.bfloat16, "float32": torch.float32}[precision]
+
+
+def why_not_compile(device: torch.device, attack_steps: int) -> str | None:
+    """Why torch.compile is not worth a try on `device` in a run of so many attack steps; None where it is."""
+    if device.type != "cuda":
+        return "it gains nothing there"  # as measured on a CPU
+    if torch.cuda.get_device_capability(device) < (7, 0):
+        return "this GPU is older than Triton's compiler supports"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton, which compiles for the GPU, is not installed"
+    return f"{attack_steps:,} attack steps are too few for a minute of compiling" if attack_steps < ENOUGH_STEPS else None
 
 
 def free_memory(device: torch.device) -> int:
@@ -103,26 +116,31 @@ def to_device(model: nn.Module, device: torch.device) -> nn.Module:
 class TrainingPrecision(nn.Module):
     """`module` with its convolutions and products in `dtype` (autocast), channels last; logits come out in float32.
 
-    The logits are a copy: a CUDA graph writes its own outputs again in the next pass, when those of this one may still be needed.
+    With a `compilation` its passes and the steps of a PGD on it are compiled, once that has been proved to be the same and faster. The
+    logits are a copy: a CUDA graph writes its own outputs again in the next pass, when those of this one may still be needed.
     """
 
-    def __init__(self, module: nn.Module, dtype: torch.dtype):
+    def __init__(self, module: nn.Module, dtype: torch.dtype, compilation: Compilation | None = None):
         super().__init__()
         self.module = module
         self.dtype = dtype
-        self.run = self._pass
+        self.compilation = compilation
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.run(x).to(torch.float32, copy=True)
+        alone = torch.compiler.is_compiling() or self.compilation is None  # or a part of what is being compiled
+        return (self.plain(x) if alone else self.compilation.run(self, x)).to(torch.float32, copy=True)
 
-    def _pass(self, x: Tensor) -> Tensor:
+    def plain(self, x: Tensor) -> Tensor:
+        """The pass itself, its logits in the type that they come in."""
         x = x.contiguous(memory_format=torch.channels_last)
         with torch.autocast(x.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             return self.module(x)
 
-    def compile(self, **options: object) -> None:
-        """Compile the passes through `module` by `torch.compile`, which leaves its names, and so checkpoints, as they are."""
-        self.run = torch.compile(self._pass, **options)
+    def pgd_step(self, steps: Callable, whole_step: Callable, x_adv: Tensor, settings: dict[str, object]) -> Callable:
+        """The steps of an attack on this model, in one of the two forms that `attacks.pgd.pgd` offers."""
+        if self.compilation is None:
+            return steps(self, **settings)
+        return self.compilation.pgd_step(self, steps, whole_step, x_adv, settings)
 
 
 def bare(model: nn.Module) -> nn.Module:
@@ -234,14 +252,22 @@ class Run:
         except ValueError as error:
             raise UserError(str(error)) from error
         for module in model.modules():
-            module.fuse = self.cfg.fuse and not self.cfg.compile
+            module.fuse = self.cfg.fuse
         self.architecture = {"name": self.cfg.model, "num_classes": self.data.num_classes, "in_channels": channels,
                              "mean": mean, "std": std}
-        trained = TrainingPrecision(to_device(model, self.device), self.dtype)
-        if self.cfg.compile:  # one graph for frozen parameters, one for trained ones
-            replay = self.cfg.graphs and self.device.type == "cuda"
-            trained.compile(dynamic=False, mode="reduce-overhead" if replay else None)
-        return distributed.parallel(trained)
+        return distributed.parallel(TrainingPrecision(to_device(model, self.device), self.dtype, self._compilation()))
+
+    def _compilation(self) -> Compilation | None:
+        """What the run is to try torch.compile with; None for not at all."""
+        if self.cfg.compile == "auto":
+            attack_steps = self.cfg.epochs * self.batches_per_epoch * getattr(self.cfg, "num_steps", getattr(self.cfg, "num_replays", 1))
+            if why := why_not_compile(self.device, attack_steps):
+                if self.device.type == "cuda":
+                    self.say(f"torch.compile is not tried: {why} (--compile on tries it)")
+                return None
+        if self.cfg.compile == "off":
+            return None
+        return Compilation(self.cfg.compile == "on", self.cfg.graphs and self.device.type == "cuda", self.say)
 
     def split(self, model: nn.Module, split_first_layer: Callable[[nn.Module], tuple]) -> tuple[nn.Module, nn.Module]:
         """(f0, rest) of a model from `build`, rest(f0(x)) = model(x), in the training precision; their gradients wait for `update`."""

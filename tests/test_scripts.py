@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from harness.errors import RunError, UserError
 from models import build_model
@@ -197,20 +198,35 @@ def test_a_killed_worker_ends_the_run_and_leaves_one_that_goes_on(shell, tmp_pat
     assert after["epoch"] == 4 and after["log"][:before["epoch"]] == before["log"]
 
 
-@pytest.mark.parametrize("name", ("train_at_mnist", "train_trades_mnist"))
-def test_a_compiled_run_gives_the_weights_of_a_plain_one(name, script, monkeypatch):
-    calls, compiled = [], torch.compile
+@pytest.mark.parametrize("name", ("train_at_mnist", "train_trades_mnist", "train_vir", "train_iaat", "train_free"))
+def test_a_compiled_run_gives_the_weights_of_a_plain_one(name, script, monkeypatch, capsys):
+    calls, counters, compiled = [], {}, torch.compile
 
     def traced(function, **options):  # everything but the compiler: graphs, guards and what they leave out
-        calls.append(options)
-        return compiled(function, backend="eager", dynamic=options["dynamic"])
+        calls.append((function.__name__, options.pop("options")))
+        counters[function.__name__] = CompileCounterWithBackend("eager")
+        return compiled(function, backend=counters[function.__name__], **options)
 
     monkeypatch.setattr(torch, "compile", traced)
     torch.compiler.reset()
-    script(name, *TINY, "--max_batches", 3, "--compile", "--out_dir", "compiled")
-    script(name, *TINY, "--max_batches", 3, "--no-fuse", "--out_dir", "plain")
-    assert calls == [{"dynamic": False, "mode": None}]  # no CUDA graphs on a CPU
+    tiny = [flag.replace("num_steps", "num_replays") if name == "train_free" and flag == "--num_steps" else flag for flag in TINY]
+    flags = (*tiny, "--max_batches", 3, "--model", "lenet", "--no-fuse")  # fused convolutions round differently
+    flags += () if name.startswith(("train_at", "train_trades")) else ("--crop_padding", 0, "--batch_size", 128)
+    script(name, *flags, "--compile", "on", "--out_dir", "compiled")
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("torch.compile")]
+    script(name, *flags, "--compile", "off", "--out_dir", "plain")
+    pieces = ["_network_pass"] + ["whole_step"] * (name != "train_free")  # which attacks by its training passes
+    assert "whole_step" not in counters or counters["whole_step"].frame_count == 1  # one graph, for a ramp too
+    assert calls == [(piece, {"fallback_random": True}) for piece in pieces]  # no CUDA graphs on a CPU
+    assert len(said) == len(pieces) and all(line.endswith("used") for line in said)
     assert same_bits(weights(Path("compiled/last.pt")), weights(Path("plain/last.pt")))
+
+
+def test_compiling_is_for_gpus_unless_it_is_asked_for(script, monkeypatch, capsys):
+    monkeypatch.setattr(torch, "compile", lambda *args, **options: pytest.fail("compiled"))
+    script("train_at_mnist", *TINY, "--out_dir", "run")
+    assert json.loads(Path("run/config.json").read_text())["compile"] == "auto"
+    assert "torch.compile" not in capsys.readouterr().out
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(script):
