@@ -18,7 +18,7 @@ from pathlib import Path
 from harness.errors import RunError, UserError
 from harness.seeds import one_a_seed
 
-MAY_CHANGE_ON_RESUME = {"resume", "epochs", "data_dir", "device", "max_batches", "shard"}
+MAY_CHANGE_ON_RESUME = {"resume", "epochs", "data_dir", "device", "compile", "graphs", "max_batches", "shard"}
 
 # What a field of this name may hold, in any Config: (smallest, largest).
 LIMITS = {
@@ -218,7 +218,10 @@ def _options(kind: object) -> dict:
 
 
 def _resumed(cls: type, folder: Path):
-    """The Config that the run in `folder` was started with; a result's name stands for the record beside it."""
+    """The Config that the run in `folder` was started with; a result's name stands for the record beside it.
+
+    A field that is newer than the run has its default, and one line says so.
+    """
     folder = folder.with_suffix(".record") if folder.suffix == ".json" else folder
     path = folder / "config.json"
     try:
@@ -232,13 +235,15 @@ def _resumed(cls: type, folder: Path):
     script = Path(inspect.getsourcefile(cls)).stem
     if saved.get("script") != script:
         raise UserError(f"--resume {folder}: that run belongs to {saved.get('script')}.py, not to {script}.py")
-    names = [field.name for field in dataclasses.fields(cls)]
-    missing = [name for name in names if name not in saved]
-    if missing:
-        raise UserError(f"--resume {folder}: {path} lacks {', '.join(missing)}")
-    for field in dataclasses.fields(cls):
+    fields = [field for field in dataclasses.fields(cls) if field.name in saved]
+    if newer := [field for field in dataclasses.fields(cls) if field not in fields]:
+        print(f"note: {path} lacks {', '.join(f'{field.name}, here {field.default}' for field in newer)}", file=sys.stderr)
+    if isinstance(saved.get("compile"), bool):
+        saved["compile"] = "on" if saved["compile"] else "off"  # as it was written when it was a switch
+    for field in fields:
         value, optional = saved[field.name], type(None) in typing.get_args(field.type)
         kinds = {float: (float, int), tuple: (list,)}.get(type(field.default), (type(field.default),))
         if field.default is not None and type(value) not in kinds and not (value is None and optional):
             raise UserError(f"--resume {folder}: {field.name} in {path} is {json.dumps(value)}, which it cannot be")
-    return cls(**{name: tuple(saved[name]) if isinstance(saved[name], list) else saved[name] for name in names})
+    values = {field.name: saved[field.name] for field in fields}
+    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})

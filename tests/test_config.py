@@ -222,12 +222,26 @@ def test_resume_refuses_a_file_in_place_of_a_folder(tmp_path):
     assert "last.pt" in refusal(f"--resume {tmp_path / 'last.pt'}")
 
 
-def test_resume_refuses_a_config_that_lacks_a_value_by_name(tmp_path):
+def test_resume_takes_the_default_of_a_field_that_is_newer_than_the_run_and_says_so(tmp_path, capsys):
     folder = saved_run(tmp_path / "run")
     saved = json.loads((folder / "config.json").read_text())
-    del saved["lr"], saved["seed"]
+    del saved["alphas"], saved["seed"]
     (folder / "config.json").write_text(json.dumps(saved))
-    assert "lacks lr, seed" in refusal(f"--resume {folder}")
+    assert changes(parse(f"--resume {folder}")) == {"lr": 0.7, "flip": True, "out_dir": "there", "resume": str(folder)}
+    assert capsys.readouterr().err == f"note: {folder / 'config.json'} lacks alphas, here (1.0, 2.0), seed, here 1\n"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    compile: Literal["auto", "on", "off"] = "auto"        # what to compile
+    resume: str | None = None                             # run folder
+
+
+@pytest.mark.parametrize(("saved", "meant"), ((True, "on"), (False, "off"), ("auto", "auto")))
+def test_resume_knows_compile_as_the_switch_that_it_was(tmp_path, saved, meant):
+    (tmp_path / "config.json").write_text(json.dumps({"script": "test_config", "compile": saved}))
+    assert parse_config(Compiled, ["--resume", str(tmp_path)]).compile == meant
+    assert parse_config(Compiled, ["--resume", str(tmp_path), "--compile", "off"]).compile == "off"
 
 
 @pytest.mark.parametrize("value", ("ten", None, [10], True, 1.5))

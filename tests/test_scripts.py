@@ -229,6 +229,16 @@ def test_compiling_is_for_gpus_unless_it_is_asked_for(script, monkeypatch, capsy
     assert "torch.compile" not in capsys.readouterr().out
 
 
+def test_a_run_of_an_earlier_version_is_resumed(script):
+    script("train_at_mnist", *TINY, "--out_dir", "run")
+    saved = json.loads(Path("run/config.json").read_text()) | {"compile": False}
+    del saved["graphs"]
+    Path("run/config.json").write_text(json.dumps(saved))
+    script("train_at_mnist", "--resume", "run", "--epochs", 2)
+    config = json.loads(Path("run/config.json").read_text())
+    assert (config["compile"], config["graphs"], len(read_log(Path("run")))) == ("off", True, 2)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(script):
     script("train_at_mnist", *TINY, "--out_dir", "run")
     with pytest.raises(RunError, match=r"not finite at epoch 1, step \d+"):
