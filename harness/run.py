@@ -362,6 +362,10 @@ class Run:
 
     def epochs(self, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: object) -> Iterator[int]:
         """The epochs still to be run, from 1, after making the run folder or taking up the last checkpoint of a resumed run."""
+        last = Path(self.cfg.resume, "last.pt") if self.cfg.resume else None
+        before = checkpoint.read(last) if last and last.exists() else {}
+        if isinstance(done := before.get("epoch"), int) and done > self.cfg.epochs:
+            raise UserError(f"--epochs {self.cfg.epochs}: {done} epochs of {self.cfg.resume} are done already")
         self.folder = Path(distributed.from_first(str(self._make_folder()) if self.rank == 0 else None))
         self.say(f"{self.script}: {len(self.train):,} training images of {self.data.name}, {len(self.val):,} held out; {self.device}, "
                  f"{str(self.dtype).removeprefix('torch.')}, seed {self.cfg.seed}\nrun folder: {self.folder}")
@@ -369,8 +373,8 @@ class Run:
         if self.cfg.ema_decay:  # begins as a copy after the first step
             self.average = AveragedModel(bare(model), multi_avg_fn=get_ema_multi_avg_fn(self.cfg.ema_decay), use_buffers=True)
             self.state["ema"] = self.average
-        if self.cfg.resume and (self.folder / "last.pt").exists():
-            self._load(checkpoint.read(self.folder / "last.pt"))
+        if before:
+            self._load(before)
             self.say(f"going on after epoch {self.epoch}")
         first = self.epoch + 1
         yield from range(first, self.cfg.epochs + 1)

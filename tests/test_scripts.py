@@ -118,6 +118,14 @@ def test_a_resumed_run_equals_the_undisturbed_one(script):
     assert [row["train_loss"] for row in read_log(Path("whole"))] == [row["train_loss"] for row in read_log(Path("parts"))]
 
 
+def test_a_run_cannot_be_resumed_to_fewer_epochs_than_are_done(script):
+    script("train_at_mnist", *TINY, "--epochs", 2, "--out_dir", "run")
+    before = {path.name: path.read_bytes() for path in Path("run").iterdir()}
+    with pytest.raises(UserError, match="--epochs 1: 2 epochs of run are done already"):
+        script("train_at_mnist", "--resume", "run", "--epochs", 1)
+    assert {path.name: path.read_bytes() for path in Path("run").iterdir()} == before
+
+
 def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(shell, tmp_path):
     flags = ("--recipe", "digits", "--epochs", 3, "--num_steps", 5)
     assert shell("train_at_mnist.py", *flags, "--out_dir", "whole").returncode == 0
