@@ -67,8 +67,8 @@ class Config:
     device: str = "auto"                                  # auto, cpu, or an accelerator by its name in torch
     precision: Literal["auto", "bf16", "float32"] = "auto"  # of training; auto is bf16 where the hardware multiplies it natively
     fuse: bool = True                                     # fold BatchNorm and fuse layers of the attacked network, where a CPU gains by it
-    compile: Literal["auto", "on", "off"] = "auto"        # torch.compile attack step and network; auto: on a GPU, if a trial is faster
-    graphs: bool = True                                   # with compile, on a GPU: replay each compiled piece as one CUDA graph
+    compile: Literal["auto", "on", "off"] = "auto"        # no effect here, where the network is passed in two parts
+    graphs: bool = True                                   # no effect here, as compile
     max_batches: int | None = None                        # stop every epoch after this many batches, for a trial run
 
 

@@ -108,7 +108,8 @@ def pgd(model: nn.Module, x: Tensor, target: object, *, epsilon: float | Tensor,
     settings = {"x": x, "target": target, "epsilon": epsilon, "step_size": step_size, "loss_fn": loss_fn, "norm": norm}
     x_adv = first_iterate(x, epsilon, start, keys, norm).detach()
     with frozen(model, mode) as bare, torch.enable_grad():
-        advance = bare.pgd_step(steps, whole_step, x_adv, settings) if hasattr(bare, "pgd_step") else steps(bare, **settings)
+        own = hasattr(bare, "pgd_step") and num_steps
+        advance = bare.pgd_step(steps, whole_step, x_adv, settings) if own else steps(bare, **settings)
         for _ in range(num_steps):
             x_adv, logits_adv = advance(x_adv)
             if watch is not None:

@@ -14,7 +14,7 @@ from attacks.ball import TINY, check_batch, check_steps, choose, norm_of, per_ex
 from attacks.fab import gap_to_rival
 from attacks.frozen import frozen
 from attacks.noise import example_keys, keyed_uniform
-from attacks.window import WindowPass, square_places, window_pass
+from attacks.window import WindowPass, square_places, stem_of, window_pass
 
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries after which the share halves (Sec. 4.2 there), not rescaled
 BLOCK = 50         # queries between two removals of the images that are fooled, and per draw of random numbers
@@ -40,7 +40,8 @@ def square(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float | Tensor, n
     propose = _propose_linf if norm == "linf" else _propose_l2
     with frozen(model) as bare, torch.no_grad():
         result = x.clone()
-        search = _Search(torch.arange(len(x), device=x.device), x, y, keys, radius, x, gap_to_rival(bare(x), y), None)
+        search = _Search(torch.arange(len(x), device=x.device), x, y, keys, radius, x, gap_to_rival(bare(x), y))
+        search.stem = stem_of(bare, x) if norm == "linf" else None
         for query in range(num_queries):
             if query % BLOCK == 0:
                 if bool((fooled := search.gap > 0).any()):
@@ -48,7 +49,7 @@ def square(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float | Tensor, n
                     search.keep(~fooled)
                 if not len(search.row):
                     return result
-                draws = keyed_uniform(example_keys(search.keys, query // BLOCK + 1), (BLOCK, 5 + x.shape[1])).to(x.dtype)
+                draws = keyed_uniform(example_keys(search.keys, query // BLOCK + 1), (BLOCK, 5 + x.shape[1]))
             if query == 0:
                 point = (_stripes if norm == "linf" else _tiles)(search.x, search.radius, search.keys)
                 search.accept(point, gap_to_rival(bare(point), search.y), always=True)
@@ -73,21 +74,22 @@ class _Search:
     radius: Tensor  # [B, 1, 1, 1]
     x_adv: Tensor   # best point
     gap: Tensor     # [B] max_{k != y} z_k - z_y there: minus the margin
-    pass_: WindowPass | None  # of the best points, once windows are small
+    stem: object | None = None  # the network's first layers, where windows can be passed alone
+    windows: WindowPass | None = None  # of the best points, once windows are small
 
     def keep(self, rows: Tensor) -> None:
-        for field in fields(self)[:-1]:
-            setattr(self, field.name, getattr(self, field.name)[rows])
-        if self.pass_:
-            self.pass_.keep(rows)
+        for name in (field.name for field in fields(self) if field.type is Tensor):
+            setattr(self, name, getattr(self, name)[rows])
+        if self.windows:
+            self.windows.keep(rows)
 
     def accept(self, point: Tensor, gap: Tensor, always: bool = False) -> None:
         """Go on from `point` where its gap is larger, and everywhere for the first one: the search runs over the ball's corners."""
         better = (gap > self.gap) & ~(self.gap > 0) | always
         self.x_adv = choose(better, point, self.x_adv)
         self.gap = gap.where(better, self.gap)
-        if self.pass_:
-            self.pass_.undo(~better)
+        if self.windows:
+            self.windows.undo(~better)
 
 
 def _stripes(x: Tensor, radius: Tensor, keys: Tensor) -> Tensor:
@@ -103,13 +105,13 @@ def _propose_linf(model: nn.Module, search: _Search, draws: Tensor, share: float
     top, left = _corner(draws[:, :2], side, height, width)
     pixels = square_places(top, left, side, width)[:, None].expand(-1, channels, -1)
     x, x_adv = (images.flatten(2).gather(2, pixels) for images in (search.x, search.x_adv))  # [B, C, side * side]
-    step = search.radius.flatten(2) * _signs(draws[:, 5:5 + channels])[:, :, None]
+    step = search.radius.flatten(2) * _signs(draws[:, 5:5 + channels]).to(x.dtype)[:, :, None]
     point = (x + step).clamp_(0.0, 1.0)
     still = (point == x_adv).flatten(1).all(1)
     point = choose(still, (x - step).clamp_(0.0, 1.0), point)
     point = search.x_adv.flatten(2).scatter(2, pixels, point).view_as(search.x)
-    search.pass_ = search.pass_ or window_pass(model, search.x_adv, side)
-    logits = search.pass_.change(point, top, left, side) if search.pass_ else model(point)
+    search.windows = search.windows or window_pass(search.stem, search.x_adv, side)
+    logits = search.windows.change(point, top, left, side) if search.windows else model(point)
     search.accept(point, gap_to_rival(logits, search.y))
 
 
@@ -131,7 +133,7 @@ def _propose_l2(model: nn.Module, search: _Search, draws: Tensor, share: float) 
     delta = search.x_adv - search.x
     to, source = _window(draws[:, :2], side, height, width), _window(draws[:, 2:4], side, height, width)
     pattern = _placed_pattern(draws[:, :2], draws[:, 4] < 0.5, side, search.x)
-    sign = _per_channel(_signs(draws[:, 5:5 + channels]))
+    sign = _per_channel(_signs(draws[:, 5:5 + channels]).to(delta.dtype))
     unused = (search.radius.square() - per_example(norm_of(delta, "l2"), delta).square()).clamp_min_(0.0)
     local = delta * to
     new = sign * pattern * to + local / _channel_norm(local).clamp_min(TINY)

@@ -8,23 +8,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-WORTH = 0.5  # the largest share of a side of the map for which a part is computed
+LARGEST_SHARE = 0.5  # of a side of the map, for which a part is computed
 
 
-def window_pass(model: nn.Module, x: Tensor, side: int) -> "WindowPass | None":
-    """What is needed to change windows of at most `side` pixels in the images x [B, C, H, W]; None where a whole pass is as good.
-
-    That is for a network without a stem, a window that reaches half of the map, and off the CPU, where many small steps cost more.
-    """
+def stem_of(model: nn.Module, x: Tensor) -> object | None:
+    """The stem that a network offers, if it is the network's own on the images x [B, C, H, W]; None off the CPU, where many small steps
+    cost more than a pass."""
     stem = getattr(model, "stem", None)
-    if stem is None or x.device.type != "cpu":
+    if not hasattr(stem, "reach") or x.device.type != "cpu":
+        return None
+    logits = stem.rest(stem.layers(F.pad(x, [stem.padding] * 4)))
+    return stem if torch.allclose(logits, model(x), rtol=1e-3, atol=1e-3) else None  # a subclass may pass its images another way
+
+
+def window_pass(stem: object | None, x: Tensor, side: int) -> "WindowPass | None":
+    """What is needed to change windows of at most `side` pixels in the images x [B, C, H, W]; None without a stem, and for a window that
+    reaches half of the map."""
+    if stem is None:
         return None
     places = (side + stem.reach - 2) // stem.stride + 1
     height, width = ((size + 2 * stem.padding - stem.reach) // stem.stride + 1 for size in x.shape[2:])
-    if places > WORTH * min(height, width):
+    if places > LARGEST_SHARE * min(height, width):
         return None
-    padding = [stem.padding] * 4
-    return WindowPass(stem, stem.layers(F.pad(x, padding)).permute(0, 2, 3, 1).contiguous())
+    return WindowPass(stem, stem.layers(F.pad(x, [stem.padding] * 4)).permute(0, 2, 3, 1).contiguous())
 
 
 class WindowPass:
@@ -45,9 +51,10 @@ class WindowPass:
         row, column = (((start + stem.padding - stem.reach) // stem.stride + 1).clamp_(0, size - places)  # the first that sees the window
                        for start, size in ((top, height), (left, width)))
         self.places = square_places(row, column, places, width) + torch.arange(batch)[:, None] * (height * width)  # [B, places * places]
-        flat, self.before = self.features.view(-1, channels), self.features.view(-1, channels)[self.places]
+        flat = self.features.view(-1, channels)
+        self.before = flat[self.places]
         seen = _crop(point, stem.stride * row - stem.padding, stem.stride * column - stem.padding, pixels)
-        flat[self.places] = stem.layers(seen).permute(0, 2, 3, 1).reshape(batch, -1, channels)
+        flat[self.places] = stem.layers(seen).permute(0, 2, 3, 1).reshape(batch, places**2, channels)
         return stem.rest(self.features.permute(0, 3, 1, 2))
 
     def undo(self, rows: Tensor) -> None:

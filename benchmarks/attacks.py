@@ -10,7 +10,7 @@ for all sides: float32, in the ball, in [0, 1], misclassified. cpu_seconds are o
 compare them on an idle machine all the same.
 
 Sides: `ours`; `reference`, the other implementation on the same network, which is channels last with fused layers; `published`, that
-one on the network as a checkpoint is loaded elsewhere, contiguous and layer by layer.
+one on the network as a checkpoint is loaded elsewhere: contiguous, layer by layer, the library's pooling.
 
     python benchmarks/attacks.py --checkpoint runs/train_at_mnist/TIME/last.pt --num_examples 1000
     python benchmarks/attacks.py --checkpoint a/last.pt b/last.pt --seeds 0 1 2 --attacks autoattack --out results/attacks.json
@@ -20,7 +20,8 @@ import copy
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -30,6 +31,7 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script's own folder is on the path, the repository's root is not
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attacks.apgd import apgd
@@ -44,7 +46,7 @@ from harness.data import first_examples, to_unit
 from harness.errors import UserError
 from harness.report import Protocol, open_subject, output_path
 from harness.run import choose_device, command_line, environment, to_device, write_text
-from models import build_model
+from models import build_model, lenet, small_cnn
 
 PROTOCOL = Protocol(dataset="mnist", channels=1, epsilon=0.3, step_ratio=30)
 Name = Literal["apgd-ce", "apgd-t", "fab-t", "square", "autoattack", "apgd-dlr", "fgsm", "pgd100", "fmn100", "spsa"]
@@ -115,8 +117,8 @@ def package(name: str) -> object:
     """The module of that name.  Raises ValueError, with the command that installs it, where it is missing."""
     try:
         return import_module(name)
-    except ImportError:
-        raise ValueError(f"the other implementation comes from {name}: {INSTALL[name]}") from None
+    except ImportError as error:
+        raise ValueError(f"the other implementation comes from {name} ({error}): {INSTALL[name]}") from error
 
 
 OTHERS = {
@@ -128,14 +130,22 @@ OTHERS = {
 SIDES = {"ours": ours, "reference": reference, "published": reference}
 
 
-def network_of(side: str, model: nn.Module) -> nn.Module:
+@contextmanager
+def network_of(side: str, model: nn.Module) -> Iterator[nn.Module]:
     """The network as a side sees it."""
     if side != "published":
-        return model
-    plain = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+        yield model
+        return
+    plain, ours = copy.deepcopy(model).to(memory_format=torch.contiguous_format), {module: module.max_pool for module in (lenet, small_cnn)}
     for module in plain.modules():
         module.fuse = False
-    return plain
+    for module in ours:
+        module.max_pool = partial(F.max_pool2d, kernel_size=2)
+    try:
+        yield plain
+    finally:
+        for module, max_pool in ours.items():
+            module.max_pool = max_pool
 
 
 def measure(attack: Callable, model: nn.Module, x: Tensor, y: Tensor, correct: Tensor, **task: object) -> tuple[dict, Tensor]:
@@ -156,7 +166,8 @@ def compare(model: nn.Module, x: Tensor, y: Tensor, seed: int, cfg: Config, epsi
         row = {"attack": name, "seed": seed}
         for side in cfg.sides:
             attack = partial(SIDES[side], name, seed, cfg.batch_size)
-            row[side], robust = measure(attack, network_of(side, model), x, y, correct, **task)
+            with network_of(side, model) as network:
+                row[side], robust = measure(attack, network, x, y, correct, **task)
             if len(cfg.sides) > 1:
                 show(row, side)  # the next one may take an hour
             if name == "autoattack":
@@ -182,7 +193,7 @@ def show(row: dict, *sides: str) -> None:
 def main(cfg: Config) -> None:
     if not cfg.checkpoint:
         raise UserError("name at least one --checkpoint")
-    if cfg.norm != "linf" and (found := [name for name in cfg.attacks if name in OTHERS]):
+    if cfg.norm != "linf" and cfg.sides != ("ours",) and (found := [name for name in cfg.attacks if name in OTHERS]):
         raise UserError(f"{found[0]} is compared in l_inf alone")
     out = output_path(cfg.out, Path(cfg.out), whole_run=False) if cfg.out else None
     device, results = choose_device(cfg.device), []

@@ -5,7 +5,9 @@
     the network's pass     the others: the clean prediction, and the training step with its gradients
 
 Each is tried at its first call, on that batch; one line says what came of it. A trial leaves no trace but that line: it consumes no random
-number, and weights, gradients, running statistics and modes are as before. Whatever fails, then or later, is done without torch.compile.
+number, and weights, gradients, running statistics and modes are as before. Whatever fails, then or later, is done without torch.compile,
+but for the backward pass of a training step, whose failure ends the run. What is compiled later for another case of the same shape, such
+as a clean prediction, is not tried again.
 """
 import math
 import time
@@ -98,12 +100,13 @@ class Compilation:
         points = [(x + RADIUS * sign * (1.98 * noise - 0.99)).clamp_(0.0, 1.0) for sign in (1, -1)]  # inside the ball, so no step: no move
 
         def move(advance: Callable, k: int) -> list[list[Tensor]]:
-            return [[advance(points[k].clone())[0] - points[k]]]
+            moved, logits_adv = advance(points[k].clone())
+            return [[moved - points[k]], [logits_adv]]
 
         try:
             plain = partial(move, steps(_logits_of(model.plain), **settings))
             with untouched(model, x.device) as touched:
-                if not any(bool(moved.any()) for k in (0, 1) for moved, in plain(k)):
+                if not any(bool(plain(k)[0][0].any()) for k in (0, 1)):
                     return
                 forms = (None,) if touched() else (self.compile(whole_step, fullgraph=True), None)
         except Exception as error:
@@ -134,8 +137,11 @@ class Compilation:
             batch = (x, x.flip(0))[k].detach().requires_grad_(x.requires_grad)
             logits = _logits_of(run)(batch)
             slopes = torch.linspace(-1.0, 1.0, logits.numel(), device=x.device).view_as(logits)
-            gradients = torch.autograd.grad(logits, parameters, slopes, allow_unused=True)
-            return [[logits.detach()], [gradient.clone() for gradient in gradients if gradient is not None]]
+            images = [batch] if x.requires_grad else []
+            gradients = torch.autograd.grad(logits, images + parameters, slopes, allow_unused=True)
+            of_images, of_parameters = ([gradient.clone() for gradient in part if gradient is not None]
+                                        for part in (gradients[:len(images)], gradients[len(images):]))
+            return [[logits.detach()], of_images, of_parameters]
 
         self._prove(self.passes, x.shape, "the network's pass", model, partial(differentiate, model.plain),
                     partial(differentiate, partial(self.network, model)), x.device)

@@ -124,7 +124,8 @@ class _FusedConvolution(torch.autograd.Function):
 def _tile(channels: int, dtype: torch.dtype) -> tuple[int, int]:
     """Rows and columns of the input whose gradients are channels of one convolution: those measured to be fastest.
 
-    Full vectors of 16 numbers, over as few taps of the larger kernel as possible; in bfloat16 a row of the map is to stay long as well.
+    The more channels, up to a vector of 16 numbers, and the fewer taps of the larger kernel, the better; in bfloat16 the rows of the map
+    are to stay long as well.
     """
     if dtype == torch.float32:
         return (4, 4) if channels == 1 else (2, 2)

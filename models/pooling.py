@@ -9,8 +9,9 @@ FEW_CHANNELS = 16  # below so many the library looks at one value at a time
 def max_pool(x: Tensor) -> Tensor:
     """2x2 max-pooling with stride 2 of x [B, C, H, W]; the gradient goes to the first maximum of a window, row by row, as in the library.
 
-    On a CPU two maxima, of columns and of rows: the same bits, the gradient's too. Without a gradient always, in a fifth of the library's
-    time for a channels-last map of few channels, as the library keeps the places too; with one for few channels, in two thirds.
+    Of a map of even sides on a CPU two maxima, of columns and of rows: for finite numbers the same bits, the gradient's too. Without a
+    gradient that takes a fifth of the library's time for a channels-last map of few channels, as the library keeps the places too; with
+    one, and only for few channels in float32 or bfloat16, two thirds.
     """
     batch, channels, height, width = x.shape
     needs_places = torch.is_grad_enabled() and x.requires_grad
@@ -20,7 +21,7 @@ def max_pool(x: Tensor) -> Tensor:
         rows = x.permute(0, 2, 3, 1).reshape(-1, 2, width * channels)  # [B H/2, 2, W C]
         columns = torch.maximum(*rows.unbind(1)).view(batch, height // 2, width // 2, 2, channels)
         return torch.maximum(*columns.unbind(3)).permute(0, 3, 1, 2)
-    if channels < FEW_CHANNELS and x.dtype in (torch.float32, torch.bfloat16):
+    if channels < FEW_CHANNELS and x.dtype in (torch.float32, torch.bfloat16) and not torch._C._are_functorch_transforms_active():
         return _FewChannels.apply(x)
     return F.max_pool2d(x, 2)
 
@@ -34,7 +35,8 @@ class _FewChannels(torch.autograd.Function):
         columns = torch.maximum(*_pairs(x).unbind(3))  # [B, H, W/2, C]
         ctx.save_for_backward(x, columns)
         # no view is returned: the caller may change it in place
-        out = torch.empty((batch, channels, height // 2, width // 2), memory_format=torch.channels_last)
+        shape = (batch, channels, height // 2, width // 2)
+        out = torch.empty(shape, dtype=torch.float32, device=x.device, memory_format=torch.channels_last)
         rows = columns.view(batch, height // 2, 2, width // 2 * channels)
         torch.maximum(*rows.unbind(2), out=out.permute(0, 2, 3, 1).view(batch, height // 2, width // 2 * channels))
         return out.to(x.dtype)
@@ -60,7 +62,7 @@ def _share(gradient: Tensor, pairs: Tensor, dim: int) -> Tensor:
     chosen = torch.ge(first, second, out=torch.empty_like(first, memory_format=torch.contiguous_format))  # 1 or 0
     if torch.is_grad_enabled():  # the gradient is to be differentiated again
         return torch.stack((gradient * chosen, gradient * (1.0 - chosen)), dim)
-    result = torch.empty(pairs.shape)
+    result = gradient.new_empty(pairs.shape)
     to_first, to_second = result.unbind(dim)
     torch.mul(gradient, chosen, out=to_first)
     torch.sub(gradient, to_first, out=to_second)

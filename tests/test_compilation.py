@@ -278,6 +278,9 @@ def test_with_graphs_nothing_that_a_replay_writes_again_is_handed_out(monkeypatc
     expected = plain_run(network)
     model, lines = on_trial(monkeypatch, replaying, network, graphs=True)
     assert equal(run_on_trial(model), expected) and lines[0].endswith("used")
+    first = predict(model, batch()[0])
+    before = first.clone()
+    assert not torch.equal(predict(model, 1 - batch()[0]), before) and torch.equal(first, before)
 
 
 def test_distance_is_relative_and_never_mistakes_a_value_that_is_none():

@@ -292,3 +292,9 @@ def test_the_gradient_of_max_pooling_can_be_differentiated_again():
         gradient, = torch.autograd.grad((pool(point) ** 3).sum(), point, create_graph=True)
         second.append((gradient, torch.autograd.grad((gradient ** 2).sum(), point)[0]))
     assert torch.equal(second[0][0], second[1][0]) and torch.allclose(second[0][1], second[1][1]) and second[0][1].any()
+
+
+def test_max_pooling_can_be_differentiated_by_torch_func():
+    x = torch.randint(-3, 4, (2, 3, 4, 6), generator=torch.Generator().manual_seed(0)).float()
+    ours, theirs = (torch.func.grad(lambda x, pool=pool: (pool(x) ** 3).sum())(x) for pool in (max_pool, lambda x: F.max_pool2d(x, 2)))
+    assert torch.equal(ours, theirs) and ours.any()

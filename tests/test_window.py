@@ -6,8 +6,9 @@ from torch import nn
 from attacks import square as square_module
 from attacks.noise import example_keys
 from attacks.square import square
-from attacks.window import square_places, window_pass
+from attacks.window import square_places, stem_of, window_pass
 from models import build_model
+from models.lenet import LeNet
 from models.stem import Stem
 
 
@@ -52,7 +53,7 @@ def test_a_stem_is_the_network(name):
 def test_windows_anywhere_give_the_logits_of_a_whole_pass_and_can_be_taken_back(name, side):
     model, (channels, height, width) = network(name)
     x = torch.rand(40, channels, height, width)
-    passed, generator = window_pass(model, x, side), torch.Generator().manual_seed(1)
+    passed, generator = window_pass(model.stem, x, side), torch.Generator().manual_seed(1)
     corner = torch.tensor([[0, 0], [0, width - side], [height - side, 0], [height - side, width - side]])
     for number in range(6):
         top, left = (torch.randint(0, size - side + 1, (40,), generator=generator) for size in (height, width))
@@ -70,15 +71,44 @@ def test_windows_anywhere_give_the_logits_of_a_whole_pass_and_can_be_taken_back(
             x = x[rows]
             x = torch.cat([x, x])
             passed.keep(torch.arange(len(rows)).repeat(2))
-    torch.testing.assert_close(passed.features, window_pass(model, x, side).features, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(passed.features, window_pass(model.stem, x, side).features, rtol=1e-5, atol=1e-5)
 
 
 def test_a_whole_pass_is_left_where_it_is_as_good():
     model, shape = network("lenet")
     x = torch.rand(2, *shape)
-    assert window_pass(model, x, 9) is not None and window_pass(model, x, 11) is None
-    assert window_pass(build_model("resnet18", 4, 1), x, 1) is None
-    assert window_pass(model, x.to("meta"), 1) is None
+    assert window_pass(model.stem, x, 9) is not None and window_pass(model.stem, x, 11) is None and window_pass(None, x, 1) is None
+    assert stem_of(model, x).reach == 6 and stem_of(build_model("resnet18", 4, 1), x) is None
+    assert stem_of(model, x.to("meta")) is None
+
+
+class Centred(LeNet):
+    """A subclass that passes its images another way than the stem it inherits."""
+
+    def forward(self, x):
+        return super().forward((x - 0.5) / 0.25)
+
+
+class OtherStem(nn.Module):
+    """A network with a member of that name that is something else."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.out = nn.Sequential(nn.Conv2d(1, 4, 3, stride=4), nn.ReLU()), nn.Linear(4 * 7 * 7, 4)
+
+    def forward(self, x):
+        return self.out(self.stem(x).flatten(1))
+
+
+@pytest.mark.parametrize("kind", (lambda: Centred(4, 1), OtherStem), ids=("subclass", "another-stem"))
+def test_a_stem_that_is_not_the_networks_is_left_alone(kind, monkeypatch):
+    torch.manual_seed(0)
+    model, x = kind().eval(), torch.rand(6, 1, 28, 28)
+    with torch.no_grad():
+        y = model(x).argmax(1)
+    assert stem_of(model, x) is None
+    monkeypatch.setattr(square_module, "window_pass", lambda stem, *_: stem)  # None, or the attack would call it
+    assert square(model, x, y, epsilon=0.01, num_queries=300).shape == x.shape
 
 
 @pytest.mark.parametrize("name", ("lenet", "small_cnn", "odd"))
