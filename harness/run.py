@@ -267,6 +267,7 @@ class Run:
                 return None
         if self.cfg.compile == "off":
             return None
+        self.say("torch.compile is tried on the first batch, which takes about a minute")
         return Compilation(self.cfg.compile == "on", self.cfg.graphs and self.device.type == "cuda", self.say)
 
     def split(self, model: nn.Module, split_first_layer: Callable[[nn.Module], tuple]) -> tuple[nn.Module, nn.Module]:

@@ -221,7 +221,7 @@ def test_a_compiled_run_gives_the_weights_of_a_plain_one(name, script, monkeypat
     flags = (*tiny, "--max_batches", 3, "--model", "lenet", "--no-fuse")  # fused convolutions round differently
     flags += () if name.startswith(("train_at", "train_trades")) else ("--crop_padding", 0, "--batch_size", 128)
     script(name, *flags, "--compile", "on", "--out_dir", "compiled")
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("torch.compile")]
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("torch.compile,")]
     script(name, *flags, "--compile", "off", "--out_dir", "plain")
     pieces = ["_network_pass"] + ["whole_step"] * (name != "train_free")  # which attacks by its training passes
     assert "whole_step" not in counters or counters["whole_step"].frame_count == 1  # one graph, for a ramp too
