@@ -8,7 +8,7 @@ from attacks.active import pgd_until_broken
 from attacks.apgd import apgd, apgd_targeted
 from attacks.fab import fab_targeted
 from attacks.fgsm import fgsm
-from attacks.fmn import fmn
+from attacks.fmn import STEP_SIZES, fmn
 from attacks.margin_decomposition import md, mdmt
 from attacks.noise import example_keys
 from attacks.pgd import cross_entropy, pgd
@@ -97,7 +97,8 @@ def _attacks(epsilon: float, norm: str, margin_loss: Callable, num_spsa_examples
         "fgsm": (lambda m, x, y, k: fgsm(m, x, y, epsilon=epsilon), {"settings": {"num_steps": 1, "start": "clean"}, "norms": ("linf",)}),
         "cw": stepping(20, margin_loss),
         "pgd100": stepping(100, cross_entropy),
-        "fmn100": (lambda m, x, y, k: fmn(m, x, y, norm=norm), {"settings": {"num_steps": 100}, "minimal": True}),
+        "fmn100": (lambda m, x, y, k: fmn(m, x, y, norm=norm), {
+            "settings": {"num_steps": 100, "step_size": STEP_SIZES[norm]}, "minimal": True}),
         "apgd-ce": (lambda m, x, y, k: apgd(m, x, y, **ball, keys=k), {"settings": {"num_steps": 100}}),
         "apgd-t": (lambda m, x, y, k: apgd_targeted(m, x, y, **ball, keys=k), {"settings": {"num_steps": 100}}),
         "md": (lambda m, x, y, k: md(m, x, y, **ball, keys=k), {"settings": {"num_steps": 50}}),

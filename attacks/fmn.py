@@ -6,6 +6,7 @@ from attacks.ball import norm_of, per_example
 from attacks.frozen import frozen
 from attacks.minimal import Closest, check_arguments, cosine, descend, dual_norm_of, is_wrong, project
 
+STEP_SIZES = {"linf": 10.0, "l2": 1.0, "l1": 1.0}  # of the first step, an l_2 length; 1 in l_inf, as others have it, finds less
 LAST_STEP = 0.01      # the last step's size over the first's
 LAST_GAMMA = 0.001    # the last relative change of the radius
 BISECTIONS = 10       # halvings between the clean image and a start of another class
@@ -22,7 +23,7 @@ def fmn(model: nn.Module, x: Tensor, y: Tensor, *, norm: str = "linf", num_steps
     x: [B, C, H, W] in [0, 1]; y: [B]; start: images [B, C, H, W] of other classes: those that are misclassified are first brought to the
     boundary by bisection of the radius that they are projected onto, for the others the attack begins at x; target: [B] classes whose
     margin z_y - z_target is followed instead (any misclassification still counts). gamma and step_size fall along a cosine; step_size is
-    an l_2 length, by default 10 for linf and 1 for the others. num_steps gradients an example, plus one forward pass, plus
+    an l_2 length, by default that of STEP_SIZES. num_steps gradients an example, plus one forward pass, plus
     10 forward passes with a start.
     Returns the closest adversary found, x itself where none was, without a graph. Raises ValueError as `check_arguments` does.
 
@@ -32,7 +33,7 @@ def fmn(model: nn.Module, x: Tensor, y: Tensor, *, norm: str = "linf", num_steps
     check_arguments(x, y, norm, num_steps)
     if start is not None and start.shape != x.shape:
         raise ValueError(f"a start of shape {tuple(start.shape)} does not fit images of shape {tuple(x.shape)}")
-    step_size = {"linf": 10.0}.get(norm, 1.0) if step_size is None else step_size
+    step_size = STEP_SIZES[norm] if step_size is None else step_size
     x = x.detach()
     closest = Closest(x, norm)
     with frozen(model, mode) as bare, torch.enable_grad():
