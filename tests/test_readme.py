@@ -162,6 +162,27 @@ def test_the_table_of_strong_attacks_is_that_of_its_files():
         assert worst["accuracy"] <= min(attacked) and result["command"].startswith("python ") and result["environment"]["hardware"]
 
 
+ATTACK_LABELS = {"fgsm": "FGSM", "pgd100": "PGD-100", "apgd-ce": "APGD-CE", "apgd-dlr": "APGD-DLR", "apgd-t": "APGD-T", "fab-t": "FAB-T",
+                 "fmn100": "FMN-100", "square": "Square", "spsa": "SPSA"}
+
+
+def test_the_table_beside_other_implementations_is_that_of_its_files():
+    files = [json.loads((ROOT / f"results/attacks/lenet-{name}.json").read_text()) for name in ("at", "trades", "plain")]
+    assert all(run["command"].startswith("python ") and run["environment"]["hardware"] for file in files for run in file["runs"])
+    columns = [{(row["attack"], row["seed"]): row for row in file["rows"]} for file in files]
+    for key in columns[0]:
+        label = f"AutoAttack, seed {key[1]}" if key[0] == "autoattack" else ATTACK_LABELS[key[0]]
+        cells = [f"{column[key]['ours']['accuracy']:.1f} / {column[key]['published']['accuracy']:.1f}" for column in columns]
+        assert f"| {label} | {' | '.join(cells)} |" in README, key
+    for column in columns:  # what the text says of the three seeds
+        ours, theirs = ([column["autoattack", seed][side]["robust"] for seed in range(3)] for side in ("ours", "published"))
+        assert mean(ours) <= mean(theirs) + 1
+    for name in ("plain", "trades"):
+        row = json.loads((ROOT / f"results/attacks/lenet-{name}-idle.json").read_text())["results"][0]["rows"][0]
+        ours, theirs = row["ours"]["cpu_seconds"], row["published"]["cpu_seconds"]
+        assert f"{ours:.0f} s against {theirs:.0f} ({theirs / ours:.1f} times)" in README
+
+
 def test_the_table_of_evaluations_is_that_of_its_files():
     files = [ROOT / f"results/speed/{name}.json" for name in ("evaluation", "evaluation_pgd")]
     rows = [row for file in files for row in json.loads(file.read_text())["rows"]]
