@@ -75,6 +75,7 @@ class Compilation:
         fast = self._fast_step(model, steps, settings | sizes)
 
         def advance(x_adv: Tensor) -> tuple[Tensor, Tensor]:
+            """One step by the compiled form, by plain torch once that has failed: the next x_adv, and the logits of this one."""
             if self.step.kind == kind:
                 try:
                     return fast(x_adv)
@@ -134,6 +135,7 @@ class Compilation:
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
         def differentiate(run: Callable, k: int) -> list[list[Tensor]]:
+            """The logits of batch k, and the gradients with respect to its images, where they have one, and to the parameters."""
             batch = (x, x.flip(0))[k].detach().requires_grad_(x.requires_grad)
             logits = _logits_of(run)(batch)
             slopes = torch.linspace(-1.0, 1.0, logits.numel(), device=x.device).view_as(logits)

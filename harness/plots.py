@@ -275,6 +275,7 @@ def read_rows(path: Path) -> list[dict[str, int | float | str | None]]:
     """The rows of a CSV file with numbers as numbers and empty fields as None."""
 
     def value(text: str) -> int | float | str | None:
+        """The number that the text is, else the text; None for nothing."""
         for kind in (int, float):
             try:
                 return kind(text)
