@@ -1,7 +1,8 @@
 """Hold our attacks against others' implementations: robust accuracy and processor time, same images.
 
 Those of AutoAttack against the published package (pyautoattack, an optional extra), FGSM, PGD and SPSA against torchattacks, FMN against
-foolbox; what is missing is named with the command that installs it.
+foolbox, CW, MD and MDMT against a clone of MDAttack (--md_attack FOLDER); what is missing is named with the command that installs it.
+`spsa-short` is SPSA with a tenth of its passes; the union of apgd-ce, md, mdmt and fab-t is the ensemble MDE.
 
 Each attack alone attacks every image; `autoattack` is the standard ensemble, each member on what the ones before it left; `union` counts an
 image as robust if no attack measured here, alone, broke it. Our members have the same random numbers alone as in the ensemble, which must
@@ -15,6 +16,7 @@ one on the network as a checkpoint is loaded elsewhere: contiguous, layer by lay
     python benchmarks/attacks.py --checkpoint runs/train_at_mnist/TIME/last.pt --num_examples 1000
     python benchmarks/attacks.py --checkpoint a/last.pt b/last.pt --seeds 0 1 2 --attacks autoattack --out results/attacks.json
     python benchmarks/attacks.py --checkpoint a/last.pt --attacks fgsm pgd100 apgd-dlr fmn100
+    python benchmarks/attacks.py --checkpoint a/last.pt --attacks cw apgd-ce md mdmt fab-t --md_attack MDAttack
 """
 import copy
 import json
@@ -24,7 +26,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
@@ -40,17 +41,20 @@ from attacks.catalogue import members_of, strong_attacks
 from attacks.frozen import frozen, predict
 from attacks.noise import example_keys
 from attacks.reference import autoattack_reference
+from attacks.spsa import spsa
+from benchmarks.others import SHORT, others
 from harness.checkpoint import model_from
 from harness.config import run_script
 from harness.data import first_examples, to_unit
 from harness.errors import UserError
 from harness.report import Protocol, open_subject, output_path
 from harness.run import choose_device, command_line, environment, to_device, write_text
+from losses.margin import cw_loss
 from models import build_model, lenet, small_cnn
 
 PROTOCOL = Protocol(dataset="mnist", channels=1, epsilon=0.3, step_ratio=30)
-Name = Literal["apgd-ce", "apgd-t", "fab-t", "square", "autoattack", "apgd-dlr", "fgsm", "pgd100", "fmn100", "spsa"]
-INSTALL = {"torchattacks": "pip install --no-deps torchattacks", "foolbox": "pip install foolbox"}  # without the old packages it pins
+Name = Literal["apgd-ce", "apgd-t", "fab-t", "square", "autoattack", "apgd-dlr", "fgsm", "pgd100", "cw", "md", "mdmt", "fmn100", "spsa",
+               "spsa-short"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ class Config:
     attacks: tuple[Name, ...] = ("apgd-ce", "apgd-t", "fab-t", "square")  # in this order
     sides: tuple[Literal["ours", "reference", "published"], ...] = ("ours", "reference")  # which implementations run
     batch_size: int = 250                        # images at a time
+    md_attack: str | None = None                 # folder of a clone of MDAttack, beside which cw, md and mdmt are measured
     step_size: float | None = None               # of the checkpoint's threat model; no attack here has one
     data_dir: str | None = None                  # folder of the data sets; default: the checkpoint's, or data
     out: str | None = None                       # JSON file to write, never over another
@@ -81,53 +86,24 @@ def ours(name: str, seed: int, batch_size: int, model: nn.Module, x: Tensor, y: 
         attack, keys = STANDARD[members.index(name)][1], example_keys(keys, members.index(name))  # as in the ensemble
     elif name == "apgd-dlr":
         attack = partial(apgd, loss="dlr")
+    elif name == "spsa-short":
+        attack, task = partial(spsa, **SHORT), {"epsilon": task["epsilon"]}
     else:
-        found = strong_attacks(members_of((name,)), seed=seed, margin_loss=None, num_spsa_examples=None, **task)[name]
+        found = strong_attacks(members_of((name,)), seed=seed, margin_loss=cw_loss, num_spsa_examples=None, **task)[name]
         return torch.cat([found.run(model, x[rows], y[rows], rows, 0) for rows in index.split(batch_size)])
     return torch.cat([attack(model, x[rows], y[rows], keys=keys[rows], **task) for rows in index.split(batch_size)])
 
 
-def reference(name: str, seed: int, batch_size: int, model: nn.Module, x: Tensor, y: Tensor, **task: object) -> Tensor:
-    """Another's attack of that name."""
-    if name in OTHERS:
+def reference(known: dict[str, Callable], name: str, seed: int, batch_size: int, model: nn.Module, x: Tensor, y: Tensor,
+              **task: object) -> Tensor:
+    """Another's attack of that name, one of `known` or of the published AutoAttack."""
+    if name in known:
         parts = zip(x.split(batch_size), y.split(batch_size))
         with frozen(model) as bare, torch.random.fork_rng():
             torch.manual_seed(seed)
-            return torch.cat([OTHERS[name](bare, images, labels, **task) for images, labels in parts])
+            return torch.cat([known[name](bare, images, labels, **task) for images, labels in parts])
     members = {} if name == "autoattack" else {"members": (name,)}
     return autoattack_reference(model, x, y, seed=seed, batch_size=batch_size, **members, **task)
-
-
-def torchattack(name: str, settings: Callable[[float], dict]) -> Callable[..., Tensor]:
-    """attack(model, x, y, epsilon=, norm=) -> x_adv of torchattacks; settings(epsilon) are its arguments beside eps."""
-    def attack(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, norm: str) -> Tensor:
-        return getattr(package("torchattacks"), name)(model, eps=epsilon, **settings(epsilon))(x, y)
-
-    return attack
-
-
-def foolbox_fmn(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, norm: str) -> Tensor:
-    """foolbox's FMN, in l_inf alone: its l_2 form does not project."""
-    foolbox = package("foolbox")
-    network = foolbox.PyTorchModel(model, bounds=(0, 1), device=x.device)
-    return import_module("foolbox.attacks").LInfFMNAttack(steps=100)(network, x, y, epsilons=None)[0]
-
-
-def package(name: str) -> object:
-    """The module of that name.  Raises ValueError, with the command that installs it, where it is missing."""
-    try:
-        return import_module(name)
-    except ImportError as error:
-        raise ValueError(f"the other implementation comes from {name} ({error}): {INSTALL[name]}") from error
-
-
-OTHERS = {
-    "fgsm": torchattack("FGSM", lambda epsilon: {}),
-    "pgd100": torchattack("PGD", lambda epsilon: {"alpha": epsilon / 8, "steps": 100}),
-    "spsa": torchattack("SPSA", lambda epsilon: {"delta": 0.001, "lr": 0.01, "nb_iter": 100, "nb_sample": 256}),
-    "fmn100": foolbox_fmn,
-}
-SIDES = {"ours": ours, "reference": reference, "published": reference}
 
 
 @contextmanager
@@ -161,11 +137,12 @@ def compare(model: nn.Module, x: Tensor, y: Tensor, seed: int, cfg: Config, epsi
     """One row an attack, and one for the union of those run alone, with the figures of each side."""
     correct = predict(model, x).argmax(dim=1) == y
     task, rows, standing = {"epsilon": epsilon, "norm": cfg.norm}, [], dict.fromkeys(cfg.sides, correct)
+    theirs = partial(reference, others(cfg.md_attack))
     left, spent = {}, dict.fromkeys(cfg.sides, 0.0)  # by the ensemble; by the others together
     for name in cfg.attacks:
         row = {"attack": name, "seed": seed}
         for side in cfg.sides:
-            attack = partial(SIDES[side], name, seed, cfg.batch_size)
+            attack = partial(ours if side == "ours" else theirs, name, seed, cfg.batch_size)
             with network_of(side, model) as network:
                 row[side], robust = measure(attack, network, x, y, correct, **task)
             if len(cfg.sides) > 1:
@@ -193,7 +170,7 @@ def show(row: dict, *sides: str) -> None:
 def main(cfg: Config) -> None:
     if not cfg.checkpoint:
         raise UserError("name at least one --checkpoint")
-    if cfg.norm != "linf" and cfg.sides != ("ours",) and (found := [name for name in cfg.attacks if name in OTHERS]):
+    if cfg.norm != "linf" and cfg.sides != ("ours",) and (found := [name for name in cfg.attacks if name in others(None)]):
         raise UserError(f"{found[0]} is compared in l_inf alone")
     out = output_path(cfg.out, Path(cfg.out), whole_run=False) if cfg.out else None
     device, results = choose_device(cfg.device), []

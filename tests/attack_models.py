@@ -1,4 +1,7 @@
 """Small networks and batches for the tests of attacks, and the properties that hold for every one of them."""
+import sys
+import types
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -102,3 +105,26 @@ def assert_refuses_what_does_not_fit(attack, model: nn.Module, x: Tensor, y: Ten
         attack(model, x, y, keys=keys[1:])
     with pytest.raises(ValueError, match="unknown norm"):
         attack(model, x, y, keys=keys, norm="l7")
+
+
+def fake_package(monkeypatch, broken=False):
+    """A package with the published one's interface and its bad manners: it reseeds, ends tracing and writes into the logits."""
+
+    class AutoAttack:
+        def __init__(self, model, *, norm, eps, seed, version, device):
+            self.model, self.eps, self.seed, self.setting = model, eps, seed, (norm, version)
+
+        def run_standard_evaluation(self, x, y, *, batch_size):
+            torch.manual_seed(self.seed)
+            sys.settrace(None)
+            self.model(x).fill_(0.0)
+            if broken:
+                raise RuntimeError("no")
+            seen.append((self.setting, self.attacks_to_run, self.seed, batch_size))
+            return (x + self.eps).clamp(0, 1), y
+
+    seen = []
+    package = types.ModuleType("pyautoattack")
+    package.autoattack = types.SimpleNamespace(AutoAttack=AutoAttack)
+    monkeypatch.setitem(sys.modules, "pyautoattack", package)
+    return seen

@@ -1,5 +1,7 @@
 """MD and MDMT: the worst point of a linear model, schedules, early leave, batches, class counts."""
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from test_spsa import images, linear
 from attacks.margin_decomposition import md, mdmt, rival_gap, step_length
 from attacks.noise import example_keys
 
+GOLDEN, TOY = (json.loads((Path(__file__).parent / "golden" / f"{name}.json").read_text()) for name in ("md", "attacks_toy"))
 attacks = pytest.mark.parametrize("attack", (md, mdmt))
 
 
@@ -53,3 +56,34 @@ def test_the_steps_fall_along_two_cosines():
 def test_a_change_step_beyond_the_end_is_refused():
     with pytest.raises(ValueError, match="change_step"):
         md(linear(), images(1), torch.tensor([0]), epsilon=0.1, num_steps=10, change_step=10)
+
+
+def iterates_of(attack, monkeypatch) -> torch.Tensor:
+    """What the attack shows the network from the released code's start, [runs, num_steps + 1, B, ...], and the result."""
+    shape = (len(GOLDEN["rows"]), *torch.tensor(TOY["x"]).shape[1:])
+    x, start = (torch.tensor(GOLDEN[name], dtype=torch.float64).view(shape) for name in ("x", "start"))
+    weights = {name: torch.tensor(value, dtype=torch.float64) for name, value in TOY["model"].items()}
+    seen = []
+
+    class Net(torch.nn.Module):
+        def forward(self, x):
+            seen.append(x.detach().clone())
+            return torch.tanh(x.flatten(1) @ weights["W1"].T + weights["b1"]) @ weights["W2"].T + weights["b2"]
+
+    monkeypatch.setattr("attacks.margin_decomposition.first_iterate", lambda *_: start.clone())
+    attack(Net(), x, torch.tensor(GOLDEN["labels"]), epsilon=GOLDEN["epsilon"], num_steps=GOLDEN["num_steps"],
+           change_step=GOLDEN["change_step"])
+    return torch.stack(seen[attack is mdmt:]).view(-1, GOLDEN["num_steps"] + 1, *shape)
+
+
+def test_md_takes_the_steps_of_the_released_code(monkeypatch):
+    ours, theirs = iterates_of(md, monkeypatch), torch.tensor(GOLDEN["md_f64"], dtype=torch.float64)
+    assert torch.allclose(ours[:, 1:].flatten(3), theirs, rtol=0, atol=1e-8)
+    assert not torch.allclose(ours[0], ours[1], atol=1e-3)  # the two runs follow different terms
+
+
+def test_mdmt_ends_where_the_released_code_does(monkeypatch):
+    ours = iterates_of(mdmt, monkeypatch)[:, -1].flatten(2).unflatten(0, (9, 2))  # [class by rank, run, B, CHW]
+    for rank, ends in GOLDEN["mdmt_f64"].items():
+        assert torch.allclose(ours[int(rank)], torch.tensor(ends, dtype=torch.float64), rtol=0, atol=1e-8)
+    assert not torch.allclose(ours[0], ours[3], atol=1e-3)
