@@ -28,9 +28,10 @@ from harness.capacity import fitting_batch_size
 from harness.checkpoint import model_from
 from harness.config import run_script
 from harness.data import first_examples
+from harness.device import choose_device
 from harness.errors import RunError
 from harness.evaluation import evaluate
-from harness.run import choose_device, to_device
+from harness.precision import to_device
 from losses.margin import cw_loss, margin_weights
 from models import build_model
 

@@ -48,11 +48,12 @@ from harness.capacity import fitting_batch_size
 from harness.config import run_script
 from harness.curve_models import names_of, open_subject, reopen
 from harness.data import to_unit
+from harness.device import choose_device
 from harness.errors import UserError
 from harness.evaluation import num_outputs
 from harness.folder import resumable
 from harness.points import choose, load_split, pick
-from harness.run import choose_device, to_device
+from harness.precision import to_device
 from harness.sources import Split
 from losses.margin import margin_weights, probability_margin
 from models import build_model

@@ -20,8 +20,8 @@ from typing import Literal
 from harness import tables
 from harness.config import run_script
 from harness.errors import UserError
+from harness.folder import write_text
 from harness.report import output_path
-from harness.run import write_text
 
 COLUMNS = ("A_nat", "A_rob", "A_sa", "A_tr", *tables.ATTACKS.values())  # in this order
 

@@ -22,8 +22,10 @@ from torch.profiler import ProfilerActivity, profile
 from attacks.pgd import pgd
 from benchmarks.train_step import THREATS, image_shape_of
 from harness.config import run_script
+from harness.device import choose_device, command_line, environment
+from harness.folder import write_text
+from harness.precision import TrainingPrecision, choose_dtype, to_device
 from harness.report import output_path
-from harness.run import TrainingPrecision, choose_device, choose_dtype, command_line, environment, to_device, write_text
 from models import build_model
 
 # kind -> words that the names of its operations contain; the first kind that fits counts

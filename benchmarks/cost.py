@@ -28,9 +28,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from harness import plots
 from harness.config import run_script
 from harness.data import load_dataset
+from harness.device import ROOT, choose_device, command_line, environment
 from harness.errors import UserError
+from harness.folder import write_text
 from harness.report import output_path
-from harness.run import ROOT, choose_device, command_line, environment, write_text
 from harness.tables import defense
 
 

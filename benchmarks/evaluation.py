@@ -39,10 +39,12 @@ from attacks.pgd import cross_entropy, pgd
 from harness.checkpoint import model_from
 from harness.config import run_script
 from harness.data import first_examples, to_unit
+from harness.device import choose_device, command_line, environment
 from harness.errors import UserError
+from harness.folder import write_text
 from harness.ledger import Steady
+from harness.precision import to_device
 from harness.report import Protocol, open_subject, output_path
-from harness.run import choose_device, command_line, environment, to_device, write_text
 from losses.margin import cw_loss
 from models import build_model
 

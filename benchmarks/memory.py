@@ -30,9 +30,11 @@ import train_at_cifar10
 import train_at_mnist
 from harness.config import run_script
 from harness.data import Dataset, Split, load_dataset
+from harness.device import choose_device, command_line, environment
 from harness.errors import UserError
+from harness.folder import write_text
 from harness.report import output_path
-from harness.run import Run, choose_device, command_line, environment, write_text
+from harness.run import Run
 from models import build_model
 
 FIRST = 20  # batches after which nothing new should be needed

@@ -29,9 +29,11 @@ from benchmarks import train_step
 from harness import plots
 from harness.config import run_script
 from harness.data import to_unit
+from harness.device import choose_device, command_line, environment
 from harness.errors import UserError
+from harness.folder import write_text
+from harness.precision import to_device
 from harness.report import output_path
-from harness.run import choose_device, command_line, environment, to_device, write_text
 from models import build_model
 
 ATTACK_STEPS = 2  # of one timed attack of the evaluation

@@ -11,7 +11,7 @@ from curves import surface as surfaces
 from curves.class_distances import ClassDistances, summarize
 from curves.figures import Look
 from harness.curve_store import Results, write_columns, write_json
-from harness.run import command_line, environment
+from harness.device import command_line, environment
 from harness.sources import Split
 
 Thresholds = dict[str, tuple[float, ...]]

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from harness.data import Split, to_unit
+from harness.device import free_memory, peak_memory
 from harness.evaluation import num_outputs
 from harness.ledger import MULTIPLE, Steady
-from harness.run import free_memory, peak_memory
 
 PROBE = MULTIPLE     # images of the pass that is measured: attacks pad their batches to multiples of it
 SHARE = 0.5          # of the free memory for a forward and backward pass; the rest is for what the attacks keep beside it

@@ -9,6 +9,7 @@ number, and weights, gradients, running statistics and modes are as before. What
 but for the backward pass of a training step, whose failure ends the run. What is compiled later for another case of the same shape, such
 as a clean prediction, is not tried again.
 """
+import importlib.util
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +32,17 @@ ROUNDS, CALLS = 3, 4   # the best of so many rounds of so many calls is the time
 ROUNDING, LITTLE, MOST = 2.0, 0.05, 0.5
 
 
+def why_not_compile(device: torch.device, attack_steps: int) -> str | None:
+    """Why torch.compile is not worth a try on `device` in a run of so many attack steps; None where it is."""
+    if device.type != "cuda":
+        return "it gains nothing there"  # as measured on a CPU
+    if torch.cuda.get_device_capability(device) < (7, 0):
+        return "this GPU is older than Triton's compiler supports"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton, which compiles for the GPU, is not installed"
+    return f"{attack_steps:,} attack steps are too few for a minute of compiling" if attack_steps < ENOUGH_STEPS else None
+
+
 @dataclass
 class Verdict:
     """What is known of one piece: nothing yet (open), the kind of call that its compiled form is used for, or that it never is (None)."""
@@ -43,11 +55,11 @@ class Compilation:
     """The compiled forms of a run's attack step and network pass, and the verdicts on them; a copy of a model shares them.
 
     always: use what agrees even where it is slower; graphs: replay each form as one CUDA graph, whose outputs are copied before the next
-    replay writes them again; say: prints a line.
+    replay writes them again; say: prints a line; begin: called before the first trial.
     """
 
-    def __init__(self, always: bool, graphs: bool, say: Callable[[str], None]):
-        self.always, self.graphs, self.say = always, graphs, say
+    def __init__(self, always: bool, graphs: bool, say: Callable[[str], None], begin: Callable[[], None] = lambda: None):
+        self.always, self.graphs, self.say, self.begin = always, graphs, say, begin
         inductor = {"fallback_random": True} | ({"triton.cudagraphs": True} if graphs else {})  # dropout's numbers are those of plain torch
         self.compile = partial(torch.compile, dynamic=False, options=inductor)
         self.network = self.compile(_network_pass)
@@ -69,6 +81,7 @@ class Compilation:
         sizes = {name: value if isinstance(value, Tensor) else x_adv.new_full((), value) for name, value in sizes.items()}
         kind = (x_adv.shape, x_adv.dtype, settings["norm"], model.training, *(value.shape for value in sizes.values()))
         if self.step.open:
+            self._begin_once()
             self._try_step(model, steps, whole_step, settings | sizes, kind)
         if self.step.kind != kind:
             return plain()
@@ -123,6 +136,7 @@ class Compilation:
     def run(self, model: nn.Module, x: Tensor) -> Tensor:
         """model.plain(x), compiled if that has been proved for this shape: in the first pass with trainable parameters."""
         if self.passes.open and torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters()):
+            self._begin_once()
             self._try_pass(model, x)
         if self.passes.kind == x.shape:
             try:
@@ -171,6 +185,10 @@ class Compilation:
         self.say(f"torch.compile, {name}: {gain:.2f} times as fast, {100 * max(away):.2g} % away where float32 is "
                  f"{100 * max(rounding):.2g} %: {'used' if used else 'going on without it'}")
         return used
+
+    def _begin_once(self) -> None:
+        self.begin()
+        self.begin = lambda: None
 
     def _close(self, verdict: Verdict, kind: object) -> None:
         verdict.open, verdict.kind = False, kind

@@ -14,9 +14,10 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from harness.device import command_line
 from harness.errors import UserError
+from harness.folder import claim_folder, write_text
 from harness.report import dumps
-from harness.run import claim_folder, command_line, write_text
 from harness.sources import Split
 
 FILE = "distances.npz"

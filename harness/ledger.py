@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from harness.data import Split, to_unit
 from harness.errors import UserError
 from harness.evaluation import Record, observe
-from harness.run import write_text
+from harness.folder import write_text
 
 POOL = 8       # batches that an attack is given at once which refills its batch: what it does is written down after so many
 MULTIPLE = 32  # rows: a matrix product takes other kernels for its last few rows, whose rounding differs

@@ -13,9 +13,10 @@ from torch import Tensor
 from harness import plots
 from harness.checkpoint import own_architecture, read
 from harness.data import Dataset, load_dataset
+from harness.device import command_line, environment
 from harness.errors import UserError
 from harness.evaluation import Certificate
-from harness.run import command_line, environment, write_csv, write_text
+from harness.folder import write_csv, write_text
 
 NORMS = {"linf": "l_inf", "l2": "l_2"}  # as they are printed
 CHECKPOINTS = ("last", "best", "last_ema", "best_ema")  # what a run folder may hold, in the order of the result's columns

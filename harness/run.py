@@ -1,181 +1,29 @@
-"""A training run: its device, precision and seed, its folder and log, its steps and checkpoints, its end and its resumption."""
-import ctypes
+"""A training run: its folder and log, its steps and checkpoints, its end and its resumption."""
 import dataclasses
-import importlib.util
 import json
-import os
-import platform
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from harness import checkpoint, distributed, plots
-from harness.compilation import ENOUGH_STEPS, Compilation
+from harness.compilation import Compilation, why_not_compile
 from harness.data import Dataset, training_batches
+from harness.device import choose_device, command_line, environment
 from harness.errors import RunError, UserError
 from harness.folder import claim_folder, write_csv, write_text
 from harness.memory import Memory
 from harness.metrics import Means, WeightStatistics
+from harness.precision import TrainingPrecision, bare, choose_dtype, to_device
 
-ROOT = Path(__file__).resolve().parents[1]
 CHECK_SECONDS = 1.0  # how often the host looks at the loss: for the bar, and for a value that is not finite
-
-
-def choose_device(name: str) -> torch.device:
-    """The device called `name`; `auto` is the GPU where there is one.  Raises UserError for one that is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    _keep_freed_memory()
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise UserError(f"--device {name} is not available here: use auto or cpu") from None
-    return device
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc reuse freed memory instead of giving it back: a SmallCNN step takes 20 % less time without the page faults."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        mallopt(-4, 0)          # M_MMAP_MAX: no separate mapping for a large block
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep the top of the heap
-
-
-def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The type of training's convolutions and products; `auto` is bfloat16 where the hardware multiplies it natively."""
-    if precision == "auto":
-        if device.type == "cuda":
-            fast = torch.cuda.get_device_capability(device) >= (8, 0)
-        else:
-            probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-            fast = device.type == "cpu" and any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
-        precision = "bf16" if fast else "float32"
-    return {"bf16": torch.bfloat16, "float32": torch.float32}[precision]
-
-
-def why_not_compile(device: torch.device, attack_steps: int) -> str | None:
-    """Why torch.compile is not worth a try on `device` in a run of so many attack steps; None where it is."""
-    if device.type != "cuda":
-        return "it gains nothing there"  # as measured on a CPU
-    if torch.cuda.get_device_capability(device) < (7, 0):
-        return "this GPU is older than Triton's compiler supports"
-    if importlib.util.find_spec("triton") is None:
-        return "Triton, which compiles for the GPU, is not installed"
-    return f"{attack_steps:,} attack steps are too few for a minute of compiling" if attack_steps < ENOUGH_STEPS else None
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on `device`; where it shares the system's memory, those that the system, or the container, can still give."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    info, group = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
-    if info.exists():
-        free = 1024 * int(next(line for line in info.read_text().splitlines() if line.startswith("MemAvailable")).split()[1])
-    else:
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    if (group / "memory.max").exists() and (limit := (group / "memory.max").read_text().strip()) != "max":
-        cache = next(int(line.split()[1]) for line in (group / "memory.stat").read_text().splitlines() if line.startswith("inactive_file"))
-        free = min(free, int(limit) - int((group / "memory.current").read_text()) + cache)
-    return max(free, 0)
-
-
-def peak_memory(device: torch.device, work: Callable[[], object]) -> int:
-    """Bytes that work() takes at most; on a CPU, which keeps no account, those that autograd keeps for its backward passes."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        work()
-        return torch.cuda.max_memory_allocated(device) - before
-    kept = {}  # storage -> bytes
-
-    def keep(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter):
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        work()
-    return sum(kept.values())
-
-
-def to_device(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model on `device`, its convolution weights channels last (in float32 2.4x faster for LeNet on a CPU, 1.3x for SmallCNN)."""
-    return model.to(device, memory_format=torch.channels_last)
-
-
-class TrainingPrecision(nn.Module):
-    """`module` with its convolutions and products in `dtype` (autocast), channels last; logits come out in float32.
-
-    With a `compilation` its passes and the steps of a PGD on it are compiled, once that has been proved to be the same and faster. The
-    logits are a copy: a CUDA graph writes its own outputs again in the next pass, when those of this one may still be needed.
-    """
-
-    def __init__(self, module: nn.Module, dtype: torch.dtype, compilation: Compilation | None = None):
-        super().__init__()
-        self.module = module
-        self.dtype = dtype
-        self.compilation = compilation
-
-    def forward(self, x: Tensor) -> Tensor:
-        alone = torch.compiler.is_compiling() or self.compilation is None  # or a part of what is being compiled
-        return (self.plain(x) if alone else self.compilation.run(self, x)).to(torch.float32, copy=True)
-
-    def plain(self, x: Tensor) -> Tensor:
-        """The pass itself, its logits in the type that they come in."""
-        x = x.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(x.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            return self.module(x)
-
-    def pgd_step(self, steps: Callable, whole_step: Callable, x_adv: Tensor, settings: dict[str, object]) -> Callable:
-        """The steps of an attack on this model, in one of the two forms that `attacks.pgd.pgd` offers."""
-        if self.compilation is None:
-            return steps(self, **settings)
-        return self.compilation.pgd_step(self, steps, whole_step, x_adv, settings)
-
-
-def bare(model: nn.Module) -> nn.Module:
-    """The network itself, in float32, without the wrappers of training."""
-    while isinstance(model, (DistributedDataParallel, TrainingPrecision)):
-        model = model.module
-    return model
-
-
-def environment(device: torch.device) -> dict[str, object]:
-    """Hardware and versions behind a number."""
-    if device.type == "cuda":
-        hardware = torch.cuda.get_device_name(device)
-    else:
-        lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-        hardware = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return {"device": device.type, "hardware": hardware, "threads": torch.get_num_threads(), "torch": torch.__version__,
-            "python": platform.python_version(), "system": platform.system(), "commit": _commit()}
-
-
-def _commit() -> str | None:
-    """The commit that these files are at, `+` behind it where they differ from it; None outside a checkout."""
-    try:
-        git = ["git", "-C", str(ROOT)]
-        commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        return commit + ("+" if subprocess.run([*git, "diff", "--quiet", "HEAD"], check=False).returncode else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def command_line() -> str:
-    """The command that started this process, as a user would type it."""
-    script = Path(sys.argv[0]).resolve()
-    shown = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script
-    return shlex.join(["python", str(shown), *sys.argv[1:]])
 
 
 class Run:
@@ -267,8 +115,8 @@ class Run:
                 return None
         if self.cfg.compile == "off":
             return None
-        self.say("torch.compile is tried on the first batch, which takes about a minute")
-        return Compilation(self.cfg.compile == "on", self.cfg.graphs and self.device.type == "cuda", self.say)
+        return Compilation(self.cfg.compile == "on", self.cfg.graphs and self.device.type == "cuda", self.say,
+                           partial(self.say, "torch.compile is tried on the first batch, which takes about a minute"))
 
     def split(self, model: nn.Module, split_first_layer: Callable[[nn.Module], tuple]) -> tuple[nn.Module, nn.Module]:
         """(f0, rest) of a model from `build`, rest(f0(x)) = model(x), in the training precision; their gradients wait for `update`."""

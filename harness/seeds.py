@@ -5,9 +5,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from harness.device import command_line
 from harness.errors import UserError
 from harness.folder import claim_folder, write_text
-from harness.run import command_line
 
 
 def one_a_seed(config: object, script: str) -> Iterator[object]:

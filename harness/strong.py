@@ -16,12 +16,12 @@ from tqdm import tqdm
 
 from harness import distributed, ledger, report, sanity
 from harness.data import Split, to_unit
+from harness.device import command_line
 from harness.errors import UserError
 from harness.evaluation import Certificate, Record, accuracies, class_accuracy, confusion, num_outputs
-from harness.folder import resumable
+from harness.folder import resumable, write_text
 from harness.ledger import UNTOUCHED, Ledger, Steady, broken
 from harness.metrics import weighted_accuracy, wilson_interval
-from harness.run import command_line, write_text
 
 ENSEMBLES = ("autoattack-reference", "autoattack", "mde")  # columns that PGD is compared with, the first one that there is
 

@@ -19,7 +19,7 @@ from benchmarks.train_step import Config, main
 from harness.config import parse_config
 from harness.data import training_batches
 from harness.errors import UserError
-from harness.run import bare
+from harness.precision import bare
 from models import build_model
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -10,8 +10,8 @@ from torch import nn
 from harness import capacity
 from harness.capacity import FASTEST_ON_CPU, PROBE, fitting_batch_size
 from harness.data import Split
+from harness.device import free_memory, peak_memory
 from harness.errors import UserError
-from harness.run import free_memory, peak_memory
 from models import build_model
 
 

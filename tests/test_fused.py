@@ -8,7 +8,7 @@ from torch import nn
 
 from attacks.frozen import frozen
 from attacks.pgd import pgd
-from harness.run import TrainingPrecision, to_device
+from harness.precision import TrainingPrecision, to_device
 from models import build_model, fused
 from models.fused import conv_norm_relu
 from models.wide_resnet import WideResNet
