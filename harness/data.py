@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from harness.errors import UserError
-from harness.sources import DATASETS, SPLIT_SEED, Extra, Split, load_extra, load_image_folder
+from harness.generated import Extra, load_extra
+from harness.sources import DATASETS, SPLIT_SEED, Split, load_image_folder
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,15 @@
-"""Where images come from: the named data sets, image folders, and files of generated images.
+"""Where images come from: the named data sets and image folders; files of generated images are in harness/generated.py.
 
 mnist, fmnist, cifar10, cifar100, svhn   from torchvision, downloaded on first use; svhn without its `extra` part
 tiny-imagenet                    tiny-imagenet-200.zip or the folder it unpacks to, downloaded on first use
 digits                           1,797 real handwritten digits that scikit-learn carries, resized to 28x28: nothing to download
 a folder                         any image folder, train/CLASS/* and test/CLASS/*
-a file of generated images       .npz with `image` [N, H, W, C] and `label` [N], as released with DM-Improves-AT (Wang et al., ICML 2023)
 """
 import hashlib
 import importlib.util
-import math
 import secrets
-import struct
 import urllib.request
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -57,23 +53,6 @@ class Split:
         return Split(self.images.to(device), self.labels.to(device), self.index.to(device))
 
 
-@dataclass(frozen=True)
-class Extra:
-    """Generated images [N, H, W, C] uint8, mapped from their file and never all in memory, labels [N] int64, and the first's index."""
-
-    images: np.memmap
-    labels: Tensor
-    first_index: int = 0
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, rows: Tensor) -> Split:
-        """The examples of `rows` [b] int64 on the CPU, read from the file; row 0 has the index `first_index`."""
-        images = torch.from_numpy(self.images[rows.numpy()]).permute(0, 3, 1, 2).contiguous()
-        return Split(images, self.labels[rows], self.first_index + rows)
-
-
 def _split(images: np.ndarray | Tensor, labels: np.ndarray | Tensor) -> Split:
     """Images [N, H, W] or [N, H, W, C] as a Split."""
     images, labels = torch.as_tensor(images), torch.as_tensor(labels, dtype=torch.int64)
@@ -98,12 +77,12 @@ def _torchvision(cls_name: str, data_dir: Path, option: str = "train", values: t
     try:
         return [cls(data_dir, **{option: value}, download=True) for value in values]
     except Exception as error:
-        raise UserError(f"{cls_name} is not in {data_dir.resolve()}, or damaged there, and could not be downloaded ({_reason(error)}): put "
+        raise UserError(f"{cls_name} is not in {data_dir.resolve()}, or damaged there, and could not be downloaded ({reason(error)}): put "
                         f"whole files there as torchvision.datasets.{cls_name} lays them out, name their folder with --data_dir, or "
                         "use --dataset digits") from error
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """The first line of an error's message."""
     return str(error).split("\n")[0].rstrip(":")
 
@@ -178,7 +157,7 @@ def _decode(files: list[Path | zipfile.Path], title: str) -> tuple[np.ndarray, b
                 grey = grey and image.mode in ("1", "L")
                 pixels = np.asarray(image.convert("RGB"))
         except Exception as error:  # PIL has no error of its own for a damaged file
-            raise UserError(f"{file} cannot be read as an image ({_reason(error)}): mend or remove it") from error
+            raise UserError(f"{file} cannot be read as an image ({reason(error)}): mend or remove it") from error
         if images is None:
             images = np.empty((len(files), *pixels.shape), np.uint8)
         if pixels.shape != images.shape[1:]:
@@ -216,14 +195,14 @@ def _read_cache(cache: Path) -> dict | None:
 
 def _write_cache(cache: Path, arrays: dict) -> None:
     try:
-        with _written(cache) as file:
+        with written(cache) as file:
             np.savez(file, **arrays)
     except OSError:  # a read-only data folder: decode every time
         pass
 
 
 @contextmanager
-def _written(target: Path) -> Iterator[BinaryIO]:
+def written(target: Path) -> Iterator[BinaryIO]:
     """A file that gets the name `target` when the block ends well, and is removed when it does not."""
     unfinished = target.with_name(f"{target.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -235,7 +214,7 @@ def _written(target: Path) -> Iterator[BinaryIO]:
         raise
 
 
-def _copy(source: BinaryIO, target: BinaryIO | None, size: int | None, title: str) -> str:
+def copy_stream(source: BinaryIO, target: BinaryIO | None, size: int | None, title: str) -> str:
     """Copy all of `source`, of `size` bytes where that is known, behind a progress bar.  Returns its MD5; reads only for None."""
     digest = hashlib.md5()
     with tqdm(total=size, desc=title, unit="B", unit_scale=True, disable=None) as bar:
@@ -273,20 +252,20 @@ def _download_tiny_imagenet(archive: Path) -> None:
     print(f"{archive.name} is not in {archive.parent}, and neither is the folder {TINY}: downloading it", flush=True)
     try:
         archive.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(TINY_URL, timeout=60) as response, _written(archive) as file:
-            found = _copy(response, file, int(response.headers.get("Content-Length", 0)) or None, f"downloading {archive.name}")
+        with urllib.request.urlopen(TINY_URL, timeout=60) as response, written(archive) as file:
+            found = copy_stream(response, file, int(response.headers.get("Content-Length", 0)) or None, f"downloading {archive.name}")
             if found != TINY_MD5:
                 raise OSError(f"what came from {TINY_URL} has MD5 {found}, not {TINY_MD5}: try again")
     except (OSError, HTTPException, ValueError) as error:
         raise UserError(f"{archive.name} is not in {archive.parent.resolve()}, nor is the folder {TINY}, and it could not be downloaded "
-                        f"({_reason(error)}): put the file {TINY_URL} there, name its folder with --data_dir, or use --dataset digits"
+                        f"({reason(error)}): put the file {TINY_URL} there, name its folder with --data_dir, or use --dataset digits"
                         ) from error
 
 
 def _read_tiny_archive(archive: Path) -> dict[str, np.ndarray]:
     """The arrays of _read_tiny_files, straight from the zip: nothing is unpacked."""
     with open(archive, "rb") as file:
-        found = _copy(file, None, archive.stat().st_size, f"checking {archive.name}")
+        found = copy_stream(file, None, archive.stat().st_size, f"checking {archive.name}")
     if found != TINY_MD5:
         raise UserError(f"{archive} is damaged or another file: its MD5 is {found}, not {TINY_MD5}; remove it and start again, which "
                         f"downloads it, or download it again from {TINY_URL}")
@@ -342,88 +321,3 @@ DATASETS = {
     "tiny-imagenet": load_tiny_imagenet,
     "digits": load_digits,
 }
-
-
-# ---- generated images ----------------------------------------------------------------------------------------------------------------
-
-def load_extra(path: str | Path, num_classes: int, image_shape: tuple[int, int, int], first_index: int = 0) -> Extra:
-    """Generated images beside a training set of (C, H, W) images: an .npz with `image` [N, H, W, C] uint8 and `label` [N] integer.
-
-    The images are mapped into memory where they lie in the file; where they are compressed they are unpacked once to
-    <name>-image-<checksum>.npy beside it. `first_index` is the first image's index: the size of the training set, so that no real one
-    has it. Raises UserError for a missing or damaged file, missing keys, and images or labels that do not fit the training set.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"there is no file {path} of generated images: download one (for CIFAR-10 and others at "
-                        "https://huggingface.co/datasets/P2333/DM-Improves-AT) and name it with --extra_data")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            keys = [name.removesuffix(".npy") for name in archive.namelist()]
-            if not {"image", "label"} <= set(keys):
-                raise UserError(f"{path} has the keys {', '.join(keys) or '(none)'}: a file of generated images has image and label")
-            labels = _read_labels(archive, path, num_classes)
-            images = _map_images(archive, path, image_shape)
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, OSError, RuntimeError) as error:
-        raise UserError(f"{path} cannot be read as an .npz file ({_reason(error)}): download it again") from error
-    if len(labels) != len(images):
-        raise UserError(f"{path} has {len(labels):,} labels for {len(images):,} images")
-    return Extra(images, torch.from_numpy(labels), first_index)
-
-
-def _read_labels(archive: zipfile.ZipFile, path: Path, num_classes: int) -> np.ndarray:
-    """label.npy [N] of the archive at `path` as int64.  Raises UserError unless all are integers from 0 to num_classes - 1."""
-    with archive.open("label.npy") as stream:
-        labels = np.lib.format.read_array(stream, allow_pickle=False)
-    if labels.dtype.kind not in "iu" or labels.ndim != 1 or not len(labels):
-        raise UserError(f"{path}: label is {labels.dtype} {list(labels.shape)}, not integers [N]")
-    if labels.min() < 0 or labels.max() >= num_classes:
-        raise UserError(f"{path}: labels go from {labels.min()} to {labels.max()}, but this training set has the classes 0 to "
-                        f"{num_classes - 1}")
-    return labels.astype(np.int64)
-
-
-def _map_images(archive: zipfile.ZipFile, path: Path, image_shape: tuple[int, int, int]) -> np.memmap:
-    """image.npy [N, H, W, C] of the archive at `path`, mapped into memory.  Raises UserError for another type or shape."""
-    info = archive.getinfo("image.npy")
-    with archive.open(info) as stream:
-        shape, fortran, dtype = _npy_header(stream)
-        header = stream.tell()
-    channels, height, width = image_shape
-    if shape[1:] != (height, width, channels) or dtype != np.uint8 or not shape[0]:
-        raise UserError(f"{path}: image is {dtype} {list(shape)}, but this training set needs uint8 [N, {height}, {width}, {channels}]")
-    if info.file_size != header + math.prod(shape):
-        raise ValueError(f"image.npy has {info.file_size:,} bytes, but its header announces {header + math.prod(shape):,}")
-    if info.compress_type == zipfile.ZIP_STORED:
-        return np.memmap(path, np.uint8, "r", _member_offset(path, info) + header, shape, "F" if fortran else "C")
-    return np.memmap(_unpack(archive, info, path), np.uint8, "r", header, shape, "F" if fortran else "C")
-
-
-def _npy_header(stream: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, whether in Fortran order, and type of the array of a .npy file, read from its beginning."""
-    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    version = np.lib.format.read_magic(stream)
-    if version not in readers:
-        raise ValueError(f"image.npy has format {version}, which is none of numbers")
-    return readers[version](stream)
-
-
-def _member_offset(path: Path, info: zipfile.ZipInfo) -> int:
-    """Where the bytes of a stored member begin in its zip file: behind its local header of 30 bytes, its name and its extra field."""
-    with open(path, "rb") as file:
-        file.seek(info.header_offset + 26)
-        return info.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
-
-
-def _unpack(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> Path:
-    """A compressed member as a file of its own beside `path`, made once.  Raises UserError where it cannot be written."""
-    target = path.with_name(f"{path.stem}-image-{info.CRC:08x}.npy")
-    if not target.is_file() or target.stat().st_size != info.file_size:
-        print(f"{path} is compressed: unpacking its images once to {target}", flush=True)
-        try:
-            with archive.open(info) as stream, _written(target) as file:
-                _copy(stream, file, info.file_size, f"unpacking {path.name}")
-        except OSError as error:
-            raise UserError(f"{path} is compressed, and its {info.file_size / 1e9:.1f} GB cannot be unpacked to {target} "
-                            f"({error.strerror}): put it where there is room for that") from error
-    return target

@@ -21,9 +21,11 @@ import torch
 import torchvision
 from PIL import Image
 
-from harness import sources
-from harness.data import Extra, Split, load_dataset, load_extra, training_batches
+from harness import generated, sources
+from harness.data import load_dataset, training_batches
 from harness.errors import UserError
+from harness.generated import Extra, load_extra
+from harness.sources import Split
 
 RNG = np.random.default_rng(5)
 
@@ -470,7 +472,7 @@ def test_compressed_images_are_unpacked_once_beside_the_file(tmp_path, monkeypat
     unpacked, = tmp_path.glob("*.npy")
     assert unpacked.name.startswith("1m-image-") and np.array_equal(np.load(unpacked), IMAGES) and len(list(tmp_path.iterdir())) == 2
     assert "unpacking" in capsys.readouterr().out
-    monkeypatch.setattr(sources, "_copy", None)
+    monkeypatch.setattr(generated, "copy_stream", None)
     extra = load_extra(path, 4, SHAPE)
     assert_holds(extra)
     assert Path(extra.images.filename) == unpacked and "unpacking" not in capsys.readouterr().out
@@ -496,7 +498,7 @@ def test_images_that_cannot_be_unpacked_are_refused_and_leave_nothing(tmp_path, 
         raise OSError(28, "No space left on device")
 
     path = write_extra(tmp_path / "1m.npz", np.savez_compressed)
-    monkeypatch.setattr(sources, "_copy", full)
+    monkeypatch.setattr(generated, "copy_stream", full)
     message = refusal(load_extra, path, 4, SHAPE)
     assert str(path) in message and "No space left" in message and list(tmp_path.iterdir()) == [path]
 
