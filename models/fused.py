@@ -9,9 +9,6 @@ In float64 this is just that sequence of modules. With frozen parameters, the fi
   - addition and ReLU happen while the convolution writes its result;
   - the input gradient of a convolution of few input channels, for which the library leaves most of its vector units idle, is a
     convolution of the flipped kernel at the places of a tile at once, its stride the tile: its channels become the tile's pixels.
-In bfloat16 a convolution of few input channels, the first layer, has its weights to sixteen bits all the same: w = hi + lo, both
-bfloat16, as one convolution of the channels twice over. The sign of the image's gradient hangs on these weights; rounded to eight bits they
-make an attack on another network than the one that is delivered.
 With trainable parameters too, a 3x3 convolution in bfloat16 on a map of 4x4 pixels or less is a matrix product of its patches, where the
 library's takes three times as long, and its weight gradient six times. Without a norm, on larger maps and with more channels it is
 bit for bit what the modules give; else the same function up to rounding. A convolution whose attribute `fuse` is False stays a module,
@@ -25,7 +22,6 @@ from torch import Tensor, nn
 
 SMALL_MAP, SMALL_MAP_CHANNELS = 16, 128  # at most so many pixels a map, at least so many channels, for patches to be worth it
 FEW_CHANNELS = 8  # at most so many channels of the input, for a tile to be worth it
-EXACT_CHANNELS = 4  # at most so many channels of the input, those of images, for the weights to keep sixteen bits in bfloat16
 ENABLED = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
 
 
@@ -34,8 +30,6 @@ def conv_norm_relu(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d | None = Non
     kind = "cpu" if x.is_meta else x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     here, small = _here(x, conv), _small(x, conv, dtype)
-    if _exact(conv, dtype):
-        x = x.to(dtype).permute(0, 2, 3, 1).repeat(1, 1, 1, 2).permute(0, 3, 1, 2)  # channels twice, channels last
     if (here or _folds_elsewhere(x, conv, norm)) and _fusible(conv, norm, dtype):
         frozen = _frozen(conv, norm, dtype)
         if here and not small:
@@ -43,25 +37,12 @@ def conv_norm_relu(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d | None = Non
         out = (_convolve_patches(x.to(dtype), frozen.weight, frozen.bias, conv.stride) if here else
                F.conv2d(x.to(dtype), frozen.weight, frozen.bias, conv.stride, conv.padding))
     else:
-        out = (_convolve_patches(*(t if t is None else t.to(dtype) for t in (x, conv.weight, conv.bias)), conv.stride) if small else
-               F.conv2d(x, _halves(conv.weight), conv.bias, conv.stride, conv.padding, conv.dilation) if _exact(conv, dtype) else conv(x))
+        out = _convolve_patches(*(t if t is None else t.to(dtype) for t in (x, conv.weight, conv.bias)), conv.stride) if small else conv(x)
         if norm is not None:
             out = norm(out)
     if add is not None:
         out += add
     return F.relu(out, inplace=True) if relu else out
-
-
-def _exact(conv: nn.Conv2d, dtype: torch.dtype) -> bool:
-    """Whether the weights are to keep sixteen bits in bfloat16; x then comes with its channels twice."""
-    return (dtype == torch.bfloat16 and conv.weight.dtype == torch.float32 and conv.in_channels <= EXACT_CHANNELS and conv.groups == 1
-            and conv.padding_mode == "zeros" and getattr(conv, "fuse", True))
-
-
-def _halves(weight: Tensor) -> Tensor:
-    """hi and lo [K, 2 C, h, w] in bfloat16, hi + lo = weight to sixteen bits; the gradient goes through hi alone, once."""
-    high = weight.to(torch.bfloat16)
-    return torch.cat([high, (weight - high).detach().to(torch.bfloat16)], dim=1)
 
 
 def _here(x: Tensor, conv: nn.Conv2d) -> bool:
@@ -107,7 +88,7 @@ def _frozen(conv: nn.Conv2d, norm: nn.BatchNorm2d | None, dtype: torch.dtype) ->
                 scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
                 weight = weight * scale[:, None, None, None]
                 bias = norm.bias + ((0.0 if bias is None else bias) - norm.running_mean) * scale
-            weight = (_halves(weight) if _exact(conv, dtype) else weight.to(dtype)).contiguous(memory_format=torch.channels_last)
+            weight = weight.to(dtype).contiguous(memory_format=torch.channels_last)
             bias = None if bias is None else bias.to(dtype)
             conv.frozen = _Frozen(state, weight, bias, conv.stride, conv.padding, _tiled(conv, weight))
     return conv.frozen
@@ -153,9 +134,9 @@ def _tile(channels: int, dtype: torch.dtype) -> tuple[int, int]:
 
 def _tiled(conv: nn.Conv2d, weight: Tensor) -> Tensor | None:
     """The flipped kernel of `weight` [K, C, h, w] at each place of a tile of r x c pixels, [r c C, K, h + r - 1, w + c - 1]."""
-    if weight.shape[1] > FEW_CHANNELS or conv.stride != (1, 1) or not all(0 <= p < k for p, k in zip(conv.padding, conv.kernel_size)):
+    if conv.in_channels > FEW_CHANNELS or conv.stride != (1, 1) or not all(0 <= p < k for p, k in zip(conv.padding, conv.kernel_size)):
         return None
-    rows, columns = _tile(weight.shape[1], weight.dtype)
+    rows, columns = _tile(conv.in_channels, weight.dtype)
     flipped = weight.flip(2, 3).transpose(0, 1)  # [C, K, h, w]
     places = [F.pad(flipped, (column, columns - 1 - column, row, rows - 1 - row)) for row in range(rows) for column in range(columns)]
     return torch.cat(places).contiguous(memory_format=torch.channels_last)

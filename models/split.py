@@ -3,19 +3,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from models.fused import conv_norm_relu
 from models.normalize import Normalized
-
-
-class _Convolution(nn.Module):
-    """A first layer that is a convolution, as the network itself runs it."""
-
-    def __init__(self, layer: nn.Conv2d):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        return conv_norm_relu(x, self.layer, relu=False)
 
 
 def split_first_layer(model: nn.Module) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
@@ -29,6 +17,5 @@ def split_first_layer(model: nn.Module) -> tuple[nn.Module, Callable[[Tensor], T
     if not isinstance(getattr(network, "first_layer", None), nn.Module) or not callable(getattr(network, "after_first_layer", None)):
         raise ValueError(f"the network {type(network).__name__} cannot be split behind its first layer: give it a property first_layer "
                          "(the module that receives the images) and a method after_first_layer(features) that goes on to the logits")
-    first = _Convolution(network.first_layer) if isinstance(network.first_layer, nn.Conv2d) else network.first_layer
-    first = nn.Sequential(model.normalize, first) if isinstance(model, Normalized) else first
+    first = nn.Sequential(model.normalize, network.first_layer) if isinstance(model, Normalized) else network.first_layer
     return first, lambda features: network.after_first_layer(features.clone())  # a clone: the network may work in place

@@ -68,7 +68,7 @@ class WideResNet(nn.Module):
         return self.conv1
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.after_first_layer(conv_norm_relu(x, self.first_layer, relu=False))  # [B, K]
+        return self.after_first_layer(self.first_layer(x))  # [B, K]
 
     def after_first_layer(self, out: Tensor) -> Tensor:
         """The logits [B, K] from the output of `first_layer` on."""

@@ -69,37 +69,10 @@ def test_the_input_gradient_of_few_channels_is_the_librarys(shape, dtype, monkey
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         _, ours = value_and_gradients(lambda x, _: conv_norm_relu(x, conv, relu=False), x, None)
         _, theirs = value_and_gradients(lambda x, _: convolve(x, conv.weight, conv.bias, padding=padding), x, None)
-    rows, columns = {1: (4, 4)}.get(channels, (2, 2)) if dtype == torch.float32 else (1, 4 if channels < 3 else 2)
+    rows, columns = {1: (4, 4)}.get(channels, (2, 2)) if dtype == torch.float32 else (1, 4 if channels < 5 else 2)
     fits = channels < 9 and height % rows == 0 and width % columns == 0 and width > columns
     assert len(tiled) == fits and ours.shape == x.shape
     torch.testing.assert_close(ours, theirs, **({"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.05}))
-
-
-@pytest.mark.parametrize("place", ("cpu", "elsewhere"))
-@pytest.mark.parametrize("trained", (False, True))
-@pytest.mark.parametrize("channels", (1, 3, 5))
-def test_the_first_layer_keeps_sixteen_bits_of_its_weights_in_bfloat16(channels, trained, place, monkeypatch):
-    if place == "elsewhere":
-        monkeypatch.setattr(fused, "_here", lambda *_: False)
-    conv = nn.Conv2d(channels, 6, 3, padding=1, bias=False).requires_grad_(trained)
-    with torch.no_grad():
-        conv.weight.zero_()
-        conv.weight[:, :, 1, 1], conv.weight[:, :, 1, 0] = 1 + 2**-12, -1.0  # eight bits make nothing of their sum
-    x = torch.ones(2, channels, 8, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
-
-    def value_and_slopes(run):
-        with torch.autocast("cpu", torch.bfloat16):
-            out = run(x)
-        return out, *torch.autograd.grad(out.float().sum(), [x, *(parameter for parameter in (conv.weight,) if trained)])
-
-    out, slope, *of_weights = value_and_slopes(lambda x: conv_norm_relu(x, conv, relu=False))
-    kept = 2**-12 if channels < 5 else 0.0
-    assert out.dtype == torch.bfloat16 and out[..., 1:].unique().tolist() == [channels * kept]
-    assert slope[..., :-1].unique().tolist() == [6 * kept]
-    if trained:
-        torch.testing.assert_close(of_weights[0], value_and_slopes(conv)[2], rtol=0.01, atol=0.0)  # each weight's gradient once
-    conv.fuse = False
-    assert value_and_slopes(lambda x: conv_norm_relu(x, conv, relu=False))[0][..., 1:].unique().tolist() == [0.0]
 
 
 @pytest.mark.parametrize("stride", (1, 2))
