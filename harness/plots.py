@@ -6,6 +6,7 @@ import argparse
 import csv
 import json
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -192,14 +193,19 @@ def confusion(result: dict, path: Path) -> None:
 
 
 def cost(rows: list[dict], path: Path) -> None:
-    """Robust accuracy against training time, one point a row: `defense`, `A_rob`, its interval `ci95` in %, and `seconds`."""
+    """Robust accuracy against training time, one point a row: `defense`, `A_rob`, its interval `ci95` in %, and `seconds`.
+
+    A defense that occurs more than once is told apart by its row's `result`, the folder that it was read from.
+    """
+    count = Counter(row["defense"] for row in rows)
     figure, axes = _figure(1, 8.5, 4.8)
     axis = axes[0]
     styles = [(colour, marker) for _, marker in STYLES for colour in COLOURS]
     for row, (colour, marker) in zip(sorted(rows, key=lambda row: row["seconds"]), styles * (1 + len(rows) // len(styles))):
         low, high = row["ci95"]
         axis.errorbar(row["seconds"] / 60, row["A_rob"], [[row["A_rob"] - low], [high - row["A_rob"]]], color=colour, marker=marker,
-                      linestyle="none", capsize=3, label=row["defense"])
+                      linestyle="none", capsize=3,
+                      label=row["defense"] + (f" ({row['result'].removeprefix('results/')})" if count[row["defense"]] > 1 else ""))
     axis.set_xlabel("training time, minutes")
     axis.set_ylabel("A_rob, % (95 % intervals)")
     axis.set_xlim(left=0)

@@ -348,3 +348,10 @@ def test_a_file_that_is_not_ours_is_refused_in_one_line(tmp_path, name, text):
     (tmp_path / name).write_text(text, encoding="latin-1")
     with pytest.raises(UserError, match="is no run or result of these scripts"):
         plots.redraw(tmp_path)
+
+
+def test_a_defense_that_was_trained_twice_is_told_apart_in_the_figure_of_costs(figure):
+    rows = [{"defense": name, "A_rob": 90.0, "ci95": [89.0, 91.0], "seconds": 60.0, "result": f"results/{folder}"}
+            for name, folder in (("AT", "a"), ("AT", "b"), ("MART", "c"))]
+    legend = figure(plots.cost, rows).axes[0].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["AT (a)", "AT (b)", "MART"]
