@@ -154,7 +154,7 @@ def test_the_table_of_strong_attacks_is_that_of_its_files():
     assert len(files) >= 15
     for file in files:
         result = json.loads(file.read_text())
-        attacked = [result["attacks"][name]["accuracy"] for name in ("pgd100", "cw", "fmn100", "autoattack")]
+        attacked = [result["attacks"][name]["accuracy"] for name in ("pgd100", "cw", "fmn100", "autoattack", "mde")]
         worst = result["worst_case"]
         cells = [result["A_nat"], result["A_rob"], *attacked, worst["accuracy"], worst["A_sa"]["2.0"]]
         verdict = result["verdict"].removeprefix("suspicious: ").replace("ok", "-")
