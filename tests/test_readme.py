@@ -199,7 +199,9 @@ def test_the_table_of_evaluations_is_that_of_its_files():
 
 
 def test_the_comparison_of_precisions_is_that_of_its_files():
-    for path, label in (("fast", "bfloat16"), ("sixteen-bits", "bfloat16, first layer to sixteen bits"), ("float32", "float32, eager")):
+    labels = {"fast": "bfloat16", "rounding": "bfloat16, other rounding", "sixteen-bits": "bfloat16, first layer to sixteen bits",
+              "float32": "float32, eager"}
+    for path, label in labels.items():
         results = [json.loads((ROOT / f"results/proof/{path}-seed{seed}/eval.json").read_text()) for seed in range(3)]
         columns = [[result["A_nat"], result["A_rob"], result["A_sa"]["1.0"], result["A_sa"]["2.0"]] for result in results]
         cells = " | ".join(f"{mean(values):.2f} ± {stdev(values):.2f}" for values in zip(*columns, strict=True))
