@@ -22,9 +22,9 @@ from torch.profiler import ProfilerActivity, profile
 from attacks.pgd import pgd
 from benchmarks.train_step import THREATS, image_shape_of
 from harness.config import run_script
-from harness.device import choose_device, command_line, environment
+from harness.device import choose_device, choose_dtype, command_line, environment
 from harness.folder import write_text
-from harness.precision import TrainingPrecision, choose_dtype, to_device
+from harness.precision import TrainingPrecision, to_device
 from harness.report import output_path
 from models import build_model
 

@@ -47,10 +47,10 @@ import train_trades_mnist
 from attacks.pgd import first_iterate
 from harness.config import run_script
 from harness.data import Dataset, Split, to_unit
-from harness.device import choose_device, command_line, environment
+from harness.device import choose_device, choose_dtype, command_line, environment
 from harness.errors import UserError
 from harness.folder import write_text
-from harness.precision import bare, choose_dtype
+from harness.precision import bare
 from harness.report import output_path
 from harness.run import Run
 from losses.divergence import kl_divergence

@@ -9,7 +9,6 @@ number, and weights, gradients, running statistics and modes are as before. What
 but for the backward pass of a training step, whose failure ends the run. What is compiled later for another case of the same shape, such
 as a clean prediction, is not tried again.
 """
-import importlib.util
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -30,17 +29,6 @@ ROUNDS, CALLS = 3, 4   # the best of so many rounds of so many calls is the time
 # bfloat16 in a step (CE and KL: other signs for 3 to 8 % of the pixels) and up to 34 % in the gradients of ResNet-18; what has nothing to
 # do with the plain form is 100 % away.
 ROUNDING, LITTLE, MOST = 2.0, 0.05, 0.5
-
-
-def why_not_compile(device: torch.device, attack_steps: int) -> str | None:
-    """Why torch.compile is not worth a try on `device` in a run of so many attack steps; None where it is."""
-    if device.type != "cuda":
-        return "it gains nothing there"  # as measured on a CPU
-    if torch.cuda.get_device_capability(device) < (7, 0):
-        return "this GPU is older than Triton's compiler supports"
-    if importlib.util.find_spec("triton") is None:
-        return "Triton, which compiles for the GPU, is not installed"
-    return f"{attack_steps:,} attack steps are too few for a minute of compiling" if attack_steps < ENOUGH_STEPS else None
 
 
 @dataclass

@@ -93,6 +93,7 @@ class _Parser(argparse.ArgumentParser):
     """Errors become one line."""
 
     def error(self, message: str) -> typing.NoReturn:
+        """Raise UserError with the message, and for an unknown flag with those that come close."""
         unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings]

@@ -1,5 +1,6 @@
-"""The machine: its device and memory, and what stands behind a number: hardware, versions, commit and command."""
+"""The machine: its device, what that is good at, and its memory; what stands behind a number: hardware, versions, commit and command."""
 import ctypes
+import importlib.util
 import os
 import platform
 import shlex
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from harness.compilation import ENOUGH_STEPS
 from harness.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,6 +37,29 @@ def _keep_freed_memory() -> None:
     if mallopt:
         mallopt(-4, 0)          # M_MMAP_MAX: no separate mapping for a large block
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep the top of the heap
+
+
+def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The type of training's convolutions and products; `auto` is bfloat16 where the hardware multiplies it natively."""
+    if precision == "auto":
+        if device.type == "cuda":
+            fast = torch.cuda.get_device_capability(device) >= (8, 0)
+        else:
+            probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+            fast = device.type == "cpu" and any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+        precision = "bf16" if fast else "float32"
+    return {"bf16": torch.bfloat16, "float32": torch.float32}[precision]
+
+
+def why_not_compile(device: torch.device, attack_steps: int) -> str | None:
+    """Why torch.compile is not worth a try on `device` in a run of so many attack steps; None where it is."""
+    if device.type != "cuda":
+        return "it gains nothing there"  # as measured on a CPU
+    if torch.cuda.get_device_capability(device) < (7, 0):
+        return "this GPU is older than Triton's compiler supports"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton, which compiles for the GPU, is not installed"
+    return f"{attack_steps:,} attack steps are too few for a minute of compiling" if attack_steps < ENOUGH_STEPS else None
 
 
 def free_memory(device: torch.device) -> int:

@@ -8,18 +8,6 @@ from torch.nn.parallel import DistributedDataParallel
 from harness.compilation import Compilation
 
 
-def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The type of training's convolutions and products; `auto` is bfloat16 where the hardware multiplies it natively."""
-    if precision == "auto":
-        if device.type == "cuda":
-            fast = torch.cuda.get_device_capability(device) >= (8, 0)
-        else:
-            probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-            fast = device.type == "cpu" and any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
-        precision = "bf16" if fast else "float32"
-    return {"bf16": torch.bfloat16, "float32": torch.float32}[precision]
-
-
 def to_device(model: nn.Module, device: torch.device) -> nn.Module:
     """The model on `device`, its convolution weights channels last (in float32 2.4x faster for LeNet on a CPU, 1.3x for SmallCNN)."""
     return model.to(device, memory_format=torch.channels_last)

@@ -14,14 +14,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from harness import checkpoint, distributed, plots
-from harness.compilation import Compilation, why_not_compile
+from harness.compilation import Compilation
 from harness.data import Dataset, training_batches
-from harness.device import choose_device, command_line, environment
+from harness.device import choose_device, choose_dtype, command_line, environment, why_not_compile
 from harness.errors import RunError, UserError
 from harness.folder import claim_folder, write_csv, write_text
 from harness.memory import Memory
 from harness.metrics import Means, WeightStatistics
-from harness.precision import TrainingPrecision, bare, choose_dtype, to_device
+from harness.precision import TrainingPrecision, bare, to_device
 
 CHECK_SECONDS = 1.0  # how often the host looks at the loss: for the bar, and for a value that is not finite
 

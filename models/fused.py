@@ -99,6 +99,7 @@ class _FusedConvolution(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, add: Tensor | None, conv: _Frozen, relu: bool) -> Tensor:
+        """x [B, C, H, W], add [B, K, H', W'] or None -> [B, K, H', W']."""
         shape = (conv.padding, conv.stride, (1, 1), 1)
         if add is None:
             out = torch.ops.mkldnn._convolution_pointwise(x, conv.weight, conv.bias, *shape, "relu" if relu else "none", [], "")
@@ -111,6 +112,7 @@ class _FusedConvolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients with respect to x and `add`, each where it is wanted."""
         x, out = ctx.saved_tensors
         conv = ctx.conv
         if out is not None:
@@ -172,6 +174,7 @@ class _PatchConvolution(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int]) -> Tensor:
+        """x [B, C, H, W], weight [K, C, 3, 3], bias [K] or None -> [B H' W', K]."""
         padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)).contiguous()  # [B, H + 2, W + 2, C]
         patches = _patches(padded, stride)  # [B, H', W', 3, 3, C], a view
         ctx.save_for_backward(padded, weight)
@@ -181,6 +184,7 @@ class _PatchConvolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients with respect to x, weight and bias, each where it is wanted."""
         padded, weight = ctx.saved_tensors
         gradient_x = gradient_weight = gradient_bias = None
         if ctx.needs_input_grad[0]:

@@ -31,6 +31,7 @@ class _FewChannels(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
+        """x [B, C, H, W] -> the maxima [B, C, H/2, W/2] in the type of x."""
         batch, channels, height, width = x.shape
         columns = torch.maximum(*_pairs(x).unbind(3))  # [B, H, W/2, C]
         ctx.save_for_backward(x, columns)
@@ -43,6 +44,7 @@ class _FewChannels(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
+        """The gradient with respect to x [B, C, H, W]; of equal values the first has it all."""
         x, columns = ctx.saved_tensors
         batch, channels, height, width = x.shape
         gradient = gradient.permute(0, 2, 3, 1).to(torch.float32).reshape(batch, height // 2, width // 2 * channels)

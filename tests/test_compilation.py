@@ -13,7 +13,8 @@ from attacks.kappa import pgd_kappa
 from attacks.noise import example_keys
 from attacks.pgd import cross_entropy, first_iterate, pgd, steps, whole_step
 from harness import compilation
-from harness.compilation import Compilation, distance, untouched, why_not_compile
+from harness.compilation import Compilation, distance, untouched
+from harness.device import why_not_compile
 from harness.precision import TrainingPrecision
 from losses.divergence import kl_divergence
 from losses.margin import margin_weights
