@@ -42,7 +42,7 @@ from attacks.frozen import frozen, predict
 from attacks.noise import example_keys
 from attacks.reference import autoattack_reference
 from attacks.spsa import spsa
-from benchmarks.others import SHORT, others
+from benchmarks.others import RELEASED, SHORT, others, require_released
 from harness.checkpoint import model_from
 from harness.config import run_script
 from harness.data import first_examples, to_unit
@@ -174,6 +174,12 @@ def main(cfg: Config) -> None:
         raise UserError("name at least one --checkpoint")
     if cfg.norm != "linf" and cfg.sides != ("ours",) and (found := [name for name in cfg.attacks if name in others(None)]):
         raise UserError(f"{found[0]} is compared in l_inf alone")
+    for name in cfg.attacks if cfg.sides != ("ours",) else ():
+        if name in RELEASED:  # before ours has run for an hour
+            try:
+                require_released(cfg.md_attack, RELEASED[name][0])
+            except ValueError as error:
+                raise UserError(str(error)) from error
     out = output_path(cfg.out, Path(cfg.out), whole_run=False) if cfg.out else None
     device, results = choose_device(cfg.device), []
     for path in map(Path, cfg.checkpoint):

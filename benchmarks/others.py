@@ -56,16 +56,21 @@ def foolbox_fmn(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, norm: st
 def released(folder: str | None, module: str, name: str, settings: Callable[[float], dict], model: nn.Module, x: Tensor, y: Tensor,
              epsilon: float, norm: str) -> Tensor:
     """The attack of MDAttack of that name, on any device; its random starts may leave [0, 1] and are clamped once it is done."""
-    if folder is None:
-        raise ValueError(f"cw, md and mdmt are held against a clone of {REPOSITORY}: give --md_attack FOLDER, or --sides ours")
-    if not (Path(folder) / "attacks" / f"{module}.py").is_file():
-        raise ValueError(f"{folder} holds no attacks/{module}.py: give --md_attack the folder of a clone of {REPOSITORY}")
+    require_released(folder, module)
     parent = ModuleType("mdattack")  # its own package is called attacks, as ours is, and its __init__ needs what is not there
     parent.__path__ = [str(Path(folder) / "attacks")]
     sys.modules["mdattack"] = parent
     attack = getattr(import_module(f"mdattack.{module}"), name)
     with _on_device_of(x):
         return attack(model, epsilon=epsilon, **settings(epsilon)).perturb(x, y).detach().clamp(0, 1)
+
+
+def require_released(folder: str | None, module: str) -> None:
+    """Raise ValueError, with what to do, unless `folder` is a clone of MDAttack with that module."""
+    if folder is None:
+        raise ValueError(f"cw, md and mdmt are held against a clone of {REPOSITORY}: give --md_attack FOLDER, or --sides ours")
+    if not (Path(folder) / "attacks" / f"{module}.py").is_file():
+        raise ValueError(f"{folder} holds no attacks/{module}.py: give --md_attack the folder of a clone of {REPOSITORY}")
 
 
 @contextmanager

@@ -104,7 +104,7 @@ settings, PGDAttack, MDAttack, MDMTAttack = [], Attack, Attack, Attack
 """
 
 
-def test_the_benchmark_runs_a_clone_of_mdattack_without_cuda_and_without_its_package(tmp_path):
+def test_the_benchmark_runs_a_clone_of_mdattack_without_cuda_and_without_its_package(tmp_path, capsys):
     folder = tmp_path / "MDAttack" / "attacks"
     folder.mkdir(parents=True)
     (folder / "__init__.py").write_text("import what_is_not_there")
@@ -122,7 +122,9 @@ def test_the_benchmark_runs_a_clone_of_mdattack_without_cuda_and_without_its_pac
     assert [module.settings for module in (sys.modules["mdattack.PGD"], sys.modules["mdattack.MD"])] == [
         [{"num_steps": 20, "step_size": 0.005, "random_start": True, "type": "CW"}], [{"num_steps": 50, "change_point": 20}] * 2]
     assert cuda == (torch.Tensor.cuda, torch.cuda.FloatTensor)
+    capsys.readouterr()
     with pytest.raises(UserError, match=r"holds no attacks/PGD\.py"):
         main(parse_config(Config, [*arguments, "--md_attack", str(tmp_path)]))
     with pytest.raises(UserError, match="--md_attack FOLDER"):
         main(parse_config(Config, arguments))
+    assert not capsys.readouterr().out  # refused before anything has run
