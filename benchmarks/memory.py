@@ -30,7 +30,7 @@ import train_at_cifar10
 import train_at_mnist
 from harness.config import run_script
 from harness.data import Dataset, Split, load_dataset
-from harness.device import choose_device, command_line, environment
+from harness.device import choose_device, command_line, environment, resident
 from harness.errors import UserError
 from harness.folder import write_text
 from harness.report import output_path
@@ -67,13 +67,7 @@ class Watched(Run):
         """The batches of `Run.batches`."""
         for batch in super().batches(epoch):
             yield batch  # the training step happens here
-            self.resident.append(memory("VmRSS"))
-
-
-def memory(field: str) -> int:
-    """VmRSS, what is resident now, or VmHWM, the most that ever was, of this process in bytes."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{field}:"))
-    return 1024 * int(line.split()[1])
+            self.resident.append(resident("VmRSS"))
 
 
 def write_standin(name: str, folder: Path) -> None:
@@ -101,7 +95,7 @@ def measure_here(cfg: Config) -> dict[str, object]:
     """One run on the one data set of `cfg`, in this process."""
     name, = cfg.dataset
     data = open_data(name, cfg)
-    loaded, grey = memory("VmRSS"), data.image_shape[0] == 1
+    loaded, grey = resident("VmRSS"), data.image_shape[0] == 1
     script = train_at_mnist if grey else train_at_cifar10
     with tempfile.TemporaryDirectory() as folder:
         settings = replace(script.Config(), model=cfg.model or ("lenet" if grey else "resnet18"), max_batches=cfg.batches, seed=cfg.seed,
@@ -115,7 +109,7 @@ def measure_here(cfg: Config) -> dict[str, object]:
     images = data.train.images.nbytes + data.test.images.nbytes
     return {"dataset": name, "standin": name.endswith(SUFFIX), "model": settings.model, "batches": len(run.resident),
             "training_images": len(data.train), "image_shape": list(data.image_shape), "images_mb": images / 1e6, "loaded_mb": loaded / 1e6,
-            "first_mb": run.resident[FIRST - 1] / 1e6, "end_mb": run.resident[-1] / 1e6, "peak_mb": memory("VmHWM") / 1e6,
+            "first_mb": run.resident[FIRST - 1] / 1e6, "end_mb": run.resident[-1] / 1e6, "peak_mb": resident("VmHWM") / 1e6,
             "growth_mb": (run.resident[-1] - run.resident[FIRST - 1]) / 1e6, "resident_mb": [value / 1e6 for value in run.resident]}
 
 

@@ -43,7 +43,7 @@ ATTACK_STEPS = 2  # of one timed attack of the evaluation
 class Config:
     model: tuple[str, ...] = ("lenet", "small_cnn")       # networks that are trained
     eval_model: tuple[str, ...] = ("lenet", "small_cnn", "resnet18")  # networks that are attacked as in an evaluation
-    method: Literal["at", "trades"] = "at"                # adversarial training, TRADES
+    method: Literal["at", "trades", "vir"] = "at"         # adversarial training, TRADES, VIR-AT
     batch_sizes: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024)  # images a training step
     eval_batch_sizes: tuple[int, ...] = (16, 32, 64, 128, 256, 512)  # images an attack step of the evaluation
     num_steps: tuple[int, ...] = (1, 5, 10, 20, 40)       # PGD steps a batch
@@ -64,7 +64,7 @@ def points(cfg: Config) -> list[tuple[int, int]]:
 def train(name: str, batch_size: int, steps: int, cfg: Config) -> dict:
     """Seconds an image of one training step, in our form and in the published one."""
     setting = train_step.Config(batch_size=batch_size, num_steps=steps, repeats=cfg.repeats, seed=cfg.seed, device=cfg.device,
-                                precision=cfg.precision)
+                                precision=cfg.precision, memory=False)
     row = train_step.measure(name, cfg.method, setting, peak=1.0)
     return {"model": name, "method": cfg.method, "batch_size": batch_size, "num_steps": steps, "precision": row["precision"],
             "ours": row["ours_seconds"] / batch_size, "published_form": row["published_form_seconds"] / batch_size}

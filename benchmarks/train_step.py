@@ -1,41 +1,44 @@
-"""Time one training step of our scripts beside the same step in the form in which the published code writes it.
+"""Time and memory of one training step of our scripts beside the same step in the form in which the published code writes it.
 
-    ours        `train_one_epoch` of train_at_*.py and train_trades_*.py itself: batch from the data set, noise, attack, loss, SGD,
-                metering and progress bar, in the training precision
-    published   float32 with torch's own settings, NCHW, parameters not frozen, on a batch that is already there. TRADES (Zhang et al.,
-                ICML 2019): the clean prediction again at every attack step and once more for the KL term. AT (as released by Zeng et
-                al., AAAI 2021): `backward` in the attack, which also accumulates the gradients of the parameters.
+    ours        `train_one_epoch` of train_at_*.py, train_trades_*.py and train_vir.py itself: batch from the data set, noise, attack, loss,
+                SGD, metering and progress bar, in the training precision. VIR is VIR-AT with its weights switched on
+    published   `benchmarks/forms.py`: float32 with torch's own settings, NCHW, parameters not frozen, on a batch that is already there
     bare        the forward and backward passes alone that ours cannot do without, in its precision, on tensors that are already there
 
 The three take turns in one process, on synthetic images of the network's size, after a warm-up; every figure is a median.
 
     ratio             published / ours
+    images/s          images of a batch over its time; `published` behind it is that form's
     overhead_percent  (ours - bare) / ours: the part of our step that is neither forward nor backward pass
     gflops            what the algorithm needs (counted on the bare step: mul and add of convolutions and products) over the time of ours
     peak_percent      gflops over the rate of one large matrix product of the same type, the best of several, in the same process
+    MB                the most memory (10^6 bytes) that a process of its own takes for three steps of one form, network, gradients and
+                      momentum included: on a CPU (Linux) beyond what it held after a LeNet step of one image, on a GPU by torch's allocator
 
-    python benchmarks/train_step.py                                # LeNet, SmallCNN and ResNet-18, AT and TRADES
+    python benchmarks/train_step.py                                # LeNet, SmallCNN and ResNet-18; AT, TRADES and VIR
     python benchmarks/train_step.py --model resnet18 --method trades --batch_size 64 --json
+    python benchmarks/train_step.py --model wrn34_10 --batch_size 16 --repeats 3
     python benchmarks/train_step.py --model lenet --repeats 20 --out results/train_step_lenet.json
 """
 import copy
 import json
+import multiprocessing
 import statistics
 import sys
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script's own folder is on the path, the repository's root is not
@@ -44,37 +47,42 @@ import train_at_cifar10
 import train_at_mnist
 import train_trades_cifar10
 import train_trades_mnist
+import train_vir
 from attacks.pgd import first_iterate
+from benchmarks.forms import BARE, NUM_CLASSES, PUBLISHED, count_flops
 from harness.config import run_script
 from harness.data import Dataset, Split, to_unit
-from harness.device import choose_device, choose_dtype, command_line, environment
+from harness.device import choose_device, choose_dtype, command_line, environment, resident
 from harness.errors import UserError
 from harness.folder import write_text
 from harness.precision import bare
 from harness.report import output_path
 from harness.run import Run
-from losses.divergence import kl_divergence
-from losses.trades import trades_loss
 from models import MODELS, build_model
 
 MNIST, CIFAR = (1, 28, 28), (3, 32, 32)  # [C, H, W]
 MNIST_MODELS = {"lenet", "small_cnn"}
-SCRIPTS = {("at", MNIST): train_at_mnist, ("at", CIFAR): train_at_cifar10,
-           ("trades", MNIST): train_trades_mnist, ("trades", CIFAR): train_trades_cifar10}
+SCRIPTS = {("at", MNIST): train_at_mnist, ("at", CIFAR): train_at_cifar10, ("vir", MNIST): train_vir,
+           ("trades", MNIST): train_trades_mnist, ("trades", CIFAR): train_trades_cifar10, ("vir", CIFAR): train_vir}
 THREATS = {MNIST: {"epsilon": 0.3, "step_size": 0.01}, CIFAR: {"epsilon": 8 / 255, "step_size": 2 / 255}}
-METHOD_SETTINGS = {"at": {}, "trades": {"beta": 6.0}}
-NUM_CLASSES = 10
+NUM_STEPS = {MNIST: 40, CIFAR: 10}  # of PGD, as the AT and TRADES scripts have it
+VIR = train_vir.RECIPES["vir-at"]
+METHOD_SETTINGS = {"at": {}, "trades": {"beta": 6.0},
+                   "vir": {name: getattr(VIR, name) for name in ("base", "weights", "alpha", "beta", "gamma")} | {"burn_in_epochs": 0}}
+PLAIN = {("vir", MNIST): {"crop_padding": 0, "flip": False}}  # digits are not cropped or flipped
+MEMORY_STEPS = 3  # the second one finds gradients and momentum in their place
 
 
 @dataclass(frozen=True)
 class Config:
     model: tuple[str, ...] = ("lenet", "small_cnn", "resnet18")  # lenet, small_cnn (1x28x28), resnet18, wrn34_10, wrn28_10 (3x32x32)
-    method: tuple[Literal["at", "trades"], ...] = ("at", "trades")  # adversarial training, TRADES
+    method: tuple[Literal["at", "trades", "vir"], ...] = ("at", "trades", "vir")  # adversarial training, TRADES, VIR-AT
     batch_size: int = 128                                 # images a step
-    num_steps: int | None = None                          # PGD steps a batch; none is the script's own, 40 at 1x28x28, 10 at 3x32x32
+    num_steps: int | None = None                          # PGD steps a batch; none is 40 at 1x28x28, 10 at 3x32x32
     repeats: int = 5                                      # timed steps of each form
     warmup_rounds: int = 1                                # steps of each form before the timed ones
     matmul_size: int = 4096                               # rows and columns of the matrices whose product gives the peak
+    memory: bool = True                                   # measure the memory too, each form in a process of its own
     seed: int = 0                                         # of images, weights, starts and dropout
     device: str = "auto"                                  # auto, cpu, or an accelerator by its name in torch
     precision: Literal["auto", "bf16", "float32"] = "auto"  # of our step; auto is bf16 where the hardware multiplies it natively
@@ -83,91 +91,6 @@ class Config:
     graphs: bool = True                                   # with compile, on a GPU: replay each compiled piece as one CUDA graph
     json: bool = False                                    # print one line of JSON and nothing else
     out: str | None = None                                # JSON file to write, never over another
-
-
-# ---- the step as the published code writes it ------------------------------------------------------------------------------------
-
-def published_at(model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor, settings: object, start: str | Tensor) -> Tensor:
-    """One step of adversarial training on the batch x [B, C, H, W], y [B]; returns its loss.  `start` as in `attacks.pgd.pgd`."""
-    model.train()
-    x_adv = first_iterate(x, settings.epsilon, start)
-    for _ in range(settings.num_steps):
-        x_adv = x_adv.detach().requires_grad_()
-        F.cross_entropy(model(x_adv), y).backward()  # fills the gradients of x_adv and of every parameter
-        x_adv = ascend(x_adv, x_adv.grad, x, settings)
-    optimizer.zero_grad()
-    loss = F.cross_entropy(model(x_adv), y)
-    loss.backward()
-    optimizer.step()
-    return loss.detach()
-
-
-def published_trades(model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor, settings: object, start: str | Tensor) -> Tensor:
-    """One step of TRADES on the batch x [B, C, H, W], y [B]; returns its loss.  `start` as in `attacks.pgd.pgd`."""
-    divergence = nn.KLDivLoss(reduction="sum")
-    model.eval()
-    x_adv = first_iterate(x, settings.epsilon, start)
-    for _ in range(settings.num_steps):
-        x_adv = x_adv.detach().requires_grad_()
-        gradient, = torch.autograd.grad(divergence(F.log_softmax(model(x_adv), dim=1), F.softmax(model(x), dim=1)), x_adv)
-        x_adv = ascend(x_adv, gradient, x, settings)
-    model.train()
-    optimizer.zero_grad()
-    natural = F.cross_entropy(model(x), y)
-    robust = divergence(F.log_softmax(model(x_adv), dim=1), F.softmax(model(x), dim=1)) / len(x)
-    loss = natural + settings.beta * robust
-    loss.backward()
-    optimizer.step()
-    return loss.detach()
-
-
-def ascend(x_adv: Tensor, gradient: Tensor, x: Tensor, settings: object) -> Tensor:
-    """One step of size `step_size` along the gradient's sign, back into the ball of radius `epsilon` and into [0, 1]."""
-    x_adv = x_adv.detach() + settings.step_size * gradient.sign()
-    x_adv = torch.min(torch.max(x_adv, x - settings.epsilon), x + settings.epsilon)
-    return torch.clamp(x_adv, 0.0, 1.0)
-
-
-PUBLISHED = {"at": published_at, "trades": published_trades}
-
-
-# ---- the passes that no step can do without --------------------------------------------------------------------------------------
-
-def bare_at(attacked: nn.Module, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, settings: object) -> None:
-    """The forward and backward passes of one step of adversarial training.
-
-    `attacked` is the network with frozen parameters, `model` the one with trainable ones; x_adv, which requires a gradient, stands
-    for every iterate.
-    """
-    model.zero_grad()
-    for _ in range(settings.num_steps):
-        torch.autograd.grad(F.cross_entropy(attacked(x_adv), y), x_adv)
-    F.cross_entropy(model(x_adv.detach()), y).backward()
-
-
-def bare_trades(attacked: nn.Module, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, settings: object) -> None:
-    """The forward and backward passes of one step of TRADES, with one clean prediction for the attack; arguments as in `bare_at`."""
-    model.zero_grad()
-    with torch.no_grad():
-        logits = attacked(x)
-    for _ in range(settings.num_steps):
-        torch.autograd.grad(kl_divergence(attacked(x_adv), logits).sum(), x_adv)
-    trades_loss(model(x), model(x_adv.detach()), y, settings.beta).mean().backward()
-
-
-BARE = {"at": bare_at, "trades": bare_trades}
-
-
-def count_flops(name: str, method: str, settings: object, image_shape: tuple[int, int, int]) -> int:
-    """Floating-point operations of the bare step, 2 a multiply-add of convolutions and products; counted from shapes alone."""
-    with torch.device("meta"):
-        model = build_model(name, NUM_CLASSES, image_shape[0])
-        x = torch.empty(settings.batch_size, *image_shape)
-        y = torch.empty(settings.batch_size, dtype=torch.int64)
-    x_adv = x.clone().requires_grad_().clone()  # no leaf: the counter's hooks do not support autograd.grad with respect to one
-    with FlopCounterMode(display=False) as counter:
-        BARE[method](copy.deepcopy(model).requires_grad_(False), model, x, x_adv, y, settings)
-    return counter.get_total_flops()
 
 
 # ---- timing ----------------------------------------------------------------------------------------------------------------------
@@ -227,10 +150,11 @@ def image_shape_of(name: str) -> tuple[int, int, int]:
 def settings_of(name: str, method: str, cfg: Config, folder: str) -> object:
     """The training script's Config for one epoch of timed steps, at the full radius from the first batch on."""
     shape = image_shape_of(name)
-    settings = SCRIPTS[method, shape].Config(model=name, batch_size=cfg.batch_size, seed=cfg.seed, device=cfg.device, out_dir=folder,
-                                             precision=cfg.precision, fuse=cfg.fuse, compile=cfg.compile, graphs=cfg.graphs,
-                                             epochs=1, epsilon_warmup_epochs=0, **THREATS[shape], **METHOD_SETTINGS[method])
-    return settings if cfg.num_steps is None else replace(settings, num_steps=cfg.num_steps)
+    values = {**THREATS[shape], **METHOD_SETTINGS[method], **PLAIN.get((method, shape), {}),
+              "num_steps": NUM_STEPS[shape] if cfg.num_steps is None else cfg.num_steps}
+    return SCRIPTS[method, shape].Config(model=name, batch_size=cfg.batch_size, seed=cfg.seed, device=cfg.device, out_dir=folder,
+                                         precision=cfg.precision, fuse=cfg.fuse, compile=cfg.compile, graphs=cfg.graphs,
+                                         epochs=1, epsilon_warmup_epochs=0, **values)
 
 
 def synthetic(image_shape: tuple[int, int, int], count: int, seed: int) -> Dataset:
@@ -251,28 +175,42 @@ def sgd(model: nn.Module, settings: object) -> Optimizer:
     return SGD(model.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay)
 
 
-def other_forms(model: nn.Module, method: str, settings: object, train: Split) -> dict[str, Callable[[], object]]:
-    """The published and the bare step on the first images of `train`, each with its own copy of the network."""
-    x, y = to_unit(train.images[:settings.batch_size]), train.labels[:settings.batch_size]
+def first_batch(train: Split, settings: object) -> tuple[Tensor, Tensor]:
+    """The first images of `train`, [B, C, H, W] in [0, 1], and their labels [B]."""
+    return to_unit(train.images[:settings.batch_size]), train.labels[:settings.batch_size]
+
+
+def published_step(model: nn.Module, method: str, settings: object, train: Split) -> Callable[[], object]:
+    """The published step on the first images of `train`, on a copy of the network."""
     theirs = published_model(model)
-    published = partial(PUBLISHED[method], theirs, sgd(theirs, settings), x, y, settings, settings.start)
+    return partial(PUBLISHED[method], theirs, sgd(theirs, settings), *first_batch(train, settings), settings, settings.start)
+
+
+def bare_step(model: nn.Module, method: str, settings: object, train: Split) -> Callable[[], object]:
+    """The bare step on the first images of `train`, on copies of the network."""
+    x, y = first_batch(train, settings)
+    x = x.contiguous(memory_format=torch.channels_last)
     attacked = copy.deepcopy(model).requires_grad_(False).train(settings.attack_mode == "train")
-    fast = x.contiguous(memory_format=torch.channels_last)
-    iterate = first_iterate(fast, settings.epsilon, settings.start).requires_grad_()
-    return {"published": published, "bare": partial(BARE[method], attacked, copy.deepcopy(model).train(), fast, iterate, y, settings)}
+    x_adv = first_iterate(x, settings.epsilon, settings.start).requires_grad_()
+    return partial(BARE[method], attacked, copy.deepcopy(model).train(), x, x_adv, y, settings)
+
+
+def take_steps(run: Rounds, model: nn.Module, method: str, settings: object) -> None:
+    """Every step of ours, with the run's other forms in turns."""
+    optimizer = sgd(model, settings)
+    for epoch in run.epochs(model, optimizer, scheduler=None):
+        SCRIPTS[method, run.data.image_shape].train_one_epoch(model, optimizer, run, epoch, settings)
 
 
 def measure(name: str, method: str, cfg: Config, peak: float) -> dict[str, object]:
-    """Time the three forms of one step in turns; `peak` is in GFLOP/s."""
+    """Time the three forms of one step in turns, and take the memory of ours and of the published one; `peak` is in GFLOP/s."""
     shape = image_shape_of(name)
     with tempfile.TemporaryDirectory() as folder:
         settings = settings_of(name, method, cfg, folder)
         run = Rounds(settings, synthetic(shape, cfg.batch_size * (cfg.warmup_rounds + cfg.repeats), cfg.seed))
         model = run.build(build_model)
-        run.forms = other_forms(model, method, settings, run.train)
-        optimizer = sgd(model, settings)
-        for epoch in run.epochs(model, optimizer, scheduler=None):
-            SCRIPTS[method, shape].train_one_epoch(model, optimizer, run, epoch, settings)
+        run.forms = {"published": published_step(model, method, settings, run.train), "bare": bare_step(model, method, settings, run.train)}
+        take_steps(run, model, method, settings)
     seconds = {form: times[cfg.warmup_rounds:] for form, times in run.times.items()}
     ours, published, needed = (statistics.median(seconds[form]) for form in ("ours", "published", "bare"))
     gflop = count_flops(name, method, settings, shape) / 1e9
@@ -280,20 +218,66 @@ def measure(name: str, method: str, cfg: Config, peak: float) -> dict[str, objec
             "precision": {torch.bfloat16: "bf16", torch.float32: "float32"}[run.dtype], "fuse": cfg.fuse, "compile": cfg.compile,
             "graphs": cfg.graphs,
             "ours_seconds": ours, "published_form_seconds": published, "bare_seconds": needed, "ratio": published / ours,
+            "images_per_second": cfg.batch_size / ours, "published_form_images_per_second": cfg.batch_size / published,
             "overhead_percent": 100 * (ours - needed) / ours, "gflop": gflop, "gflops": gflop / ours,
             "published_form_gflops": gflop / published, "peak_gflops": peak, "peak_percent": 100 * gflop / ours / peak,
+            "ours_mb": peak_mb("ours", name, method, cfg), "published_form_mb": peak_mb("published", name, method, cfg),
             "seconds": seconds}
 
 
-HEADER = (f"{'model':<10}{'method':<8}{'batch':>6}{'steps':>6}{'ours s':>10}{'published s':>13}{'ratio':>7}{'overhead %':>12}"
-          f"{'GFLOP/s':>11}{'published':>11}{'peak %':>8}")
+# ---- memory ----------------------------------------------------------------------------------------------------------------------
+
+def peak_mb(form: str, name: str, method: str, cfg: Config) -> float | None:
+    """MB that a process which trains by one form only takes at most; None without --memory, and where the system keeps no account."""
+    if not cfg.memory:
+        return None
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            taken = pool.submit(peak_here, form, name, method, cfg).result()
+        except BrokenProcessPool:
+            raise UserError(f"the process that took the memory of {name}, {method} was killed: less --batch_size, or --no-memory") from None
+    return None if taken is None else taken / 1e6
+
+
+def peak_here(form: str, name: str, method: str, cfg: Config) -> int | None:
+    """Bytes that MEMORY_STEPS steps of one form and what they stand on take at most in this process, which must have done nothing yet."""
+    device = choose_device(cfg.device)
+    run_alone(form, "lenet", method, replace(cfg, batch_size=1, num_steps=1))  # the libraries load their own code and buffers
+    before = resident("VmRSS")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    run_alone(form, name, method, cfg)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resident("VmHWM") - before if device.type == "cpu" and before else None
+
+
+def run_alone(form: str, name: str, method: str, cfg: Config) -> None:
+    """MEMORY_STEPS steps of one form, with nothing of the others in memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings = settings_of(name, method, cfg, folder)
+        run = Rounds(settings, synthetic(image_shape_of(name), cfg.batch_size * MEMORY_STEPS, cfg.seed))
+        model = run.build(build_model)
+        if form == "ours":
+            take_steps(run, model, method, settings)
+        else:
+            step = published_step(model, method, settings, run.train)
+            del model
+            for _ in range(MEMORY_STEPS):
+                step()
+
+
+HEADER = (f"{'model':<10}{'method':<8}{'batch':>6}{'steps':>6}{'ours s':>10}{'published s':>13}{'ratio':>7}{'images/s':>10}"
+          f"{'published':>11}{'overhead %':>12}{'GFLOP/s':>10}{'peak %':>8}{'MB':>9}{'published':>11}")
 
 
 def line(row: dict[str, object]) -> str:
     """One line of the table."""
+    ours_mb, published_mb = ("-" if row[key] is None else f"{row[key]:,.0f}" for key in ("ours_mb", "published_form_mb"))
     return (f"{row['model']:<10}{row['method']:<8}{row['batch_size']:>6}{row['num_steps']:>6}{row['ours_seconds']:>10.4f}"
-            f"{row['published_form_seconds']:>13.4f}{row['ratio']:>7.2f}{row['overhead_percent']:>12.2f}{row['gflops']:>11,.1f}"
-            f"{row['published_form_gflops']:>11,.1f}{row['peak_percent']:>8.1f}")
+            f"{row['published_form_seconds']:>13.4f}{row['ratio']:>7.2f}{row['images_per_second']:>10,.1f}"
+            f"{row['published_form_images_per_second']:>11,.1f}{row['overhead_percent']:>12.2f}{row['gflops']:>10,.1f}"
+            f"{row['peak_percent']:>8.1f}{ours_mb:>9}{published_mb:>11}")
 
 
 def check(cfg: Config) -> None:

@@ -96,6 +96,14 @@ def peak_memory(device: torch.device, work: Callable[[], object]) -> int:
     return sum(kept.values())
 
 
+def resident(field: str) -> int | None:
+    """VmRSS, what is resident now, or VmHWM, the most that ever was, of this process in bytes; None where Linux's /proc is not."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    return 1024 * int(next(line for line in status.read_text().splitlines() if line.startswith(f"{field}:")).split()[1])
+
+
 def environment(device: torch.device) -> dict[str, object]:
     """Hardware and versions behind a number."""
     if device.type == "cuda":

@@ -1,7 +1,8 @@
-"""benchmarks/train_step.py: that the forms it times beside one another compute the same step, its operation count, its output."""
+"""benchmarks/train_step.py and forms.py: that the forms timed beside one another compute the same step, operations, memory, output."""
 import copy
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,9 +13,12 @@ import pytest
 import torch
 from torch import nn
 
+import train_at_cifar10
+import train_at_mnist
 from attacks.noise import example_keys
 from attacks.pgd import first_iterate
 from benchmarks import breakdown, train_step
+from benchmarks.forms import PUBLISHED, count_flops
 from benchmarks.train_step import Config, main
 from harness.config import parse_config
 from harness.data import training_batches
@@ -23,8 +27,9 @@ from harness.precision import bare
 from models import build_model
 
 ROOT = Path(__file__).resolve().parent.parent
-TOY = ["--batch_size", "4", "--num_steps", "2", "--repeats", "1", "--matmul_size", "64", "--device", "cpu"]
-both_methods = pytest.mark.parametrize("method", ("at", "trades"))
+TOY = ["--batch_size", "4", "--num_steps", "2", "--repeats", "1", "--matmul_size", "64", "--device", "cpu", "--no-memory"]
+METHODS = ("at", "trades", "vir")
+every_method = pytest.mark.parametrize("method", METHODS)
 
 
 def toy(*words):
@@ -33,16 +38,16 @@ def toy(*words):
 
 # The same step
 
-@both_methods
+@every_method
 def test_ours_and_the_published_form_compute_the_same_step(method, tmp_path):
-    """In float32, from one start far enough from x that no gradient of the KL term drowns in rounding, which would turn its sign."""
+    """In float32, from one start far enough from x, and of weights large enough, that no KL term or gradient of one drowns in rounding."""
     settings = train_step.settings_of("lenet", method, toy("--precision", "float32", "--num_steps", "3"), str(tmp_path / "run"))
     settings = replace(settings, start="uniform")
     run = train_step.Rounds(settings, train_step.synthetic(train_step.MNIST, settings.batch_size, seed=0))
     model = run.build(build_model)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(1.5)  # away from the uniform prediction of a new network
+            parameter.mul_(2.5)  # away from the uniform prediction of a new network
     before = copy.deepcopy(bare(model).state_dict())
     theirs = train_step.published_model(model)
     optimizer, other = train_step.sgd(model, settings), train_step.sgd(theirs, settings)
@@ -50,7 +55,7 @@ def test_ours_and_the_published_form_compute_the_same_step(method, tmp_path):
         train_step.SCRIPTS[method, train_step.MNIST].train_one_epoch(model, optimizer, run, epoch, settings)
     (x, y, index, _), = training_batches(run.train, settings.batch_size, settings.seed, epoch=1)
     start = first_iterate(x, settings.epsilon, "uniform", example_keys(index, settings.seed, 1))
-    loss = train_step.PUBLISHED[method](theirs, other, x, y, settings, start)
+    loss = PUBLISHED[method](theirs, other, x, y, settings, start)
     assert run.means.compute()["loss"] == pytest.approx(float(loss), rel=1e-5)
     for (name, ours), published in zip(bare(model).named_parameters(), theirs.parameters()):
         assert distance(ours.grad, published.grad) <= 1e-5, name
@@ -62,14 +67,14 @@ def distance(ours, published):
     return float((ours - published).detach().norm() / published.detach().norm())
 
 
-@both_methods
+@every_method
 def test_every_form_moves_its_own_network_only(method, tmp_path):
     settings = train_step.settings_of("lenet", method, toy("--precision", "float32"), str(tmp_path / "run"))
     run = train_step.Rounds(settings, train_step.synthetic(train_step.MNIST, settings.batch_size, seed=0))
     model = run.build(build_model)
     before = [parameter.clone() for parameter in model.parameters()]
-    for form in train_step.other_forms(model, method, settings, run.train).values():
-        form()
+    for make in (train_step.published_step, train_step.bare_step):
+        make(model, method, settings, run.train)()
     assert all(torch.equal(old, new) and new.grad is None for old, new in zip(before, model.parameters()))
 
 
@@ -82,7 +87,7 @@ def test_the_published_network_is_nchw_and_holds_the_same_weights():
 
 # The operation count
 
-@both_methods
+@every_method
 @pytest.mark.parametrize("name", ("lenet", "small_cnn", "resnet18"))
 def test_flops_are_those_of_the_passes_that_the_algorithm_needs(name, method):
     """An input gradient costs what a forward pass costs, a weight gradient too; the images of a training step need no gradient."""
@@ -95,21 +100,23 @@ def test_flops_are_those_of_the_passes_that_the_algorithm_needs(name, method):
             module.register_forward_hook(lambda layer, _, out: layers.append(2 * out.numel() * layer.weight[0].numel()))
     model(x)
     forward, step = sum(layers), 3 * sum(layers) - layers[0]
-    expected = 2 * 3 * forward + (step if method == "at" else forward + 2 * step)
-    assert train_step.count_flops(name, method, settings, shape) == expected
+    expected = 2 * 3 * forward + {"at": step, "trades": forward + 2 * step, "vir": forward + step}[method]
+    assert count_flops(name, method, settings, shape) == expected
 
 
 # The command
 
 def check_row(row):
-    for key in ("ours_seconds", "published_form_seconds", "bare_seconds", "ratio", "gflop", "gflops", "published_form_gflops",
-                "peak_gflops", "peak_percent"):
+    for key in ("ours_seconds", "published_form_seconds", "bare_seconds", "ratio", "images_per_second", "published_form_images_per_second",
+                "gflop", "gflops", "published_form_gflops", "peak_gflops", "peak_percent"):
         assert 0 < row[key] < float("inf"), key
     ours, published = row["ours_seconds"], row["published_form_seconds"]
     assert row["ratio"] == pytest.approx(published / ours)
     assert row["overhead_percent"] == pytest.approx(100 * (1 - row["bare_seconds"] / ours))
     assert row["gflops"] == pytest.approx(row["gflop"] / ours)
     assert row["published_form_gflops"] == pytest.approx(row["gflop"] / published)
+    assert row["images_per_second"] == pytest.approx(row["batch_size"] / ours)
+    assert row["published_form_images_per_second"] == pytest.approx(row["batch_size"] / published)
     assert row["precision"] in ("bf16", "float32")
 
 
@@ -132,7 +139,7 @@ def test_the_command_prints_one_line_of_json_and_leaves_nothing_behind(tmp_path)
 def test_several_combinations_are_rows_of_one_line(capsys):
     main(toy("--model", "lenet", "small_cnn", "--json", "--precision", "float32"))
     result = json.loads(capsys.readouterr().out)
-    assert [(row["model"], row["method"]) for row in result["rows"]] == list(product(("lenet", "small_cnn"), ("at", "trades")))
+    assert [(row["model"], row["method"]) for row in result["rows"]] == list(product(("lenet", "small_cnn"), METHODS))
     assert "environment" in result and all("environment" not in row and row["precision"] == "float32" for row in result["rows"])
     for row in result["rows"]:
         check_row(row)
@@ -141,14 +148,43 @@ def test_several_combinations_are_rows_of_one_line(capsys):
 def test_the_table_has_one_line_a_combination(capsys):
     main(toy("--model", "lenet"))
     head, *rows, where = capsys.readouterr().out.splitlines()
-    assert [row.split()[:4] for row in rows] == [["lenet", "at", "4", "2"], ["lenet", "trades", "4", "2"]]
+    assert [row.split()[:4] for row in rows] == [["lenet", method, "4", "2"] for method in METHODS]
     assert {len(text) for text in (head, *rows)} == {len(head)} and f"torch {torch.__version__}" in where
 
 
-def test_the_number_of_steps_is_the_training_scripts_own_unless_given():
-    cfg = parse_config(Config, [])
-    assert {name: train_step.settings_of(name, "trades", cfg, "").num_steps for name in ("lenet", "small_cnn", "resnet18", "wrn34_10")} == {
-        "lenet": 40, "small_cnn": 40, "resnet18": 10, "wrn34_10": 10}
+@every_method
+def test_the_number_of_steps_is_that_of_the_at_scripts_unless_given(method):
+    for name, script in (("lenet", train_at_mnist), ("resnet18", train_at_cifar10), ("wrn34_10", train_at_cifar10)):
+        assert train_step.settings_of(name, method, parse_config(Config, []), "").num_steps == script.Config().num_steps
+    assert train_step.settings_of("lenet", method, toy(), "").num_steps == 2
+
+
+def test_vir_is_timed_with_its_weights_switched_on():
+    settings = train_step.settings_of("resnet18", "vir", toy(), "")
+    assert settings.burn_in_epochs == 0 and (settings.base, settings.weights) == ("at", "vir")
+    assert (settings.alpha, settings.beta, settings.gamma) == (7.0, 0.007, 10.0)
+
+
+# Memory
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the memory of a process is read from Linux's /proc")
+@pytest.mark.parametrize("form", ("ours", "published"))
+def test_the_memory_is_that_of_network_gradients_momentum_and_a_batch(form):
+    """At 2 images a wide network is nearly all of it: weights, gradients and momentum; more images take more."""
+    parameters = 4 * sum(parameter.numel() for parameter in build_model("resnet18").parameters()) / 1e6
+    few, many = (train_step.peak_mb(form, "resnet18", "at", replace(toy("--memory"), batch_size=size, num_steps=1)) for size in (2, 32))
+    assert 3 * parameters <= few <= 7 * parameters
+    assert many > few + 32 * 2 * 64 * 32 * 32 * 2 / 1e6  # the first block's maps in bfloat16, at least
+
+
+def test_a_killed_measurement_of_memory_is_told_in_one_line(monkeypatch):
+    monkeypatch.setattr(train_step, "peak_here", die)
+    with pytest.raises(UserError, match="less --batch_size, or --no-memory"):
+        train_step.peak_mb("ours", "lenet", "at", toy("--memory"))
+
+
+def die(*arguments):
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.parametrize(("words", "message"), (
