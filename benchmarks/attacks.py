@@ -18,7 +18,6 @@ one on the network as a checkpoint is loaded elsewhere: contiguous, layer by lay
     python benchmarks/attacks.py --checkpoint a/last.pt --attacks fgsm pgd100 apgd-dlr fmn100
     python benchmarks/attacks.py --checkpoint a/last.pt --attacks cw apgd-ce md mdmt fab-t --md_attack MDAttack
 """
-import copy
 import json
 import sys
 import time
@@ -32,7 +31,6 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script's own folder is on the path, the repository's root is not
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attacks.apgd import apgd
@@ -42,6 +40,7 @@ from attacks.frozen import frozen, predict
 from attacks.noise import example_keys
 from attacks.reference import autoattack_reference
 from attacks.spsa import spsa
+from benchmarks.forms import published_model, published_pooling
 from benchmarks.others import RELEASED, SHORT, others, require_released
 from harness.checkpoint import model_from
 from harness.config import run_script
@@ -52,7 +51,7 @@ from harness.folder import write_text
 from harness.precision import to_device
 from harness.report import Protocol, open_subject, output_path
 from losses.margin import cw_loss
-from models import build_model, lenet, small_cnn
+from models import build_model
 
 PROTOCOL = Protocol(dataset="mnist", channels=1, epsilon=0.3, step_ratio=30)
 Name = Literal["apgd-ce", "apgd-t", "fab-t", "square", "autoattack", "apgd-dlr", "fgsm", "pgd100", "cw", "md", "mdmt", "fmn100", "spsa",
@@ -114,16 +113,8 @@ def network_of(side: str, model: nn.Module) -> Iterator[nn.Module]:
     if side != "published":
         yield model
         return
-    plain, ours = copy.deepcopy(model).to(memory_format=torch.contiguous_format), {module: module.max_pool for module in (lenet, small_cnn)}
-    for module in plain.modules():
-        module.fuse = False
-    for module in ours:
-        module.max_pool = partial(F.max_pool2d, kernel_size=2)
-    try:
-        yield plain
-    finally:
-        for module, max_pool in ours.items():
-            module.max_pool = max_pool
+    with published_pooling():
+        yield published_model(model)
 
 
 def measure(attack: Callable, model: nn.Module, x: Tensor, y: Tensor, correct: Tensor, **task: object) -> tuple[dict, Tensor]:

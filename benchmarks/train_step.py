@@ -2,7 +2,8 @@
 
     ours        `train_one_epoch` of train_at_*.py, train_trades_*.py and train_vir.py itself: batch from the data set, noise, attack, loss,
                 SGD, metering and progress bar, in the training precision. VIR is VIR-AT with its weights switched on
-    published   `benchmarks/forms.py`: float32 with torch's own settings, NCHW, parameters not frozen, on a batch that is already there
+    published   `benchmarks/forms.py`: float32 with torch's own settings and max-pooling, NCHW, parameters not frozen, on a batch that is
+                already there
     bare        the forward and backward passes alone that ours cannot do without, in its precision, on tensors that are already there
 
 The three take turns in one process, on synthetic images of the network's size, after a warm-up; every figure is a median.
@@ -17,7 +18,7 @@ The three take turns in one process, on synthetic images of the network's size, 
 
     python benchmarks/train_step.py                                # LeNet, SmallCNN and ResNet-18; AT, TRADES and VIR
     python benchmarks/train_step.py --model resnet18 --method trades --batch_size 64 --json
-    python benchmarks/train_step.py --model wrn34_10 --batch_size 16 --repeats 3
+    python benchmarks/train_step.py --model wrn34_10 --batch_size 8 --repeats 3
     python benchmarks/train_step.py --model lenet --repeats 20 --out results/train_step_lenet.json
 """
 import copy
@@ -49,13 +50,12 @@ import train_trades_cifar10
 import train_trades_mnist
 import train_vir
 from attacks.pgd import first_iterate
-from benchmarks.forms import BARE, NUM_CLASSES, PUBLISHED, count_flops
+from benchmarks.forms import BARE, NUM_CLASSES, PUBLISHED, count_flops, published_model
 from harness.config import run_script
 from harness.data import Dataset, Split, to_unit
 from harness.device import choose_device, choose_dtype, command_line, environment, resident
 from harness.errors import UserError
 from harness.folder import write_text
-from harness.precision import bare
 from harness.report import output_path
 from harness.run import Run
 from models import MODELS, build_model
@@ -163,11 +163,6 @@ def synthetic(image_shape: tuple[int, int, int], count: int, seed: int) -> Datas
     images = torch.randint(0, 256, (count, *image_shape), generator=generator, dtype=torch.uint8)
     split = Split(images, torch.randint(0, NUM_CLASSES, (count,), generator=generator), torch.arange(count))
     return Dataset("noise", tuple(map(str, range(NUM_CLASSES))), train=split, val=split[:0], test=split)
-
-
-def published_model(model: nn.Module) -> nn.Module:
-    """A copy of the network as the published code holds it: without wrappers, NCHW, float32."""
-    return copy.deepcopy(bare(model)).to(memory_format=torch.contiguous_format)
 
 
 def sgd(model: nn.Module, settings: object) -> Optimizer:

@@ -220,10 +220,12 @@ def distance(plain: list[Tensor], other: list[Tensor]) -> float:
 @contextmanager
 def untouched(model: nn.Module, device: torch.device) -> Iterator[Callable[[], bool]]:
     """Put back torch's random states and the model's buffers on exit; yields a function that says whether one has changed so far."""
-    before, buffers = _random_states(device), [(buffer, buffer.clone()) for buffer in model.buffers()]
+    before = _random_states(device)
+    buffers = [(module, name, buffer, buffer.clone()) for module in model.modules() for name, buffer in module.named_buffers(recurse=False)]
 
     def touched() -> bool:
-        return not (all(map(torch.equal, _random_states(device), before)) and all(torch.equal(*pair) for pair in buffers))
+        same = all(getattr(module, name) is buffer and torch.equal(buffer, value) for module, name, buffer, value in buffers)
+        return not (same and all(map(torch.equal, _random_states(device), before)))
 
     try:
         yield touched
@@ -232,8 +234,9 @@ def untouched(model: nn.Module, device: torch.device) -> Iterator[Callable[[], b
         for state in before[1:]:
             getattr(torch, device.type).set_rng_state(state, device)
         with torch.no_grad():
-            for buffer, value in buffers:
+            for module, name, buffer, value in buffers:
                 buffer.copy_(value)
+                setattr(module, name, buffer)  # a network may have put another tensor in its place
 
 
 def _random_states(device: torch.device) -> list[Tensor]:

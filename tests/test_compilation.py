@@ -302,6 +302,23 @@ def test_untouched_puts_random_states_and_statistics_back():
     assert torch.equal(state, torch.get_rng_state()) and all(map(torch.equal, before.values(), network.state_dict().values()))
 
 
+def test_untouched_puts_back_a_statistic_that_a_network_replaces():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(1))
+
+        def forward(self, x):
+            self.calls = self.calls + 1
+            return x
+
+    network = nn.Sequential(Counting())
+    with untouched(network, CPU) as touched:
+        network(torch.zeros(1))
+        assert touched()
+    assert network.state_dict()["0.calls"].item() == 0
+
+
 def test_auto_compiles_nothing_on_a_cpu_and_nothing_in_a_short_run(monkeypatch):
     gpu, capability = torch.device("cuda"), [(9, 0)]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[0])
