@@ -21,6 +21,7 @@ from harness import tables
 from harness.config import run_script
 from harness.errors import UserError
 from harness.folder import write_text
+from harness.papers import Target, paper_tables, same
 from harness.report import output_path
 
 COLUMNS = ("A_nat", "A_rob", "A_sa", "A_tr", *tables.ATTACKS.values())  # in this order
@@ -34,7 +35,7 @@ class Config:
     out: str | None = None                                # Markdown file to write too, never over another
 
 
-def paper_section(name: str, setting: dict, targets: list[tables.Target], rows: list[tables.Row]) -> str | None:
+def paper_section(name: str, setting: dict, targets: list[Target], rows: list[tables.Row]) -> str | None:
     """A paper's table with our numbers, one line a number, and below it in what the settings differ; None when no result fits."""
     pairs = [(target, row) for target in targets for row in rows if target.fits(row, setting)]
     if not any(row.values(target.source(row)) for target, row in pairs):
@@ -54,13 +55,13 @@ def paper_section(name: str, setting: dict, targets: list[tables.Target], rows: 
     return f"## {setting['title']} ({name})\n\n{table}\n\n" + "\n\n".join(filter(None, below))
 
 
-def differences(pairs: list[tuple[tables.Target, tables.Row]], setting: dict) -> str:
+def differences(pairs: list[tuple[Target, tables.Row]], setting: dict) -> str:
     """In what our rows differ from the paper's setting, as a sentence."""
     found = defaultdict(list)  # name -> (ours, the paper's, defense, whether they differ)
     for target, row in pairs:
         for name, mine, theirs in compared(target, row, setting) if row.values(target.source(row)) else ():
             found[name].append((tables.shown(mine), "not stated" if theirs is None else tables.shown(theirs), target.label,
-                                not tables.same(mine, theirs)))
+                                not same(mine, theirs)))
     parts = []
     for name, entries in found.items():
         everyone, values = {entry[2] for entry in entries}, []
@@ -72,7 +73,7 @@ def differences(pairs: list[tuple[tables.Target, tables.Row]], setting: dict) ->
     return f"Ours differ from the paper in: {'; '.join(parts)}." if parts else "Ours have the paper's setting, as far as it is compared."
 
 
-def compared(target: tables.Target, row: tables.Row, setting: dict) -> Iterator[tuple[str, object, object]]:
+def compared(target: Target, row: tables.Row, setting: dict) -> Iterator[tuple[str, object, object]]:
     """(name, ours, the paper's) of what may differ between a row and the number it stands beside."""
     training, source = row.settings, target.source(row)
     tested = row.protocol | row.attack_settings(source)
@@ -82,7 +83,7 @@ def compared(target: tables.Target, row: tables.Row, setting: dict) -> Iterator[
     yield "attack steps in training", training.get("num_steps"), setting["num_steps"]
     if training.get("max_batches"):
         yield "batches an epoch", training["max_batches"], "all"
-    if not tables.same(training.get("epsilon"), setting["epsilon"], tolerance=0.02):
+    if not same(training.get("epsilon"), setting["epsilon"], tolerance=0.02):
         yield "epsilon in training", training.get("epsilon"), setting["epsilon"]
     if (printed := setting["inv_lambda"].get(target.label.split("+")[0].split(",")[0])) is not None:
         yield "1/lambda", training.get("inv_lambda"), printed
@@ -120,7 +121,7 @@ def _place(column: str) -> tuple[int, float, str]:
 
 
 def main(cfg: Config) -> None:
-    papers = tables.paper_tables()
+    papers = paper_tables()
     if cfg.table and cfg.table not in papers:
         raise UserError(f"--table {cfg.table}: there is no such table; choose one of {', '.join(papers)}")
     out = output_path(cfg.out, Path(cfg.out), whole_run=False) if cfg.out else None

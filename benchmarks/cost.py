@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from harness import plots
+from benchmarks import figures
 from harness.config import run_script
 from harness.data import load_dataset
 from harness.device import ROOT, choose_device, command_line, environment
@@ -100,7 +100,7 @@ def main(cfg: Config) -> None:
         facts = {"batches": cfg.batches, "repeats": cfg.repeats, "command": command_line(), "date": time.strftime("%Y-%m-%d"),
                  "environment": environment(device)}
         write_text(out, json.dumps({"rows": rows} | facts, indent=2) + "\n")
-        plots.cost(rows, out.with_suffix(".png"))
+        figures.cost(rows, out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -25,8 +25,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script's own folder is on the path, the repository's root is not
 
 from attacks.pgd import pgd
-from benchmarks import train_step
-from harness import plots
+from benchmarks import figures, train_step
 from harness.config import run_script
 from harness.data import to_unit
 from harness.device import choose_device, command_line, environment
@@ -118,7 +117,7 @@ def main(cfg: Config) -> None:
         facts = {"repeats": cfg.repeats, "seed": cfg.seed, "command": command_line(), "date": time.strftime("%Y-%m-%d"),
                  "environment": environment(device)}
         write_text(out, json.dumps(result | facts, indent=2) + "\n")
-        plots.sweep(result, out.with_suffix(".png"))
+        figures.sweep(result, out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

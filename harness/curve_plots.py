@@ -3,25 +3,11 @@ from pathlib import Path
 
 import numpy as np
 
-from harness.plots import BLUE, COLOURS, GREY, ORANGE, STYLES
+from harness.plots import BLUE, COLOURS, GREY, ORANGE, STYLES, new_axes
 
 NORM_NAMES = {"linf": r"$\ell_\infty$", "l2": r"$\ell_2$", "l1": r"$\ell_1$"}
 UNITS = {"raw": (1.0, "pixels in [0, 1]"), "255": (255.0, "grey levels of 255")}
 FEW = 4  # curves in one panel: with more of them no bands are drawn, only their half-width is said
-
-
-def _axes(rows: int, columns: int, width: float = 5.2, height: float = 4.2):
-    """A figure and its axes [rows, columns] of that size in inches each."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(rows, columns, figsize=(width * columns, height * rows), layout="constrained", squeeze=False)
-    for axis in axes.flat:
-        axis.grid(color="#dddddd", linewidth=0.6)
-        axis.set_axisbelow(True)
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes
 
 
 def _write(figure: object, stem: Path, formats: tuple[str, ...]) -> list[Path]:
@@ -58,7 +44,7 @@ def curves(panels: dict[str, list[dict]], stem: Path, *, confidence: float = 0.9
     panels: norm -> models, each with `label`, `n`, `censored` (a number of points) and the columns t, R, low, high and, where lower
     bounds are known, R_certified: the bracket is drawn dotted. marks: norm -> sizes with a thin line.
     """
-    figure, axes = _axes(1, len(panels))
+    figure, axes = new_axes(1, len(panels))
     kind = f"{100 * confidence:g} % {'simultaneous' if band == 'dkw' else 'point-wise'} band"
     for axis, (norm, models) in zip(axes[0], panels.items()):
         _curve_panel(axis, models, units, (marks or {}).get(norm, ()))
@@ -114,7 +100,7 @@ def differences(panels: dict[str, list[dict]], stem: Path, *, units: str = "raw"
     panels: norm -> pairs, each with `first`, `second`, `t`, `gap`, `half_width` and `crossings` (supported ones alone: a line each).
     """
     scale, pairs = UNITS[units][0], len(next(iter(panels.values())))
-    figure, axes = _axes(pairs, len(panels), height=3.4)
+    figure, axes = new_axes(pairs, len(panels), height=3.4)
     for column, (norm, entries) in enumerate(panels.items()):
         for row, entry in enumerate(entries):
             axis, t = axes[row][column], scale * entry["t"]
@@ -138,7 +124,7 @@ def differences(panels: dict[str, list[dict]], stem: Path, *, units: str = "raw"
 
 def quantiles(panels: dict[tuple[str, str], list[dict]], stem: Path, formats: tuple[str, ...] = ("png",)) -> list[Path]:
     """Quantiles of the distances in one norm against those in another.  panels: (norm, norm) -> models with `label`, `first`, `second`."""
-    figure, axes = _axes(1, len(panels), 4.8)
+    figure, axes = new_axes(1, len(panels), 4.8)
     for axis, ((first, second), models) in zip(axes[0], panels.items()):
         for k, model in enumerate(models):
             axis.plot(model["first"], model["second"], linewidth=1.4, label=model["label"], **_style(k))
@@ -153,7 +139,7 @@ def quantiles(panels: dict[tuple[str, str], list[dict]], stem: Path, formats: tu
 def rank_correlations(models: list[dict], stem: Path, formats: tuple[str, ...] = ("png",)) -> list[Path]:
     """Spearman's correlations between norms as a table of colours.  models: `label` and `values`, pair of norms -> number or None."""
     columns = list(models[0]["values"])
-    figure, axes = _axes(1, 1, 1.9 + 1.3 * len(columns) + 2.0, 1.4 + 0.42 * len(models))
+    figure, axes = new_axes(1, 1, 1.9 + 1.3 * len(columns) + 2.0, 1.4 + 0.42 * len(models))
     axis = axes[0][0]
     table = np.array([[np.nan if value is None else value for value in model["values"].values()] for model in models], dtype=float)
     axis.imshow(table, cmap="cividis", vmin=0, vmax=1, aspect="auto")
@@ -175,7 +161,7 @@ def class_distances(panels: dict[str, dict], stem: Path, *, units: str = "raw", 
     panels: norm -> `inter` and `intra`, distances in units of [0, 1].
     """
     scale = UNITS[units][0]
-    figure, axes = _axes(1, len(panels))
+    figure, axes = new_axes(1, len(panels))
     for axis, (norm, part) in zip(axes[0], panels.items()):
         for k, (name, values) in enumerate((("another class", part["inter"]), ("the same class", part["intra"]))):
             t = scale * np.sort(values)
@@ -195,7 +181,7 @@ def subsets(panels: dict[str, np.ndarray], stem: Path, *, units: str = "raw", ti
             formats: tuple[str, ...] = ("png",)) -> list[Path]:
     """The smallest inter-class distance among the first j points of a random order against j.  panels: norm -> values [n], inf at first."""
     scale = UNITS[units][0]
-    figure, axes = _axes(1, len(panels))
+    figure, axes = new_axes(1, len(panels))
     for axis, (norm, values) in zip(axes[0], panels.items()):
         count = np.arange(1, len(values) + 1)
         shown = np.isfinite(values)
@@ -209,7 +195,7 @@ def subsets(panels: dict[str, np.ndarray], stem: Path, *, units: str = "raw", ti
 def surface(epsilons: np.ndarray, alphas: np.ndarray, values: dict[str, np.ndarray], n_eff: np.ndarray, stem: Path, *, title: str = "",
             units: str = "raw", formats: tuple[str, ...] = ("png",)) -> list[Path]:
     """Heat maps over (epsilon, alpha) with contours.  values: metric -> [E, A] in [0, 1]; hatched where n_eff [E, A] is below 30."""
-    figure, axes = _axes(1, len(values), 5.6)
+    figure, axes = new_axes(1, len(values), 5.6)
     for axis, (name, table) in zip(axes[0], values.items()):
         _heat(figure, axis, UNITS[units][0] * epsilons, alphas, 100 * table, "cividis", (0, 100), f"{name}, %")
         if (n_eff < 30).any():
@@ -223,7 +209,7 @@ def surface(epsilons: np.ndarray, alphas: np.ndarray, values: dict[str, np.ndarr
 def surface_difference(epsilons: np.ndarray, alphas: np.ndarray, values: dict[str, np.ndarray], stem: Path, *, title: str = "",
                        units: str = "raw", formats: tuple[str, ...] = ("png",)) -> list[Path]:
     """One surface minus another, metric -> [E, A]; the thick line is where they agree: the crossing curve."""
-    figure, axes = _axes(1, len(values), 5.6)
+    figure, axes = new_axes(1, len(values), 5.6)
     for axis, (name, table) in zip(axes[0], values.items()):
         size = max(100 * np.abs(table).max(), 1e-9)
         _heat(figure, axis, UNITS[units][0] * epsilons, alphas, 100 * table, "PuOr_r", (-size, size), f"difference of {name}, points of %")
@@ -263,7 +249,7 @@ def scaled(models: list[dict], stem: Path, formats: tuple[str, ...] = ("png",)) 
 
     models: `label`, and (t, R) as `l2` and `linf`, and `scales`, name -> factor.
     """
-    figure, axes = _axes(1, len(models), 5.0)
+    figure, axes = new_axes(1, len(models), 5.0)
     for axis, model in zip(axes[0], models):
         end = 1.02 * model["l2"][0][-1]
         _steps(axis, *model["l2"], end, label=r"$\ell_2$", **_style(0))
@@ -279,7 +265,7 @@ def scaled(models: list[dict], stem: Path, formats: tuple[str, ...] = ("png",)) 
 def grid(rows: dict[str, list[dict]], stem: Path, *, units: str = "raw", formats: tuple[str, ...] = ("png",)) -> list[Path]:
     """Every model against the first one, a column each, a row a norm.  rows: norm -> models as in `curves`."""
     others = len(next(iter(rows.values()))) - 1
-    figure, axes = _axes(len(rows), others, 4.2, 3.4)
+    figure, axes = new_axes(len(rows), others, 4.2, 3.4)
     for row, (norm, models) in enumerate(rows.items()):
         for column in range(others):
             axis = axes[row][column]
@@ -296,7 +282,7 @@ def examples(images: np.ndarray, rows: list[tuple[str, np.ndarray]], stem: Path,
 
     A perturbation is drawn around mid-grey, stretched so that its largest pixel change is the whole range; that change is written below.
     """
-    figure, axes = _axes(1 + len(rows), len(images), 1.35, 1.5)
+    figure, axes = new_axes(1 + len(rows), len(images), 1.35, 1.5)
     for axis in axes.flat:
         axis.spines[:].set_visible(False)
     for row, (name, values) in enumerate([("image", images), *rows]):
@@ -316,7 +302,7 @@ def examples(images: np.ndarray, rows: list[tuple[str, np.ndarray]], stem: Path,
 
 def distributions(panels: list[dict], stem: Path, formats: tuple[str, ...] = ("png",)) -> list[Path]:
     """Step curves in panels of their own axes: each with `title`, `xlabel`, and `lines`, name -> (t, R)."""
-    figure, axes = _axes(1, len(panels))
+    figure, axes = new_axes(1, len(panels))
     for axis, panel in zip(axes[0], panels):
         end = 1.02 * max(t[-1] for t, _ in panel["lines"].values())
         for k, (name, (t, values)) in enumerate(panel["lines"].items()):

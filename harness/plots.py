@@ -6,7 +6,6 @@ import argparse
 import csv
 import json
 import sys
-from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -22,21 +21,28 @@ MANY = 20       # classes: beyond these no line, tick or name for each one
 LONG_NAME = 12  # characters: where a class name is longer, the classes are numbered
 
 
-def _figure(columns: int, width: float, height: float = 4.2):
+def new_axes(rows: int, columns: int, width: float = 5.2, height: float = 4.2):
+    """A figure and its axes [rows, columns] of that size in inches each."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, columns, figsize=(width, height), layout="constrained", squeeze=False)
-    axes = axes[0]
-    for axis in axes:
+    figure, axes = pyplot.subplots(rows, columns, figsize=(width * columns, height * rows), layout="constrained", squeeze=False)
+    for axis in axes.flat:
         axis.grid(color="#dddddd", linewidth=0.6)
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 
-def _save(figure: object, path: Path) -> None:
+def new_figure(columns: int, width: float, height: float = 4.2):
+    """A figure of that size in inches and its axes [columns]."""
+    figure, axes = new_axes(1, columns, width / columns, height)
+    return figure, axes[0]
+
+
+def save(figure: object, path: Path) -> None:
+    """Write the figure to `path` and forget it."""
     from matplotlib import pyplot
 
     figure.savefig(path, dpi=150)
@@ -45,7 +51,7 @@ def _save(figure: object, path: Path) -> None:
 
 def evaluation(result: dict, path: Path) -> None:
     """A_sa and A_tr against alpha with A_rob as the level, and the accuracy of each class."""
-    figure, (left, right) = _figure(2, 11)
+    figure, (left, right) = new_figure(2, 11)
     low, high = result["ci95"]["A_rob"]
     left.axhspan(low, high, color=GREY, alpha=0.2, linewidth=0)
     left.axhline(result["A_rob"], color=GREY, linestyle="--", label="A_rob (every example equally)")
@@ -67,12 +73,12 @@ def evaluation(result: dict, path: Path) -> None:
     right.set_xticks(list(names) if len(names) <= 20 else list(names)[::len(names) // 10])
     right.set_yticks(range(0, 101, 20))
     right.legend(loc="upper right", ncols=2, frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def training(rows: list[dict], path: Path) -> None:
     """The loss and the accuracies of a run against its epochs."""
-    figure, (left, right) = _figure(2, 11)
+    figure, (left, right) = new_figure(2, 11)
     epochs = [row["epoch"] for row in rows]
     left.plot(epochs, [row["train_loss"] for row in rows], color=BLUE, marker="." if len(rows) < 30 else None)
     left.set(ylabel="training loss", title="Loss")
@@ -87,7 +93,7 @@ def training(rows: list[dict], path: Path) -> None:
     right.legend(loc="lower right", frameon=False)
     for axis in (left, right):
         _epoch_ticks(axis, epochs)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _epoch_ticks(axis: object, epochs: list[int]) -> None:
@@ -104,7 +110,7 @@ def weights(rows: list[dict], path: Path, classes: list[str] | None = None, burn
     rows: one an epoch, as `WeightStatistics.compute` gives them, with `epoch`; classes: their names. The weights of the first
     `burn_in_epochs` epochs are 1.
     """
-    figure, (left, right) = _figure(2, 12.5)
+    figure, (left, right) = new_figure(2, 12.5)
     epochs = [row["epoch"] for row in rows]
     num_classes = sum(name.startswith("share_") for name in rows[0])
     shares = np.array([[row[f"share_{k}"] for k in range(num_classes)] for row in rows], dtype=float)  # [epochs, K], None as nan
@@ -120,7 +126,7 @@ def weights(rows: list[dict], path: Path, classes: list[str] | None = None, burn
     _epoch_ticks(left, epochs)
     left.legend(loc="upper left", bbox_to_anchor=(1.0, 1.02), frameon=False, fontsize=8)
     _histogram(right, [row for row in rows if row["epoch"] > (burn_in_epochs or 0)] or rows[-1:])
-    _save(figure, path)
+    save(figure, path)
 
 
 def _each_class(axis: object, epochs: list[int], shares: np.ndarray, names: list[str]) -> None:
@@ -169,7 +175,7 @@ def confusion(result: dict, path: Path) -> None:
     """How the test images of each class are classified, clean and under the attack of A_rob: two matrices in percent of the true class."""
     import matplotlib.colors
 
-    figure, axes = _figure(2, 13.5, 5.8)
+    figure, axes = new_figure(2, 13.5, 5.8)
     num_classes = len(result["confusion"]["A_nat"])
     step = 1 if num_classes <= MANY else num_classes // 10
     ticks, names = range(0, num_classes, step), _names(num_classes, result.get("classes") if step == 1 else None)
@@ -189,61 +195,7 @@ def confusion(result: dict, path: Path) -> None:
         axis.set_xticks(ticks, [names[k] for k in ticks], rotation=90 if len(ticks) * max(map(len, names)) > 50 else 0)
         axis.set_yticks(ticks, [names[k] for k in ticks])
     figure.colorbar(image, ax=axes, label="images of the true class, %", ticks=[0, 1, 5, 10, 25, 50, 75, 100], shrink=0.8)
-    _save(figure, path)
-
-
-def cost(rows: list[dict], path: Path) -> None:
-    """Robust accuracy against training time, one point a row: `defense`, `A_rob`, its interval `ci95` in %, and `seconds`.
-
-    A defense that occurs more than once is told apart by its row's `result`, the folder that it was read from.
-    """
-    count = Counter(row["defense"] for row in rows)
-    figure, axes = _figure(1, 8.5, 4.8)
-    axis = axes[0]
-    styles = [(colour, marker) for _, marker in STYLES for colour in COLOURS]
-    for row, (colour, marker) in zip(sorted(rows, key=lambda row: row["seconds"]), styles * (1 + len(rows) // len(styles))):
-        low, high = row["ci95"]
-        axis.errorbar(row["seconds"] / 60, row["A_rob"], [[row["A_rob"] - low], [high - row["A_rob"]]], color=colour, marker=marker,
-                      linestyle="none", capsize=3,
-                      label=row["defense"] + (f" ({row['result'].removeprefix('results/')})" if count[row["defense"]] > 1 else ""))
-    axis.set_xlabel("training time, minutes")
-    axis.set_ylabel("A_rob, % (95 % intervals)")
-    axis.set_xlim(left=0)
-    axis.set_title("Robust accuracy against the cost of training")
-    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
-    _save(figure, path)
-
-
-def sweep(result: dict, path: Path) -> None:
-    """Milliseconds an image of a training step against batch size and attack steps, and of an attack step against batch size."""
-    figure, (left, middle, right) = _figure(3, 15, 4.6)
-    names = list(dict.fromkeys(row["model"] for row in [*result["training"], *result["evaluation"]]))
-    for axis, across, fixed in ((left, "batch_size", "num_steps"), (middle, "num_steps", "batch_size")):
-        level = result["steps" if fixed == "num_steps" else fixed]
-        for name, colour in zip(names, COLOURS):
-            rows = sorted((row for row in result["training"] if row["model"] == name and row[fixed] == level), key=lambda row: row[across])
-            for form, (style, marker) in zip(("ours", "published_form") if rows else (), STYLES):
-                axis.plot([row[across] for row in rows], [1e3 * row[form] for row in rows], color=colour, linestyle=style, marker=marker,
-                          label=f"{name}, {form.replace('_', ' ')}")
-    for (name, colour), (_, marker) in zip(zip(names, COLOURS), STYLES * len(names)):
-        rows = sorted((row for row in result["evaluation"] if row["model"] == name), key=lambda row: row["batch_size"])
-        right.plot([row["batch_size"] for row in rows], [1e3 * row["seconds"] for row in rows], color=colour, marker=marker,
-                   label=name)
-    left.set(xlabel="images in a batch", ylabel="milliseconds an image", title=f"A training step, {result['steps']} attack steps")
-    middle.set(xlabel="attack steps", ylabel="milliseconds an image", title=f"A training step, {result['batch_size']} images in a batch",
-               xlim=(0, None), ylim=(0, None))
-    right.set(xlabel="images in a batch", ylabel="milliseconds an image", title="One attack step of an evaluation, float32")
-    for axis in (left, right):
-        axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
-        axis.xaxis.set_major_formatter("{x:.0f}")
-        low, high = axis.get_ylim()
-        axis.set_yticks([n * 10.0**k for k in range(-6, 7) for n in (1, 2, 5) if low <= n * 10.0**k <= high])
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.minorticks_off()
-    middle.legend(frameon=False, fontsize=9, title="left and middle", alignment="left")
-    right.legend(frameon=False, fontsize=9)
-    _save(figure, path)
+    save(figure, path)
 
 
 def attacks(result: dict, path: Path) -> None:
@@ -251,7 +203,7 @@ def attacks(result: dict, path: Path) -> None:
     shown = {"no attack": "A_nat", "A_rob": "A_rob"}
     facts = {label: {"accuracy": result[name], "ci95": result["ci95"][name]} for label, name in shown.items()}
     facts |= result["attacks"] | {"worst case": result["worst_case"]}
-    figure, (left, middle, right) = _figure(3, 15, max(4.2, 1.4 + 0.32 * len(facts)))
+    figure, (left, middle, right) = new_figure(3, 15, max(4.2, 1.4 + 0.32 * len(facts)))
     colours = [GREEN, *[BLUE] * (len(facts) - 2), ORANGE]
     for place, (colour, fact) in enumerate(zip(colours, facts.values())):
         value, (low, high) = fact["accuracy"], fact["ci95"]
@@ -274,7 +226,7 @@ def attacks(result: dict, path: Path) -> None:
     right.set_xticks(range(len(steps)), list(steps))
     count = result["probe"]["num_examples"] if steps else 0
     right.set(xlabel="PGD steps", ylabel="still correct, %", ylim=(0, 101), title=f"Attack steps ({count} images, correct unattacked)")
-    _save(figure, path)
+    save(figure, path)
 
 
 def read_rows(path: Path) -> list[dict[str, int | float | str | None]]:

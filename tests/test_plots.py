@@ -11,6 +11,7 @@ import torch
 from conftest import TINY
 from PIL import Image
 
+from benchmarks import figures
 from harness import plots
 from harness.errors import UserError
 from harness.metrics import WEIGHT_EDGES, WeightStatistics
@@ -59,7 +60,8 @@ def figure(monkeypatch):
     from matplotlib import pyplot
 
     kept = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: kept.append(figure))
+    for module in (plots, figures):
+        monkeypatch.setattr(module, "save", lambda figure, path: kept.append(figure))
 
     def of(draw, *args, **options):
         draw(*args, None, **options)
@@ -353,5 +355,5 @@ def test_a_file_that_is_not_ours_is_refused_in_one_line(tmp_path, name, text):
 def test_a_defense_that_was_trained_twice_is_told_apart_in_the_figure_of_costs(figure):
     rows = [{"defense": name, "A_rob": 90.0, "ci95": [89.0, 91.0], "seconds": 60.0, "result": f"results/{folder}"}
             for name, folder in (("AT", "a"), ("AT", "b"), ("MART", "c"))]
-    legend = figure(plots.cost, rows).axes[0].get_legend()
+    legend = figure(figures.cost, rows).axes[0].get_legend()
     assert [text.get_text() for text in legend.get_texts()] == ["AT (a)", "AT (b)", "MART"]

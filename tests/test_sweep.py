@@ -4,9 +4,9 @@ import json
 import pytest
 
 from benchmarks import sweep
+from benchmarks.figures import sweep as draw
 from harness.config import parse_config
 from harness.errors import UserError
-from harness.plots import sweep as draw
 
 TOY = ["--model", "lenet", "--eval_model", "lenet", "resnet18", "--batch_sizes", "2", "4", "--num_steps", "1", "3", "--batch_size", "4",
        "--steps", "1", "--eval_batch_sizes", "2", "3", "--repeats", "1", "--device", "cpu"]
@@ -41,7 +41,7 @@ def test_seconds_an_image_are_those_of_the_step_over_its_batch(monkeypatch):
 
 def test_the_figure_shows_one_line_a_network_and_form(tmp_path, monkeypatch):
     drawn = {}
-    monkeypatch.setattr("harness.plots._save", lambda figure, path: drawn.update({
+    monkeypatch.setattr("benchmarks.figures.save", lambda figure, path: drawn.update({
         axis.get_title(): {line.get_label(): list(map(tuple, line.get_xydata())) for line in axis.lines} for axis in figure.axes}))
     training = [{"model": "lenet", "batch_size": size, "num_steps": steps, "ours": size * steps / 1e3, "published_form": size * steps / 1e2}
                 for size, steps in ((4, 10), (2, 10), (2, 30))]

@@ -17,6 +17,7 @@ import train_trades_mnist
 import train_vir
 import train_yopo
 from harness.errors import UserError
+from harness.papers import paper_tables
 from harness.tables import (
     defense,
     difference,
@@ -24,7 +25,6 @@ from harness.tables import (
     group,
     markdown,
     mean_and_spread,
-    paper_tables,
     read_results,
     setting_column,
 )
