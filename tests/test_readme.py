@@ -134,6 +134,31 @@ def test_the_table_of_the_reweighting_family_is_that_of_its_files():
         assert len(results) >= 2 and f"| {folder.name.upper()} | {cells} |" in README, folder.name
 
 
+NETWORKS = {"resnet18": "ResNet-18", "wrn34_10": "WRN-34-10", "lenet": "LeNet", "small_cnn": "SmallCNN"}
+
+
+def test_the_table_of_training_steps_is_that_of_its_files():
+    files = [ROOT / f"results/speed/train_step_{name}.json" for name in ("resnet18", "wrn34_10", "mnist")]
+    rows = [row for file in files for row in json.loads(file.read_text())["rows"]]
+    assert {(row["model"], row["method"]) for row in rows} == {(model, method) for model in NETWORKS for method in ("at", "trades", "vir")}
+    for row in rows:
+        cells = [NETWORKS[row["model"]], row["method"].upper(), row["batch_size"], row["num_steps"], f"{row['ours_seconds']:.3f}",
+                 f"{row['published_form_seconds']:.3f}", f"{row['ratio']:.2f}",
+                 f"{row['images_per_second']:,.1f} / {row['published_form_images_per_second']:,.1f}",
+                 f"{row['overhead_percent']:.1f} %", f"{row['gflops']:.0f}", f"{row['peak_percent']:.1f} %",
+                 f"{row['ours_mb']:,.0f} / {row['published_form_mb']:,.0f}"]
+        assert f"| {' | '.join(map(str, cells))} |" in README, (row["model"], row["method"])
+
+
+def test_the_table_of_measures_is_that_of_its_files():
+    for model, file in (("resnet18", "resnet18"), ("small_cnn", "mnist"), ("lenet", "mnist")):
+        rows = json.loads((ROOT / f"results/speed/train_step_{file}.json").read_text())["rows"]
+        fused = next(row for row in rows if (row["model"], row["method"]) == (model, "trades"))
+        steps = [json.loads((ROOT / f"results/speed/step_{model}_{precision}.json").read_text()) for precision in ("float32", "bf16")]
+        ratios = " | ".join(f"{row['ratio']:.2f}" for row in (*steps, fused))
+        assert f"| {NETWORKS[model]} | 1 | {ratios} |" in README, model
+
+
 def test_the_table_of_seconds_per_step_is_that_of_its_file():
     for row in json.loads((ROOT / "results/speed/recipes_lenet.json").read_text())["rows"]:
         cells = f"{row['seconds']:.4f} | {row['spread']:.4f} | {row['ratio']:.3f} | {row['expected_ratio']:.3f}"
