@@ -189,7 +189,7 @@ def test_the_table_of_strong_attacks_is_that_of_its_files():
 
 ATTACK_LABELS = {"fgsm": "FGSM", "pgd100": "PGD-100", "apgd-ce": "APGD-CE", "apgd-dlr": "APGD-DLR", "apgd-t": "APGD-T", "fab-t": "FAB-T",
                  "fmn100": "FMN-100", "square": "Square", "autoattack": "AutoAttack", "cw": "CW-20", "md": "MD", "mdmt": "MDMT",
-                 "together": "all of MDE, CW-20 and SPSA together", "spsa": "SPSA, 200 images", "spsa-short": "SPSA, a tenth of its passes"}
+                 "together": "all of MDE, CW-20 and SPSA together", "spsa": "SPSA", "spsa-short": "SPSA, a tenth of its passes"}
 
 
 def test_the_table_beside_other_implementations_is_that_of_its_files():
@@ -202,7 +202,8 @@ def test_the_table_beside_other_implementations_is_that_of_its_files():
         cells = [f"{row['ours']['accuracy']:.1f} / {row.get('published', row.get('reference'))['accuracy']:.1f}" for row in rows]
         assert f"| {label} | {' | '.join(cells)} |" in README, key
     for column in columns:  # what the text says of one seed and of several
-        for attack in {row["attack"] for row in column.values() if row["num_examples"] == 1000} - {"square"}:
+        assert all(row["num_examples"] == 1000 for row in column.values())
+        for attack in {row["attack"] for row in column.values()} - {"square"}:
             pairs = [(row["ours"]["robust"], row.get("published", row.get("reference"))["robust"])
                      for row in column.values() if row["attack"] == attack]
             assert mean(ours for ours, _ in pairs) <= mean(theirs for _, theirs in pairs) + 2, attack
