@@ -189,7 +189,7 @@ def test_the_table_of_strong_attacks_is_that_of_its_files():
 
 ATTACK_LABELS = {"fgsm": "FGSM", "pgd100": "PGD-100", "apgd-ce": "APGD-CE", "apgd-dlr": "APGD-DLR", "apgd-t": "APGD-T", "fab-t": "FAB-T",
                  "fmn100": "FMN-100", "square": "Square", "autoattack": "AutoAttack", "cw": "CW-20", "md": "MD", "mdmt": "MDMT",
-                 "together": "all of MDE, CW-20 and SPSA together", "spsa": "SPSA", "spsa-short": "SPSA, a tenth of its passes"}
+                 "together": "MDE, CW-20 and the shorter SPSA together", "spsa": "SPSA", "spsa-short": "SPSA, a tenth of its passes"}
 
 
 def test_the_table_beside_other_implementations_is_that_of_its_files():
