@@ -292,17 +292,16 @@ def main(cfg: Config) -> None:
     peak = matrix_peak(cfg.matmul_size, choose_dtype(cfg.precision, device), device, cfg.repeats)
     if not cfg.json:
         print(HEADER, flush=True)
-    rows = []
-    for name, method in tqdm([(name, method) for name in cfg.model for method in cfg.method], desc="timing", leave=False, disable=None):
+    facts = {"repeats": cfg.repeats, "warmup_rounds": cfg.warmup_rounds, "matmul_size": cfg.matmul_size, "seed": cfg.seed,
+             "command": command_line(), "date": time.strftime("%Y-%m-%d"), "environment": environment(device)}
+    pairs, rows = [(name, method) for name in cfg.model for method in cfg.method], []
+    for name, method in tqdm(pairs, desc="timing", leave=False, disable=None):
         rows.append(measure(name, method, cfg, peak))
+        result = (rows[0] if len(pairs) == 1 else {"rows": rows}) | facts
+        if out:
+            write_text(out, json.dumps(result, indent=2) + "\n")  # after each row: the next one may take minutes
         if not cfg.json:
             tqdm.write(line(rows[-1]))
-    facts = {"repeats": cfg.repeats, "warmup_rounds": cfg.warmup_rounds, "matmul_size": cfg.matmul_size, "seed": cfg.seed,
-             "command": command_line(), "date": time.strftime("%Y-%m-%d"),
-             "environment": environment(device)}
-    result = (rows[0] if len(rows) == 1 else {"rows": rows}) | facts
-    if out:
-        write_text(out, json.dumps(result, indent=2) + "\n")
     if cfg.json:
         print(json.dumps(result), flush=True)
     else:

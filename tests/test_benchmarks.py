@@ -190,6 +190,20 @@ def test_a_killed_measurement_of_memory_is_told_in_one_line(monkeypatch):
         train_step.peak_mb("ours", "lenet", "at", toy("--memory"))
 
 
+def test_a_row_that_fails_leaves_the_rows_before_it(tmp_path, monkeypatch):
+    measured = train_step.measure
+
+    def first_only(name, method, cfg, peak):
+        if method == "trades":
+            raise UserError("killed")
+        return measured(name, method, cfg, peak)
+
+    monkeypatch.setattr(train_step, "measure", first_only)
+    with pytest.raises(UserError, match="killed"):
+        main(toy("--model", "lenet", "--out", str(tmp_path / "rows.json")))
+    assert [row["method"] for row in json.loads((tmp_path / "rows.json").read_text())["rows"]] == ["at"]
+
+
 def die(*arguments):
     os.kill(os.getpid(), signal.SIGKILL)
 
