@@ -52,7 +52,8 @@ def test_the_figure_shows_one_line_a_network_and_form(tmp_path, monkeypatch):
     assert right["lenet"] == [(8, 4)]
 
 
-@pytest.mark.parametrize(("words", "message"), ((["--model", "lenot"], "unknown model"), (["--repeats", "0"], "--repeats"), (["--batch_sizes", "0"], "at least 1"),
+@pytest.mark.parametrize(("words", "message"), ((["--model", "lenot"], "unknown model"), (["--repeats", "0"], "--repeats"),
+                                                (["--batch_sizes", "0"], "at least 1"),
                                                 (["--eval_batch_sizes"], "--eval_batch_sizes"), (["--out", __file__], "never overwritten")))
 def test_what_cannot_be_timed_is_refused(words, message):
     with pytest.raises(UserError, match=message):
