@@ -7,7 +7,7 @@
     bare        the forward and backward passes alone that a step cannot do without, on tensors that are already there
 """
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -72,11 +72,7 @@ def published_trades(model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tenso
     """One step of TRADES on the batch x [B, C, H, W], y [B]; returns its loss.  `start` as in `attacks.pgd.pgd`."""
     divergence = nn.KLDivLoss(reduction="sum")
     model.eval()
-    x_adv = first_iterate(x, settings.epsilon, start)
-    for _ in range(settings.num_steps):
-        x_adv = x_adv.detach().requires_grad_()
-        gradient, = torch.autograd.grad(divergence(F.log_softmax(model(x_adv), dim=1), F.softmax(model(x), dim=1)), x_adv)
-        x_adv = ascend(x_adv, gradient, x, settings)
+    x_adv = raised(lambda x_adv: divergence(F.log_softmax(model(x_adv), dim=1), F.softmax(model(x), dim=1)), x, settings, start)
     model.train()
     optimizer.zero_grad()
     natural = F.cross_entropy(model(x), y)
@@ -91,11 +87,7 @@ def published_trades(model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tenso
 def published_vir(model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor, settings: object, start: str | Tensor) -> Tensor:
     """One step of VIR-AT, after its burn-in, on the batch x [B, C, H, W], y [B]; returns its loss.  `start` as in `attacks.pgd.pgd`."""
     model.eval()
-    x_adv = first_iterate(x, settings.epsilon, start)
-    for _ in range(settings.num_steps):
-        x_adv = x_adv.detach().requires_grad_()
-        gradient, = torch.autograd.grad(F.cross_entropy(model(x_adv), y), x_adv)
-        x_adv = ascend(x_adv, gradient, x, settings)
+    x_adv = raised(lambda x_adv: F.cross_entropy(model(x_adv), y), x, settings, start)
     model.train()
     optimizer.zero_grad()
     with torch.no_grad():
@@ -109,6 +101,16 @@ def published_vir(model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor, 
     loss.backward()
     optimizer.step()
     return loss.detach()
+
+
+def raised(loss_fn: Callable[[Tensor], Tensor], x: Tensor, settings: object, start: str | Tensor) -> Tensor:
+    """x_adv [B, C, H, W] of PGD by the gradient of `loss_fn(x_adv)`, a scalar, with respect to the images alone."""
+    x_adv = first_iterate(x, settings.epsilon, start)
+    for _ in range(settings.num_steps):
+        x_adv = x_adv.detach().requires_grad_()
+        gradient, = torch.autograd.grad(loss_fn(x_adv), x_adv)
+        x_adv = ascend(x_adv, gradient, x, settings)
+    return x_adv
 
 
 def ascend(x_adv: Tensor, gradient: Tensor, x: Tensor, settings: object) -> Tensor:

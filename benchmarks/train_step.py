@@ -54,7 +54,7 @@ from attacks.pgd import first_iterate
 from benchmarks.forms import BARE, NUM_CLASSES, PUBLISHED, count_flops, published_model
 from harness.config import run_script
 from harness.data import Dataset, Split, to_unit
-from harness.device import choose_device, choose_dtype, command_line, environment, resident
+from harness.device import choose_device, choose_dtype, command_line, environment, peak_memory, resident
 from harness.errors import UserError
 from harness.folder import write_text
 from harness.report import output_path
@@ -238,14 +238,12 @@ def peak_mb(form: str, name: str, method: str, cfg: Config) -> float | None:
 
 def peak_here(form: str, name: str, method: str, cfg: Config) -> int | None:
     """Bytes that MEMORY_STEPS steps of one form and what they stand on take at most in this process, which must have done nothing yet."""
-    device = choose_device(cfg.device)
+    device, work = choose_device(cfg.device), partial(run_alone, form, name, method, cfg)
     run_alone(form, "lenet", method, replace(cfg, batch_size=1, num_steps=1))  # the libraries load their own code and buffers
+    if device.type == "cuda":
+        return peak_memory(device, work)
     before = resident("VmRSS")
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    run_alone(form, name, method, cfg)
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+    work()
     return resident("VmHWM") - before if device.type == "cpu" and before else None
 
 
