@@ -2,7 +2,8 @@
 
 Reads the JSON files that the eval scripts write, joins those that differ in nothing but the seed of their training, and prints Markdown:
 every table of Zeng et al. (AAAI 2021) and VIR that a result fits, with the paper's number and the difference (ours - paper), and then
-all results. A result fits a table by its defense, data set, epsilon and kind of network; in what else it differs is said below the table.
+all results; † marks a mean in which a network at chance counts.
+A result fits a table by its defense, data set, epsilon and kind of network; in what else it differs is said below the table.
 The papers' numbers and settings are in results/paper.
 
     python tables.py                                               # everything under results/ and runs/
@@ -47,7 +48,7 @@ def paper_section(name: str, setting: dict, targets: list[Target], rows: list[ta
         values = row.values(target.source(row))
         printed = f"{target.mean:.2f}" + (f" ± {target.std:.2f}" if target.std is not None else "")
         metric = f"{target.dataset} {target.column}" if len(setting["test_images"]) > 1 else target.column
-        numbers = tables.mean_and_spread(values), printed, tables.difference(values, target.mean)
+        numbers = row.cell(target.source(row)), printed, tables.difference(values, target.mean)
         lines.append([metric, target.defense, apart[id(row)], *numbers])
     table = tables.markdown(["metric", "defense", "setting", "ours", "paper", "ours - paper"], lines, left=3)
     absent = [defense for defense in dict.fromkeys(target.defense for target in targets) if defense not in {line[1] for line in lines}]
@@ -104,7 +105,7 @@ def all_results(rows: list[tables.Row]) -> str:
         alike = [row for row in rows if row.protocol == protocol]
         columns = sorted({column for row in alike for result in row.results for column in result.measured}, key=_place)
         lines = [[row.label, tables.shown(row.settings["model"]), tables.shown(row.settings.get("epochs")), setting,
-                  *(tables.mean_and_spread(row.values(column)) for column in columns)]
+                  *(row.cell(column) for column in columns)]
                  for row, setting in zip(alike, tables.setting_column(alike, without=("model", "epochs")))]
         told = defaultdict(lambda: "-", {name: tables.shown(value) for name, value in protocol.items()})
         text += "\n\n{dataset}, {num_examples} test images; {norm}, epsilon {epsilon}; ".format_map(told)

@@ -56,6 +56,8 @@ class Config:
     lr_drop_factor: float = 0.2                           # learning rate times this at each drop
     momentum: float = 0.9                                 # of SGD
     weight_decay: float = 5e-4                          # of SGD, on all parameters
+    max_grad_norm: float = 0.0                            # gradients longer than this (l_2, all parameters) are cut to it; 0 is off
+    lr_warmup_epochs: float = 0                           # epochs over which the learning rate rises from 0
     ema_decay: float = 0.0                                # of a moving average of the weights, measured beside them; 0 is off
     crop_padding: int = 4                                 # random crop: pixels padded on each side; 0 for none
     padding_mode: Literal["constant", "reflect"] = "reflect"  # of the random crop
@@ -65,6 +67,7 @@ class Config:
     val_num_steps: int = 20                               # PGD steps on the held-out images
     seed: int = 2                                         # of weights, order, augmentation, starts and dropout
     seeds: tuple[int, ...] = ()                           # train once with each of these seeds, in out_dir/seed<k>
+    stop_on_collapse: bool = False                        # end with exit code 1 once the network is at chance and stays there
     data_dir: str = "data"                                # folder of the data sets
     out_dir: str | None = None                            # run folder; default runs/<script>/<time>
     resume: str | None = None                             # run folder to go on with
@@ -78,10 +81,12 @@ class Config:
 
 RECIPES = {
     "paper": Config(model="wrn34_10"),
-    "short": Config(dataset="mnist", model="lenet", epsilon=0.3, burn_in_epochs=3, gamma=0.07, step_size=0.05, epsilon_warmup_epochs=2,
-                    epochs=10, batch_size=128, lr=0.05, lr_drop_after=(6, 8), crop_padding=0, flip=False, val_size=0, val_step_size=0.03),
-    "digits": Config(dataset="digits", model="lenet", epsilon=0.1, burn_in_epochs=8, gamma=0.02, step_size=0.02, epsilon_warmup_epochs=7,
-                     epochs=20, batch_size=64, lr=0.05, lr_drop_after=(15,), crop_padding=0, flip=False, val_size=137, val_step_size=0.01),
+    "short": Config(dataset="mnist", model="lenet", epsilon=0.3, burn_in_epochs=3, gamma=0.07, step_size=0.05, epsilon_warmup_epochs=1,
+                    epochs=10, batch_size=128, lr=0.1, max_grad_norm=1, lr_drop_after=(6, 8), crop_padding=0, flip=False, val_size=0,
+                    val_step_size=0.03),
+    "digits": Config(dataset="digits", model="lenet", epsilon=0.1, burn_in_epochs=8, gamma=0.02, step_size=0.02, epsilon_warmup_epochs=3,
+                     epochs=20, batch_size=64, lr=0.1, max_grad_norm=1, lr_drop_after=(15,), crop_padding=0, flip=False, val_size=137,
+                     val_step_size=0.01),
 }
 
 

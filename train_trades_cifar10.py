@@ -56,6 +56,8 @@ class Config:
     lr_drop_factor: float = 0.1                           # learning rate times this at each drop
     momentum: float = 0.9                                 # of SGD
     weight_decay: float = 2e-4                            # of SGD, on all parameters
+    max_grad_norm: float = 0.0                            # gradients longer than this (l_2, all parameters) are cut to it; 0 is off
+    lr_warmup_epochs: float = 0                           # epochs over which the learning rate rises from 0
     ema_decay: float = 0.0                                # of a moving average of the weights, measured beside them; 0 is off
     crop_padding: int = 4                                 # random crop: pixels padded on each side; 0 for none
     padding_mode: Literal["constant", "reflect"] = "constant"  # of the random crop
@@ -65,6 +67,7 @@ class Config:
     val_num_steps: int = 20                               # PGD steps on the held-out images
     seed: int = 1                                         # of weights, order, augmentation, starts and dropout
     seeds: tuple[int, ...] = ()                           # train once with each of these seeds, in out_dir/seed<k>
+    stop_on_collapse: bool = False                        # end with exit code 1 once the network is at chance and stays there
     data_dir: str = "data"                                # folder of the data sets
     out_dir: str | None = None                            # run folder; default runs/<script>/<time>
     resume: str | None = None                             # run folder to go on with

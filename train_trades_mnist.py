@@ -47,7 +47,7 @@ class Config:
     num_steps: int = 40                                   # PGD steps a batch
     start: Literal["uniform", "gaussian", "clean"] = "gaussian"  # where PGD starts; the KL gradient at "clean" is zero
     attack_mode: Literal["train", "eval"] = "eval"        # mode of BatchNorm and dropout during the attack
-    epsilon_warmup_epochs: float = 2                      # epochs over which epsilon and the step rise from 0; LeNet collapses without
+    epsilon_warmup_epochs: float = 2                      # epochs over which epsilon and the step rise from 0; LeNet learns nothing without
     epochs: int = 100                                     # passes over the training set
     batch_size: int = 128                                 # images a step, over all processes
     lr: float = 0.01                                      # learning rate of SGD
@@ -55,6 +55,8 @@ class Config:
     lr_drop_factor: float = 0.1                           # learning rate times this at each drop
     momentum: float = 0.9                                 # of SGD
     weight_decay: float = 0.0                             # of SGD, on all parameters
+    max_grad_norm: float = 1.0                            # gradients longer than this (l_2, all parameters) are cut to it; 0 is off
+    lr_warmup_epochs: float = 0                           # epochs over which the learning rate rises from 0
     ema_decay: float = 0.0                                # of a moving average of the weights, measured beside them; 0 is off
     crop_padding: int = 0                                 # random crop: pixels padded on each side; 0 for none
     padding_mode: Literal["constant", "reflect"] = "constant"  # of the random crop
@@ -64,6 +66,7 @@ class Config:
     val_num_steps: int = 20                               # PGD steps on the held-out images
     seed: int = 1                                         # of weights, order, augmentation, starts and dropout
     seeds: tuple[int, ...] = ()                           # train once with each of these seeds, in out_dir/seed<k>
+    stop_on_collapse: bool = False                        # end with exit code 1 once the network is at chance and stays there
     data_dir: str = "data"                                # folder of the data sets
     out_dir: str | None = None                            # run folder; default runs/<script>/<time>
     resume: str | None = None                             # run folder to go on with
@@ -76,10 +79,10 @@ class Config:
 
 
 RECIPES = {
-    "paper": Config(model="small_cnn", epsilon_warmup_epochs=0),
-    "short": Config(epochs=10, num_steps=10, step_size=0.05, lr=0.02, lr_drop_after=(6, 8), val_size=0),
-    "digits": Config(dataset="digits", epochs=30, batch_size=64, epsilon=0.1, num_steps=10, step_size=0.02, lr=0.05, lr_drop_after=(22,),
-                     epsilon_warmup_epochs=10, val_size=137, val_step_size=0.01),
+    "paper": Config(model="small_cnn", epsilon_warmup_epochs=0, max_grad_norm=0),
+    "short": Config(epochs=10, num_steps=10, step_size=0.05, lr=0.1, lr_drop_after=(6, 8), epsilon_warmup_epochs=1, val_size=0),
+    "digits": Config(dataset="digits", epochs=20, batch_size=64, epsilon=0.1, num_steps=10, step_size=0.02, lr=0.1, lr_drop_after=(15,),
+                     epsilon_warmup_epochs=3, val_size=137, val_step_size=0.01),
 }
 
 

@@ -86,6 +86,8 @@ class Config:
     momentum: float = 0.9                                 # of SGD [VIR]
     nesterov: bool = False                                # Nesterov's momentum [VIR]
     weight_decay: float = 3.5e-3                          # of SGD, on all parameters [VIR, ResNet-18]
+    max_grad_norm: float = 0.0                            # gradients longer than this (l_2, all parameters) are cut to it; 0 is off [ours]
+    lr_warmup_epochs: float = 0                           # epochs over which the learning rate rises from 0 [ours]
     ema_decay: float = 0.0                                # of a moving average of the weights, measured beside them; 0 is off [ours]
     crop_padding: int = 4                                 # random crop: pixels padded on each side; 0 for none [unstated]
     padding_mode: Literal["constant", "reflect"] = "constant"  # of the random crop [unstated]
@@ -95,6 +97,7 @@ class Config:
     val_num_steps: int = 20                               # PGD steps on the held-out images [ours]
     seed: int = 0                                         # of weights, order, augmentation, starts and dropout [ours]
     seeds: tuple[int, ...] = ()                           # train once with each of these seeds, in out_dir/seed<k> [VIR: four seeds]
+    stop_on_collapse: bool = False                        # end with exit code 1 once the network is at chance and stays there
     data_dir: str = "data"                                # folder of the data sets
     out_dir: str | None = None                            # run folder; default runs/<script>/<time>
     resume: str | None = None                             # run folder to go on with
@@ -128,13 +131,13 @@ SETTINGS = {
                    {"model": "wrn28_10", "extra_data": "data/edm_cifar10.npz", "epochs": 400, "burn_in_epochs": 265, "batch_size": 512,
                     "lr": 0.2, "schedule": "cosine", "nesterov": True, "weight_decay": 5e-4}),
     "-mnist": ("ours: the short recipe of train_at_mnist.py, burn-in in proportion",
-               {"dataset": "mnist", "model": "lenet", "epsilon": 0.3, "step_size": 0.05, "epsilon_warmup_epochs": 2, "epochs": 10,
-                "burn_in_epochs": 7, "lr": 0.02, "lr_drop_after": (6, 8), "lr_scales": (0.2, 0.04), "weight_decay": 5e-4,
-                "crop_padding": 0, "flip": False, "val_size": 0, "val_step_size": 0.03}),
+               {"dataset": "mnist", "model": "lenet", "epsilon": 0.3, "step_size": 0.05, "epsilon_warmup_epochs": 1, "epochs": 10,
+                "burn_in_epochs": 7, "lr": 0.1, "max_grad_norm": 1.0, "lr_drop_after": (6, 8), "lr_scales": (0.2, 0.04),
+                "weight_decay": 5e-4, "crop_padding": 0, "flip": False, "val_size": 0, "val_step_size": 0.03}),
     "-digits": ("ours: embedded digits, half a minute",
-                {"dataset": "digits", "model": "lenet", "epsilon": 0.1, "step_size": 0.02, "epsilon_warmup_epochs": 7, "epochs": 20,
-                 "burn_in_epochs": 14, "batch_size": 64, "lr": 0.05, "lr_drop_after": (13,), "lr_scales": (0.2,), "weight_decay": 5e-4,
-                 "crop_padding": 0, "flip": False, "val_size": 137, "val_step_size": 0.01}),
+                {"dataset": "digits", "model": "lenet", "epsilon": 0.1, "step_size": 0.02, "epsilon_warmup_epochs": 3, "epochs": 20,
+                 "burn_in_epochs": 14, "batch_size": 64, "lr": 0.1, "max_grad_norm": 1.0, "lr_drop_after": (13,), "lr_scales": (0.2,),
+                 "weight_decay": 5e-4, "crop_padding": 0, "flip": False, "val_size": 137, "val_step_size": 0.01}),
 }
 RADIUS = {"epsilon": 0.031, "step_size": 0.007}
 MAIL = {"epochs": 120, "lr_drop_after": (75, 90, 100), "lr_scales": (0.1, 0.01, 0.001), **RADIUS}

@@ -52,6 +52,8 @@ class Config:
     lr_drop_factor: float = 0.1                           # learning rate times this at each drop
     momentum: float = 0.9                                 # of SGD
     weight_decay: float = 5e-4                          # of SGD, on all parameters
+    max_grad_norm: float = 0.0                            # gradients (sums over the passes) longer than this (l_2) are cut to it; 0 is off
+    lr_warmup_epochs: float = 0                           # epochs over which the learning rate rises from 0
     ema_decay: float = 0.0                                # of a moving average of the weights, measured beside them; 0 is off
     crop_padding: int = 4                                 # random crop: pixels padded on each side; 0 for none
     padding_mode: Literal["constant", "reflect"] = "constant"  # of the random crop
@@ -61,6 +63,7 @@ class Config:
     val_num_steps: int = 20                               # PGD steps on the held-out images
     seed: int = 2                                         # of weights, order, augmentation, starts and dropout
     seeds: tuple[int, ...] = ()                           # train once with each of these seeds, in out_dir/seed<k>
+    stop_on_collapse: bool = False                        # end with exit code 1 once the network is at chance and stays there
     data_dir: str = "data"                                # folder of the data sets
     out_dir: str | None = None                            # run folder; default runs/<script>/<time>
     resume: str | None = None                             # run folder to go on with
@@ -78,9 +81,10 @@ RECIPES = {
     "mnist": Config(dataset="mnist", model="small_cnn", epsilon=0.3, step_size=0.01, num_steps=10, epochs=40, lr=0.01,
                     lr_drop_after=(30, 35, 39), crop_padding=0, flip=False, val_step_size=0.03),
     "short": Config(dataset="mnist", model="lenet", epsilon=0.3, step_size=0.03, epsilon_warmup_epochs=2, epochs=10, batch_size=128,
-                    lr=0.01, lr_drop_after=(6, 8), lr_drop_factor=0.2, crop_padding=0, flip=False, val_size=0, val_step_size=0.03),
-    "digits": Config(dataset="digits", model="lenet", epsilon=0.1, step_size=0.02, epsilon_warmup_epochs=7, epochs=20, batch_size=64,
-                     lr=0.05, lr_drop_after=(15,), crop_padding=0, flip=False, val_size=137, val_step_size=0.01),
+                    lr=0.01, max_grad_norm=5, lr_drop_after=(6, 8), lr_drop_factor=0.2, crop_padding=0, flip=False, val_size=0,
+                    val_step_size=0.03),
+    "digits": Config(dataset="digits", model="lenet", epsilon=0.1, step_size=0.02, epsilon_warmup_epochs=3, epochs=20, batch_size=64,
+                     lr=0.1, max_grad_norm=5, lr_drop_after=(15,), crop_padding=0, flip=False, val_size=137, val_step_size=0.01),
 }
 
 

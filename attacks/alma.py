@@ -4,10 +4,10 @@ from torch import Tensor, nn
 
 from attacks.ball import norm_of, per_example
 from attacks.frozen import frozen
-from attacks.minimal import Closest, check_arguments, descend, is_wrong, logit_margin
+from attacks.minimal import Closest, check_arguments, descend, dual_norm_of, is_wrong, logit_margin
 
 LAST_STEP = 0.01            # the last step's size over the first's
-FIRST_DISTANCE = {"l2": 0.1, "l1": 0.5}  # how far the first step goes
+FIRST_DISTANCE = {"l2": 0.1, "l1": 0.5}  # how far the first step goes at most
 MULTIPLIER = (1e-6, 1e12)   # range of the multiplier mu
 CHECK_EVERY, SHRINKS, GROWTH = 10, 0.95, 1.2  # every so many steps rho grows where the constraint has not come closer
 
@@ -22,8 +22,9 @@ def alma(model: nn.Module, x: Tensor, y: Tensor, *, norm: str = "l2", num_steps:
         mu <- 0.9 mu + 0.1 dP/dc,     rho <- 1.2 rho every 10 steps where no adversary was met and c did not fall by 5 %
 
     x: [B, C, H, W] in [0, 1]; y: [B]; m is the margin z_y - max_{k != y} z_k, or z_y - z_target with target [B]; start: the first
-    iterate, x by default (an adversary helps where m is flat around x). The step falls to 1 % of the first, which goes to a distance of
-    0.1 (l2) or 0.5 (l1). num_steps gradients and two forward passes an example.
+    iterate, x by default (an adversary helps where m is flat around x). The first step goes as far as the boundary would be if m were
+    linear, |m| / ||grad m||_q, and at most to a distance of 0.1 (l2) or 0.5 (l1); the step falls to 1 % of that. num_steps gradients and
+    two forward passes an example.
     Returns the closest adversary found, x itself where none was, without a graph. Raises ValueError as `check_arguments` does; the
     norms are l_2 and l_1.
 
@@ -53,7 +54,9 @@ def alma(model: nn.Module, x: Tensor, y: Tensor, *, norm: str = "l2", num_steps:
                 met, before = torch.zeros_like(met), constraint
             pull = _norm_gradient(x_adv - x, norm) + gradient * per_example(_penalty_slope(constraint, rho, mu) / scale, x)
             length = norm_of(pull, "l2").clamp_(min=1e-12)
-            step_size = _first_step(x, pull / per_example(length, x), norm) if step_size is None else step_size
+            if step_size is None:  # one beyond the boundary may end at another class's, which is farther
+                distance = (margin.abs() / dual_norm_of(gradient, norm).clamp_(min=1e-12)).clamp_(max=FIRST_DISTANCE[norm])
+                step_size = _first_step(x, pull / per_example(length, x), norm, distance)
             decay = 0.9 + 0.09 * step / num_steps
             square = decay * square + (1 - decay) * length.square() if step else length.square()
             velocity = momentum * velocity + pull * per_example(step_size * LAST_STEP ** (step / num_steps) / square.sqrt(), x)
@@ -74,11 +77,11 @@ def _penalty_slope(constraint: Tensor, rho: Tensor, mu: Tensor) -> Tensor:
     return torch.where(constraint >= 0, above, mu / (1 - rho * constraint.clamp(max=0)).square())
 
 
-def _first_step(x: Tensor, direction: Tensor, norm: str) -> Tensor:
-    """How far along -direction, within the box, the distance becomes FIRST_DISTANCE: [B, ...] twice -> [B]."""
+def _first_step(x: Tensor, direction: Tensor, norm: str, distance: Tensor) -> Tensor:
+    """How far along -direction, within the box, the distance [B] is reached: [B, ...] twice -> [B]."""
     lower, upper = torch.zeros(len(x), device=x.device, dtype=x.dtype), torch.full((len(x),), 10.0, device=x.device, dtype=x.dtype)
     for _ in range(20):
         middle = (lower + upper) / 2
-        far = norm_of((x - direction * per_example(middle, x)).clamp_(0, 1) - x, norm) > FIRST_DISTANCE[norm]
+        far = norm_of((x - direction * per_example(middle, x)).clamp_(0, 1) - x, norm) > distance
         lower, upper = torch.where(far, lower, middle), torch.where(far, middle, upper)
     return upper

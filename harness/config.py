@@ -15,10 +15,11 @@ from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
-from harness.errors import RunError, UserError
+from harness.errors import Collapsed, RunError, UserError
 from harness.seeds import one_a_seed
 
-MAY_CHANGE_ON_RESUME = {"resume", "epochs", "data_dir", "device", "compile", "graphs", "max_batches", "shard"}
+MAY_CHANGE_ON_RESUME = {"resume", "epochs", "data_dir", "device", "compile", "graphs", "max_batches", "shard",
+                         "stop_on_collapse"}
 
 # What a field of this name may hold, in any Config: (smallest, largest).
 LIMITS = {
@@ -26,7 +27,8 @@ LIMITS = {
     "num_restarts": (1, math.inf), "num_examples": (1, math.inf), "max_batches": (1, math.inf), "val_size": (0, math.inf),
     "epsilon": (0, 1), "step_size": (0, 1), "val_step_size": (0, 1), "alpha": (0, math.inf), "alphas": (0, math.inf),
     "beta": (0, math.inf), "lr": (0, math.inf), "momentum": (0, 1), "weight_decay": (0, math.inf), "lr_drop_factor": (0, 1),
-    "lr_drop_after": (0, math.inf), "epsilon_warmup_epochs": (0, math.inf), "crop_padding": (0, math.inf),
+    "lr_drop_after": (0, math.inf), "epsilon_warmup_epochs": (0, math.inf),
+    "max_grad_norm": (0, math.inf), "lr_warmup_epochs": (0, math.inf), "crop_padding": (0, math.inf),
     "seed": (0, 2**31 - 1), "seeds": (0, 2**31 - 1), "ema_decay": (0, 0.999999), "burn_in_epochs": (0, math.inf),
     "inv_lambda": (0, math.inf), "gamma": (0, math.inf), "margin_alpha": (0, math.inf), "extra_fraction": (0, 1),
     "batch_sizes": (1, math.inf), "eval_batch_sizes": (1, math.inf), "n_points": (1, math.inf), "num_starts": (1, math.inf),
@@ -51,8 +53,10 @@ def run_script(main: Callable, cls: type, recipes: dict | None = None, sources: 
         if getattr(config, "dry_run", False):
             _print_values(config, given, (sources or {}).get(recipe, {}))
             return
-        for one in one_a_seed(config, Path(name).stem) if hasattr(config, "seed") and getattr(config, "seeds", ()) else [config]:
-            main(one)
+        if hasattr(config, "seed") and getattr(config, "seeds", ()):
+            _each_seed(main, config, name)
+        else:
+            main(config)
     except UserError as error:
         _fail(name, error, 2)
     except RunError as error:
@@ -67,6 +71,19 @@ def run_script(main: Callable, cls: type, recipes: dict | None = None, sources: 
         _fail(name, "the accelerator's memory is full: try a smaller --batch_size", 1)
     if os.environ.get("TORCHELASTIC_RUN_ID"):
         _leave()
+
+
+def _each_seed(main: Callable, config: object, name: str) -> None:
+    """main(config) with each of its seeds.  Raises Collapsed at the end if some of them collapsed."""
+    collapsed = []
+    for one in one_a_seed(config, Path(name).stem):
+        try:
+            main(one)
+        except Collapsed as error:
+            print(f"{name}: {error}", file=sys.stderr, flush=True)
+            collapsed.append(one.seed)
+    if collapsed:
+        raise Collapsed(f"{len(collapsed)} of {len(config.seeds)} seeds collapsed: {' '.join(map(str, collapsed))}")
 
 
 def _leave() -> None:
@@ -241,10 +258,20 @@ def _resumed(cls: type, folder: Path):
         print(f"note: {path} lacks {', '.join(f'{field.name}, here {field.default}' for field in newer)}", file=sys.stderr)
     if isinstance(saved.get("compile"), bool):
         saved["compile"] = "on" if saved["compile"] else "off"  # as it was written when it was a switch
+    hints = typing.get_type_hints(cls)
     for field in fields:
-        value, optional = saved[field.name], type(None) in typing.get_args(field.type)
-        kinds = {float: (float, int), tuple: (list,)}.get(type(field.default), (type(field.default),))
-        if field.default is not None and type(value) not in kinds and not (value is None and optional):
+        value = saved[field.name]
+        if type(value) not in _json_types(hints[field.name]):
             raise UserError(f"--resume {folder}: {field.name} in {path} is {json.dumps(value)}, which it cannot be")
     values = {field.name: saved[field.name] for field in fields}
     return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def _json_types(hint: object) -> set[type]:
+    """The types that a value of this type hint may have in a JSON file."""
+    origin = typing.get_origin(hint)
+    if origin in (types.UnionType, typing.Union):
+        return set().union(*map(_json_types, typing.get_args(hint)))
+    if origin is typing.Literal:
+        return {type(choice) for choice in typing.get_args(hint)}
+    return {float: {float, int}, tuple: {list}}.get(origin or hint, {hint})

@@ -1,4 +1,4 @@
-"""The two ways a script ends badly, each with one line for its user."""
+"""The ways a script ends badly, each with one line for its user."""
 
 
 class UserError(Exception):
@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class RunError(Exception):
     """A run that failed under way; the script prints the line and exits with code 1."""
+
+
+class Collapsed(RunError):
+    """A run that --stop_on_collapse ended; one of several seeds does not end the others."""

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from harness.chance import metrics_at_chance
 from harness.data import Split, to_unit
 from harness.errors import RunError, UserError
 from harness.metrics import weighted_accuracy
@@ -107,8 +108,9 @@ def evaluate(model: nn.Module, split: Split, *, attack: Callable, cross_entropy:
     A_sa      those same examples, weighted by exp(-alpha * margin): one attack serves A_rob and every alpha
     A_tr      the same weighting at the examples of an attack that maximises `weighted(alpha)`, weight times cross-entropy
 
-    Returns the accuracies in percent with `ci95` and `effective_size` under the same keys, and `class_accuracy` and `confusion` at the
-    examples of A_nat and of A_rob; the per-example results (`label`, `prediction`, `prediction_adv`, `margin_adv`, `loss_adv`, all [N]);
+    Returns the accuracies in percent with `ci95` and `effective_size` under the same keys, `class_accuracy` and `confusion` at the
+    examples of A_nat and of A_rob, and `at_chance`, those of these two that are no better than a guess; the per-example results (`label`,
+    `prediction`, `prediction_adv`, `margin_adv`, `loss_adv`, all [N]);
     and the certificate.
     """
     alphas = tuple(dict.fromkeys(alphas))
@@ -136,6 +138,7 @@ def accuracies(split: Split, num_classes: int, clean: Record, plain: Record, tra
                       "A_tr": {str(float(a)): weighted_accuracy(r.prediction == y, r.margin, a) for a, r in trained.items()}})
     for name, measure in (("class_accuracy", class_accuracy), ("confusion", confusion)):
         result[name] = {metric: measure(record.prediction, y, num_classes) for metric, record in (("A_nat", clean), ("A_rob", plain))}
+    result["at_chance"] = metrics_at_chance(result["confusion"])
     examples = {"index": split.index.cpu(), "label": y, "prediction": clean.prediction, "prediction_adv": plain.prediction,
                 "margin_adv": plain.margin, "loss_adv": plain.loss}
     examples |= {f"prediction_tr_{alpha:g}": record.prediction for alpha, record in trained.items()}

@@ -182,8 +182,18 @@ def print_table(results: dict[str, dict]) -> None:
         print(f"certificate {name}: largest |x' - x| {c['max_perturbation']:.6f}, pixels in [{c['min_pixel']:.4g}, {c['max_pixel']:.4g}], "
               f"{c['non_finite']} non-finite: {'ok' if c['ok'] else 'BROKEN'}")
     for name, result in results.items():
+        if result["at_chance"]:
+            print(f"AT CHANCE {name}: {chance_in_words(result)}")
+    for name, result in results.items():
         if "attacks" in result:
             _print_attacks(name, result)
+
+
+def chance_in_words(result: dict) -> str:
+    """What is at chance, and what that may mean."""
+    if "A_nat" in result["at_chance"]:
+        return "A_nat is no better than a guess: nothing was learned, or the classes differ"
+    return "A_rob is no better than a guess: this attack leaves nothing"
 
 
 def accuracies(result: dict) -> list[tuple[str, dict]]:

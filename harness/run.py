@@ -5,6 +5,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -14,10 +15,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from harness import checkpoint, distributed, plots
+from harness.chance import ClassCounts, collapsed_since
 from harness.compilation import Compilation
 from harness.data import Dataset, training_batches
 from harness.device import choose_device, choose_dtype, command_line, environment, why_not_compile
-from harness.errors import RunError, UserError
+from harness.errors import Collapsed, RunError, UserError
 from harness.folder import claim_folder, write_csv, write_text
 from harness.memory import Memory
 from harness.metrics import Means, WeightStatistics
@@ -43,6 +45,7 @@ class Run:
         self.train, self.val = data.train.to(self.device), data.val.to(self.device)
         self.architecture: dict[str, object] = {}
         self.epoch, self.batch, self.rows, self.weight_rows = 0, 0, [], []
+        self.at_chance_for: list[int] = []  # of every epoch: how many up to it were at chance without a break
         self.best = {"best": -1.0, "best_ema": -1.0}
         self.average: AveragedModel | None = None
         self.memories: dict[str, Memory] = {}
@@ -139,6 +142,7 @@ class Run:
         """The epoch's batches x [B, C, H, W] in [0, 1], y [B] and index [B], behind a progress bar with the time left."""
         torch.manual_seed((self.cfg.seed * 100_003 + epoch) * 1_009 + self.rank)  # dropout: the same after a resumption
         self.means, self.weight_statistics, self.seconds = Means(), WeightStatistics(self.data.num_classes, self.device), time.monotonic()
+        self.class_counts = ClassCounts(self.data.num_classes, self.device)
         self.bad_step = torch.full((), -1, device=self.device)
         self.lr = self.state["optimizer"].param_groups[0]["lr"]
         looked = self.seconds
@@ -148,8 +152,8 @@ class Run:
                                   rank=self.rank, world_size=self.world_size)
         with tqdm(total=self.batches_per_epoch, desc=f"epoch {epoch}/{self.cfg.epochs}", unit="batch", leave=False,
                   disable=None if self.rank == 0 else True) as bar:
-            for self.batch, (x, y, index, self.share) in enumerate(source, 1):
-                yield x, y, index
+            for self.batch, (x, self.labels, index, self.share) in enumerate(source, 1):
+                yield x, self.labels, index
                 bar.update()
                 if time.monotonic() - looked > CHECK_SECONDS:
                     looked = time.monotonic()
@@ -180,12 +184,30 @@ class Run:
         self._update(loss, optimizer, metrics)
 
     def _update(self, loss: Tensor, optimizer: torch.optim.Optimizer, metrics: dict[str, Tensor]) -> None:
-        optimizer.step()
+        if self.cfg.max_grad_norm:
+            grad_norm = nn.utils.clip_grad_norm_(self.state["model"].parameters(), self.cfg.max_grad_norm)
+            metrics["grad_norm"] = grad_norm.expand(len(self.labels))
+        with self._warmed_up(optimizer):
+            optimizer.step()
         if self.average:
             self.average.update_parameters(self.state["model"])
         with torch.no_grad():
             self.bad_step = torch.where((self.bad_step < 0) & ~torch.isfinite(loss), self.batch, self.bad_step)
-            self.means.add(loss=loss.expand(len(next(iter(metrics.values())))), **metrics)
+            self.means.add(loss=loss.expand(len(self.labels)), **metrics)
+            if "A_rob" in metrics:
+                self.class_counts.add(metrics["A_rob"], self.labels)
+
+    @contextmanager
+    def _warmed_up(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+        """The optimiser at the learning rate of this batch: the schedule's, times a linear rise over the first lr_warmup_epochs."""
+        done = self.epoch + self.batch / self.batches_per_epoch
+        factor = min(1.0, done / self.cfg.lr_warmup_epochs) if self.cfg.lr_warmup_epochs else 1.0
+        scheduled = [group["lr"] for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group["lr"] *= factor
+        yield
+        for group, lr in zip(optimizer.param_groups, scheduled):
+            group["lr"] = lr
 
     def over_all(self, weigh: Callable[..., Tensor], *arguments: object) -> Tensor:
         """The weights [B] of this process's examples where `weigh` sees the batch of all processes: a normalisation goes over all of it.
@@ -204,7 +226,7 @@ class Run:
     def _check_finite(self, epoch: int) -> None:
         step = int(self.bad_step)
         if step >= 0:
-            raise RunError(f"the loss is not finite at epoch {epoch}, step {step}: try a smaller --lr or a longer --epsilon_warmup_epochs; "
+            raise RunError(f"the loss is not finite at epoch {epoch}, step {step}: try --max_grad_norm 1 or a smaller --lr; "
                            f"what was saved before is intact in {self.folder}")
 
     # ---- epochs and checkpoints --------------------------------------------------------------------------------------------------
@@ -225,17 +247,25 @@ class Run:
         if before:
             self._load(before)
             self.say(f"going on after epoch {self.epoch}")
+            if self.at_chance_for and self.cfg.stop_on_collapse:
+                self._judge()
         first = self.epoch + 1
         yield from range(first, self.cfg.epochs + 1)
         if self.rows and self.rank == 0:
             plots.redraw_run(self.folder)
-        self.say(f"{'finished' if first <= self.cfg.epochs else 'already finished'}: {self.epoch} epochs, "
-                 f"{(time.monotonic() - self.started) / 60:.1f} min; last.pt, and best.pt by A_rob on held-out images, in {self.folder}")
+        done = "finished" if first <= self.cfg.epochs else "already finished"
+        time_taken = f"{self.epoch} epochs, {(time.monotonic() - self.started) / 60:.1f} min"
+        if since := collapsed_since(self.at_chance_for, self.cfg.epochs, ended=True):
+            self.say(f"{done}, COLLAPSED: {time_taken}; {self._collapse(since)}; {self._what_is_at_chance()}")
+        else:
+            self.say(f"{done}: {time_taken}; last.pt, and best.pt by A_rob on held-out images, in {self.folder}")
 
     def end_epoch(self, model: nn.Module, validate: Callable[[nn.Module, object], dict[str, float]]) -> None:
         """Measure on the held-out images, log, and save last.pt, and best.pt when the held-out A_rob is the highest so far."""
         averages = self.means.compute(distributed.total)
         weights = self.weight_statistics.compute(distributed.total)
+        at_chance = self.class_counts.at_chance(distributed.total)
+        self.at_chance_for.append(1 + (self.at_chance_for or [0])[-1] if at_chance else 0)
         for memory in self.memories.values():
             memory.share()
         self.epoch += 1
@@ -245,17 +275,41 @@ class Run:
             images = min(len(self.train), self.batches_per_epoch * self.cfg.batch_size)
             row = {"epoch": self.epoch, "lr": self.lr}
             row |= {f"train_{name}": 100 * value if name.startswith("A_") else value for name, value in averages.items()}
+            row["epochs_at_chance"] = self.at_chance_for[-1]
             row |= {f"val_{name}": value for name, value in measured.items()} | {f"val_ema_{name}": v for name, v in averaged.items()}
             row |= {"seconds": round(self.seconds, 2), "images_per_second": round(images / self.seconds, 1)}
             self.rows.append(row)
             self.weight_rows += [{"epoch": self.epoch} | weights] if weights else []
             self._save({"best": measured.get("A_rob", float(self.epoch)), "best_ema": averaged.get("A_rob", float(self.epoch))})
             self._report(row)
+        self._judge()
+
+    def _judge(self) -> None:
+        """Say that the run has collapsed, or has recovered, when it has just happened.  Raises Collapsed with stop_on_collapse."""
+        before, since = (collapsed_since(column, self.cfg.epochs, self.cfg.lr_warmup_epochs)
+                         for column in (self.at_chance_for[:-1], self.at_chance_for))
+        if since and self.cfg.stop_on_collapse:
+            raise Collapsed(f"stopped after epoch {self.epoch}: {self._collapse(since)}; {self._what_is_at_chance()}")
+        if since and not before:
+            self.say(f"COLLAPSED: {self._collapse(since)} (--stop_on_collapse ends such a run)")
+        elif before and not since:
+            self.say(f"above chance again after {self.epoch - before} epochs at chance")
+
+    def _collapse(self, since: int) -> str:
+        clip = f"a smaller --max_grad_norm than {self.cfg.max_grad_norm:g}" if self.cfg.max_grad_norm else "--max_grad_norm 1"
+        return (f"the network has been at chance since epoch {since} (under attack it is right on 1 in {self.data.num_classes} training "
+                f"images, as a guess); start anew with {clip}, a smaller --lr or a longer --lr_warmup_epochs")
+
+    def _what_is_at_chance(self) -> str:
+        best = max(self.rows, key=lambda row: row.get("val_A_rob", row["epoch"])) if self.rows else {}
+        both = best.get("epochs_at_chance", 0) > 0
+        return f"last.pt{' and best.pt' if both else ''} in {self.folder} {'are' if both else 'is'} at chance"
 
     def _save(self, scores: dict[str, float]) -> None:
         better = {name: score > self.best[name] for name, score in scores.items()}
         self.best = {name: max(score, self.best[name]) for name, score in scores.items()}
         about = {"format": checkpoint.FORMAT, "architecture": self.architecture, "epoch": self.epoch, "script": self.script,
+                 "epochs_at_chance": self.at_chance_for[-1],
                  "dataset": self.data.name, "data_dir": str(self.cfg.data_dir), "seed": self.cfg.seed,
                  "threat_model": {"norm": "linf", "epsilon": self.cfg.epsilon},
                  "config": {"script": self.script} | dataclasses.asdict(self.cfg) | {"resume": None}}
@@ -278,6 +332,7 @@ class Run:
                 part.load_state_dict(contents[name])
             self.epoch, self.best = contents["epoch"], contents["best"]
             self.rows, self.weight_rows = contents["log"], contents["weight_log"]
+            self.at_chance_for = [row.get("epochs_at_chance", 0) for row in self.rows]
         except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{self.folder / 'last.pt'} does not continue this run ({str(error).splitlines()[0][:150]})") from error
 

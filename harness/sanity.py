@@ -128,6 +128,12 @@ def pgd_is_nearly_enough(pgd: float, ensemble: float, names: tuple[str, str]) ->
                    f"(threshold {GAP:g})", {"gap": round(gap, 4)})
 
 
+def learned_something(at_chance: list[str]) -> Finding:
+    """The accuracy without an attack is better than a guess.  at_chance: those of A_nat and A_rob that are not."""
+    learned = "A_nat" not in at_chance
+    return Finding("above chance", learned, "A_nat is better than a guess" if learned else "A_nat is no better than a guess", {})
+
+
 def adversaries_sound(dropped: dict[str, int], fault: str) -> Finding:
     """Every adversary lies in its ball and box and is finite.  dropped: attack -> examples whose adversary did not."""
     bad = {name: count for name, count in dropped.items() if count}

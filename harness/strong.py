@@ -232,4 +232,4 @@ def judge(probed: dict | None, rows: dict[str, dict[str, Tensor]], y: Tensor, at
         accuracy = result["attacks"][pgd]["accuracy"] if pgd in result["attacks"] else result["A_rob"]
         findings.append(sanity.pgd_is_nearly_enough(accuracy, result["attacks"][ensemble]["accuracy"], (pgd, ensemble)))
     dropped = {name: int((rows[name]["dropped"] == 1).sum()) for name in attacks}
-    return [*findings, sanity.adversaries_sound(dropped, fault)]
+    return [*findings, sanity.learned_something(result["at_chance"]), sanity.adversaries_sound(dropped, fault)]

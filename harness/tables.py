@@ -13,9 +13,10 @@ ATTACKS = {"fgsm": "FGSM", "pgd20": "PGD20", "pgd100": "PGD100", "cw": "CW", "fm
            "square": "Square", "spsa": "SPSA"}
 # What one training configuration may differ in and still be the same but for its seed, and what only describes the run.
 NO_SETTING = {"seed", "seeds", "out_dir", "resume", "data_dir", "device", "fuse", "compile", "graphs", "dry_run", "command", "environment",
-              "image_shape", "num_classes", "classes", "training_images"}
+              "stop_on_collapse", "image_shape", "num_classes", "classes", "training_images"}
 # What one attack inside `attacks` may set by itself; two values under different ones are never averaged.
 ATTACK_SETTINGS = ("num_examples", "epsilon", "step_size", "num_steps", "num_restarts", "start", "num_queries", "num_samples")
+CHANCE_MARK = "†"  # beside a mean in which a result at chance counts
 # weights of train_vir.py: the fields that they alone read
 OWN_FIELDS = {"vir": {"alpha", "beta", "gamma", "vir_terms", "vir_norm", "weight_forward"},
               "gairat": {"gairat_lambda", "gairat_function", "gairat_norm", "kappa"},
@@ -33,6 +34,7 @@ class Result:
     protocol: dict[str, object]                      # of A_rob, A_sa and A_tr
     measured: dict[str, tuple[float, dict]]          # column -> percent, the attack's own settings
     sha256: str
+    at_chance: tuple[str, ...] = ()                  # those of A_nat and A_rob that are no better than a guess
 
 
 @dataclass
@@ -46,8 +48,16 @@ class Row:
 
     def values(self, column: str) -> list[float]:
         """What was measured in `column`, one value a result, all under the attack settings that most results have."""
+        return [result.measured[column][0] for result in self._counted(column)]
+
+    def cell(self, column: str) -> str:
+        """The mean and the spread of `column`, with a mark where a result at chance is in them."""
+        mark = f" {CHANCE_MARK}" if any(result.at_chance for result in self._counted(column)) else ""
+        return mean_and_spread(self.values(column)) + mark
+
+    def _counted(self, column: str) -> list[Result]:
         usual = self.attack_settings(column)
-        return [result.measured[column][0] for result in self.results if column in result.measured and result.measured[column][1] == usual]
+        return [result for result in self.results if column in result.measured and result.measured[column][1] == usual]
 
     def attack_settings(self, column: str) -> dict[str, object]:
         """What the attack of `column` sets by itself, in most results."""
@@ -84,6 +94,8 @@ def read_results(files: Iterable[Path], kind: str) -> tuple[list[Result], list[s
             notes.append(f"{file}: its attack left the ball or the box, so its figures must not be used: left out")
         else:
             results.append(_result(file, found, _training(file, top, found), kind))
+            if found.get("at_chance"):
+                notes.append(f"{CHANCE_MARK} {file} is at chance, no better than a guess: {' and '.join(found['at_chance'])}")
             if found.get("verdict", "ok") != "ok":
                 notes.append(f"{file}: the verdict of the evaluation is '{found['verdict']}'")
     return _once(results, notes), notes
@@ -140,7 +152,8 @@ def _result(file: Path, found: dict, training: dict, kind: str) -> Result:
     settings.setdefault("model", found.get("architecture"))
     protocol = {"dataset": found["dataset"], "num_examples": found["num_examples"], **found["threat_model"]}
     label = defense(training) if training else Path(found["checkpoint"]).name
-    return Result(file, label, _plain(settings), training.get("seed"), _plain(protocol), measured, sha256)
+    at_chance = tuple(found.get("at_chance", ()))
+    return Result(file, label, _plain(settings), training.get("seed"), _plain(protocol), measured, sha256, at_chance)
 
 
 def _plain(settings: dict) -> dict:
@@ -200,6 +213,7 @@ def training_settings(training: dict, kind: str, epoch: int) -> dict[str, object
         idle |= {"inv_lambda"} if base == "AT" else set()
     if not kind.endswith("_ema"):
         idle |= {"ema_decay"}  # the average is taken beside the weights
+    idle |= {name for name in ("max_grad_norm", "lr_warmup_epochs") if not training.get(name)}  # off, as in runs before there were any
     if not training.get("extra_data"):
         idle |= {"extra_data", "extra_fraction"}
     settings = {name: value for name, value in training.items() if name not in idle}

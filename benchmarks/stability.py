@@ -1,0 +1,157 @@
+"""Does a recipe always train?  Every short recipe of ours with many seeds, as its user would start it, side by side on single threads.
+
+Each run is a process of its own; what it held out measures it: A_nat and A_rob in percent of the last epoch, and for how many epochs it has
+been at chance (harness/chance.py). The file is written after every run, and the same command goes on with what is missing. The
+instruction sets are those of this environment: ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA choose smaller ones.
+
+    python benchmarks/stability.py --out results/stability/digits.json
+    ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 python benchmarks/stability.py --precisions float32 --out results/stability/digits.json
+    python benchmarks/stability.py --setting mnist --seeds 0 1 2 3 4 --epochs 4 --out results/stability/mnist.json
+    python benchmarks/stability.py --table results/stability/digits.json
+"""
+import csv
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Literal
+
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from harness.config import run_script
+from harness.device import ROOT, choose_device, command_line, environment
+from harness.errors import RunError, UserError
+from harness.folder import write_text
+from harness.tables import markdown
+
+ZENG = {"AT": ("train_at_mnist", {}), "AT, alpha 0.5": ("train_at_mnist", {"alpha": 0.5}),
+        "TRADES": ("train_trades_mnist", {}), "TRADES, alpha 2": ("train_trades_mnist", {"alpha": 2})}
+VIR = ("at", "trades", "mart", "gairat", "mail-at", "mail-trades", "vir-at", "vir-trades")
+FAST = {"Free AT": "train_free", "YOPO": "train_yopo", "IAAT": "train_iaat"}
+SETTINGS = ("digits", "mnist", "mnist-small_cnn")
+
+
+@dataclass(frozen=True)
+class Config:
+    setting: Literal["digits", "mnist", "mnist-small_cnn"] = "digits"  # whose recipes; SmallCNN has the first four
+    defenses: tuple[str, ...] = ()                        # only these rows of the table; default: all
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9)  # of the trainings
+    precisions: tuple[str, ...] = ("bf16", "float32")     # of the trainings
+    epochs: int | None = None                             # stop after so many; default: the recipe's
+    num_processes: int = 2                                # trainings side by side, of one thread each
+    data_dir: str = "data"                                # folder of the data sets
+    runs: str | None = None                               # folder to keep the runs in; default: they are deleted
+    out: str | None = None                                # JSON file to write, or to go on with
+    table: str | None = None                              # JSON file whose table is printed, without any training
+
+
+def recipes(setting: str) -> dict[str, tuple[str, ...]]:
+    """Defense -> script and flags of every recipe of ours in this setting."""
+    short, suffix = ("digits", "-digits") if setting == "digits" else ("short", "-mnist")
+    network = ("--model", "small_cnn") if setting == "mnist-small_cnn" else ()
+    zeng = {name: (script, "--recipe", short, *network, *(word for flag, value in flags.items() for word in (f"--{flag}", str(value))))
+            for name, (script, flags) in ZENG.items()}
+    if setting == "mnist-small_cnn":
+        return zeng
+    vir = {f"{method.upper()}, VIR's recipe": ("train_vir", "--recipe", method + suffix) for method in VIR}
+    return zeng | vir | {name: (script, "--recipe", short) for name, script in FAST.items()}
+
+
+def instruction_sets() -> dict[str, str]:
+    """What the two libraries that compute were told to use; "all" is whatever the processor has."""
+    return {"aten": os.environ.get("ATEN_CPU_CAPABILITY", "all"), "onednn": os.environ.get("ONEDNN_MAX_CPU_ISA", "all")}
+
+
+def planned(cfg: Config, rows: list[dict]) -> Iterator[tuple[tuple[str, ...], dict]]:
+    """(script and flags, the facts that name its row) of every run that `rows` lacks."""
+    done = {(row["defense"], row["seed"], row["precision"], row["aten"], row["onednn"]) for row in rows}
+    known = recipes(cfg.setting)
+    if unknown := [name for name in cfg.defenses if name not in known]:
+        raise UserError(f"--defenses: there is no {unknown[0]!r}; choose among {', '.join(map(repr, known))}")
+    for seed, precision, name in product(cfg.seeds, cfg.precisions, cfg.defenses or known):
+        sets = instruction_sets()
+        if (name, seed, precision, *sets.values()) not in done:
+            flags = ("--seed", str(seed), "--precision", precision, "--device", "cpu", "--data_dir", str(Path(cfg.data_dir).resolve()))
+            flags += ("--val_size", "1000") if cfg.setting != "digits" else ()
+            flags += ("--epochs", str(cfg.epochs)) if cfg.epochs else ()
+            yield known[name] + flags, {"defense": name, "seed": seed, "precision": precision, **sets}
+
+
+def train(command: tuple[str, ...], folder: Path, facts: dict) -> dict:
+    """The row of one run.  Raises RunError when it fails."""
+    words = [sys.executable, str(ROOT / f"{command[0]}.py"), *command[1:], "--out_dir", str(folder)]
+    done = subprocess.run(words, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    if done.returncode:
+        raise RunError(f"{' '.join(command)}: {done.stderr.strip().splitlines()[-1]}")
+    with (folder / "log.csv").open(encoding="utf-8") as file:
+        log = list(csv.DictReader(file))
+    last, at_chance = log[-1], [int(row["epochs_at_chance"]) for row in log]
+    return facts | {"epochs": len(log), "A_nat": round(float(last["val_A_nat"]), 2), "A_rob": round(float(last["val_A_rob"]), 2),
+                    "epochs_at_chance": at_chance[-1], "most_epochs_at_chance": max(at_chance),
+                    "seconds": round(sum(float(row["seconds"]) for row in log), 1),
+                    "command": " ".join(("python", f"{command[0]}.py", *command[1:]))}
+
+
+def table(rows: list[dict]) -> str:
+    """The rows as Markdown: one line a defense and precision, with minimum, median and maximum over the runs."""
+    lines = []
+    for name, precision in dict.fromkeys((row["defense"], row["precision"]) for row in rows):
+        runs = [row for row in rows if (row["defense"], row["precision"]) == (name, precision)]
+        spread = [f"{min(values):.1f} / {statistics.median(values):.1f} / {max(values):.1f}"
+                  for values in ([row[metric] for row in runs] for metric in ("A_nat", "A_rob"))]
+        sets = dict.fromkeys("native" if row["onednn"] == row["aten"] == "all" else f"{row['aten']}, {row['onednn']}" for row in runs)
+        chance = sum(row["epochs_at_chance"] > 0 for row in runs)
+        lines.append([name, precision, "; ".join(sets), str(len(runs)), str(chance), *spread])
+    head = ["defense", "precision", "instruction sets", "runs", "at chance", "A_nat, min / median / max", "A_rob, min / median / max"]
+    return markdown(head, lines, left=3)
+
+
+def read_rows(path: str) -> list[dict]:
+    """The rows of a file that this script has written.  Raises UserError for any other file."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))["rows"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no file of this script ({error})") from error
+
+
+def main(cfg: Config) -> None:
+    if cfg.table:
+        print(table(read_rows(cfg.table)))
+        return
+    if not cfg.out:
+        raise UserError("name the file to write: --out runs/stability.json")
+    out, rows, lock = Path(cfg.out), read_rows(cfg.out) if Path(cfg.out).exists() else [], threading.Lock()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    facts = {"setting": cfg.setting, "command": command_line(), "date": time.strftime("%Y-%m-%d"),
+             "environment": environment(choose_device("cpu")) | {"threads": 1}}
+    jobs = list(planned(cfg, rows))
+    with tempfile.TemporaryDirectory() as temporary, tqdm(total=len(jobs), unit="run", disable=None) as bar:
+
+        def work(job: tuple[tuple[str, ...], dict]) -> None:
+            command, own = job
+            folder = Path(cfg.runs or temporary, "-".join(map(str, own.values())).replace(" ", "").replace(",", "-"))
+            row = train(command, folder, own)
+            with lock:
+                rows.append(row)
+                write_text(out, json.dumps(facts | {"rows": rows}, indent=1) + "\n")
+                bar.update()
+
+        with ThreadPoolExecutor(cfg.num_processes) as pool:
+            for future in [pool.submit(work, job) for job in jobs]:
+                future.result()
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    run_script(main, Config)
