@@ -42,16 +42,18 @@ class Config:
     repeats: int = 5                                      # attacks that are profiled, after one that is not
     seed: int = 0                                         # of images, weights and starts
     device: str = "auto"                                  # auto, cpu, or an accelerator by its name in torch
-    precision: Literal["auto", "bf16", "float32"] = "auto"  # of the attack; auto is bf16 where the hardware multiplies it natively
+    precision: Literal["auto", "bf16", "float32"] = "auto"  # of the attack; auto is bf16 where it is faster (harness/device.py)
     out: str | None = None                                # JSON file to write, never over another
 
 
-def breakdown(name: str, cfg: Config, device: torch.device, dtype: torch.dtype) -> dict:
+def breakdown(name: str, cfg: Config, device: torch.device) -> dict:
     """The share in percent of each kind of operation in the attack on the network called `name`, and milliseconds a step."""
     shape = image_shape_of(name)
     batch_size = cfg.batch_size or (128 if shape[0] == 1 else 64)
     torch.manual_seed(cfg.seed)
-    model = TrainingPrecision(to_device(build_model(name, 10, shape[0]), device), dtype)
+    network = to_device(build_model(name, 10, shape[0]), device)
+    dtype = choose_dtype(cfg.precision, device, network)
+    model = TrainingPrecision(network, dtype)
     x, y = torch.rand(batch_size, *shape, device=device), torch.arange(batch_size, device=device) % 10
     attack = {"num_steps": cfg.num_steps, **THREATS[shape]}
     pgd(model, x, y, **attack)
@@ -72,9 +74,9 @@ def breakdown(name: str, cfg: Config, device: torch.device, dtype: torch.dtype) 
 def main(cfg: Config) -> None:
     out = output_path(cfg.out, Path(cfg.out), whole_run=False) if cfg.out else None
     device = choose_device(cfg.device)
-    dtype, rows = choose_dtype(cfg.precision, device), []
+    rows = []
     for name in cfg.model:
-        rows.append(breakdown(name, cfg, device, dtype))
+        rows.append(breakdown(name, cfg, device))
         shares = "   ".join(f"{kind} {share:.0f} %" for kind, share in rows[-1]["percent"].items() if share >= 1)
         print(f"{name:<10} {rows[-1]['milliseconds_per_step']:8.2f} ms a step   {shares}", flush=True)
     if out:

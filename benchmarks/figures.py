@@ -57,3 +57,19 @@ def sweep(result: dict, path: Path) -> None:
     middle.legend(frameon=False, fontsize=9, title="left and middle", alignment="left")
     right.legend(frameon=False, fontsize=9)
     save(figure, path)
+
+
+def trace(rows: list[dict], path: Path) -> None:
+    """Loss and gradient against the step on the left, silent units of each layer and the spread of the logits on the right."""
+    figure, (left, right) = new_figure(2, 11, 4.2)
+    steps = [row["step"] for row in rows]
+    left.plot(steps, [row["loss"] for row in rows], color=COLOURS[0], label="loss")
+    left.plot(steps, [row["gradient"] for row in rows], color=COLOURS[1], linestyle="--", label="length of the gradient")
+    right.plot(steps, [row["spread"] for row in rows], color="black", linestyle=":", label="spread of the logits")
+    for name, colour in zip((name for name in rows[0] if name.startswith("silent ")), COLOURS):
+        right.plot(steps, [max(row[name], 1e-3) for row in rows], color=colour, label=name.replace("silent ", "silent units of "))
+    left.set(xlabel="training step", title="What each step saw", yscale="log")
+    right.set(xlabel="training step", title="What it left", yscale="log")
+    for axis in (left, right):
+        axis.legend(frameon=False, fontsize=9)
+    save(figure, path)

@@ -53,7 +53,7 @@ class Config:
     repeats: int = 9                                      # rounds that are timed
     seed: int = 0                                         # of images, weights, starts and dropout
     device: str = "auto"                                  # auto, cpu, or an accelerator by its name in torch
-    precision: Literal["auto", "bf16", "float32"] = "auto"  # of the steps; auto is bf16 where the hardware multiplies it natively
+    precision: Literal["auto", "bf16", "float32"] = "auto"  # of the steps; auto is bf16 where it is faster (harness/device.py)
     out: str | None = None                                # JSON file to write, never over another
 
 

@@ -86,7 +86,7 @@ class Config:
     memory: bool = True                                   # measure the memory too, each form in a process of its own
     seed: int = 0                                         # of images, weights, starts and dropout
     device: str = "auto"                                  # auto, cpu, or an accelerator by its name in torch
-    precision: Literal["auto", "bf16", "float32"] = "auto"  # of our step; auto is bf16 where the hardware multiplies it natively
+    precision: Literal["auto", "bf16", "float32"] = "auto"  # of our step; auto is bf16 where it is faster (harness/device.py)
     fuse: bool = True                                     # of our step: fold BatchNorm and fuse layers of the attacked network on a CPU
     compile: Literal["auto", "on", "off"] = "auto"        # of our step: torch.compile; for auto the steps here are too few
     graphs: bool = True                                   # with compile, on a GPU: replay each compiled piece as one CUDA graph
@@ -156,7 +156,7 @@ def settings_of(name: str, method: str, cfg: Config, folder: str) -> object:
               "num_steps": NUM_STEPS[shape] if cfg.num_steps is None else cfg.num_steps}
     return SCRIPTS[method, shape].Config(model=name, batch_size=cfg.batch_size, seed=cfg.seed, device=cfg.device, out_dir=folder,
                                          precision=cfg.precision, fuse=cfg.fuse, compile=cfg.compile, graphs=cfg.graphs,
-                                         epochs=1, epsilon_warmup_epochs=0, **values)
+                                         epochs=1, epsilon_warmup_epochs=0, max_grad_norm=0, **values)
 
 
 def synthetic(image_shape: tuple[int, int, int], count: int, seed: int) -> Dataset:

@@ -16,6 +16,7 @@ from harness.compilation import ENOUGH_STEPS
 from harness.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
+WIDE = 32  # channels of a convolution from which bfloat16 pays without AMX, see choose_dtype
 
 
 def choose_device(name: str) -> torch.device:
@@ -39,16 +40,25 @@ def _keep_freed_memory() -> None:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep the top of the heap
 
 
-def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The type of training's convolutions and products; `auto` is bfloat16 where the hardware multiplies it natively."""
+def choose_dtype(precision: str, device: torch.device, model: nn.Module) -> torch.dtype:
+    """The type of training's convolutions and products; `auto` is bfloat16 where it is faster.
+
+    That is on a GPU of compute capability 8.0 or more, on a CPU with AMX, and on one with AVX512-BF16 alone where a convolution of the
+    model has WIDE channels or more: with fewer the casts cost more than the products gain.
+    """
     if precision == "auto":
+        fast = False
         if device.type == "cuda":
             fast = torch.cuda.get_device_capability(device) >= (8, 0)
-        else:
-            probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-            fast = device.type == "cpu" and any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+        elif device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            widest = max((module.out_channels for module in model.modules() if isinstance(module, nn.Conv2d)), default=0)
+            fast = _cpu_has("amx_tile") or (_cpu_has("avx512_bf16") and widest >= WIDE)
         precision = "bf16" if fast else "float32"
     return {"bf16": torch.bfloat16, "float32": torch.float32}[precision]
+
+
+def _cpu_has(instructions: str) -> bool:
+    return getattr(torch.cpu, f"_is_{instructions}_supported", lambda: False)()
 
 
 def why_not_compile(device: torch.device, attack_steps: int) -> str | None:
@@ -111,7 +121,8 @@ def environment(device: torch.device) -> dict[str, object]:
     else:
         lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
         hardware = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return {"device": device.type, "hardware": hardware, "threads": torch.get_num_threads(), "torch": torch.__version__,
+    return {"device": device.type, "hardware": hardware, "instructions": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(), "torch": torch.__version__,
             "python": platform.python_version(), "system": platform.system(), "commit": _commit()}
 
 

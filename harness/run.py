@@ -41,7 +41,6 @@ class Run:
         self.rank, self.world_size, self.device = distributed.start(choose_device(cfg.device))
         if cfg.batch_size < self.world_size:
             raise UserError(f"--batch_size {cfg.batch_size} is less than the {self.world_size} processes that share a batch")
-        self.dtype = choose_dtype(cfg.precision, self.device)
         self.train, self.val = data.train.to(self.device), data.val.to(self.device)
         self.architecture: dict[str, object] = {}
         self.epoch, self.batch, self.rows, self.weight_rows = 0, 0, [], []
@@ -106,6 +105,7 @@ class Run:
             module.fuse = self.cfg.fuse
         self.architecture = {"name": self.cfg.model, "num_classes": self.data.num_classes, "in_channels": channels,
                              "mean": mean, "std": std}
+        self.dtype = choose_dtype(self.cfg.precision, self.device, model)
         return distributed.parallel(TrainingPrecision(to_device(model, self.device), self.dtype, self._compilation()))
 
     def _compilation(self) -> Compilation | None:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 SMALL_MAP, SMALL_MAP_CHANNELS = 16, 128  # at most so many pixels a map, at least so many channels, for patches to be worth it
 FEW_CHANNELS = 8  # at most so many channels of the input, for a tile to be worth it
 ENABLED = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+BF16 = ENABLED and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # on this CPU
 
 
 def conv_norm_relu(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d | None = None, add: Tensor | None = None, relu: bool = True) -> Tensor:
@@ -60,7 +61,7 @@ def _may_fuse(conv: nn.Conv2d) -> bool:
 
 def _fusible(conv: nn.Conv2d, norm: nn.BatchNorm2d | None, dtype: torch.dtype) -> bool:
     parameters = [*conv.parameters(), *(norm.parameters() if norm is not None else ())]
-    return (dtype in (torch.float32, torch.bfloat16)
+    return ((dtype == torch.float32 or (dtype == torch.bfloat16 and (BF16 or conv.weight.device.type != "cpu")))
             and conv.weight.dtype == torch.float32 and not any(parameter.requires_grad for parameter in parameters)
             and (norm is None or not norm.training) and conv.dilation == (1, 1) and conv.groups == 1 and conv.padding_mode == "zeros")
 

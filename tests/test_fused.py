@@ -71,7 +71,8 @@ def test_the_input_gradient_of_few_channels_is_the_librarys(shape, dtype, monkey
         _, theirs = value_and_gradients(lambda x, _: convolve(x, conv.weight, conv.bias, padding=padding), x, None)
     rows, columns = {1: (4, 4)}.get(channels, (2, 2)) if dtype == torch.float32 else (1, 4 if channels < 5 else 2)
     fits = channels < 9 and height % rows == 0 and width % columns == 0 and width > columns
-    assert len(tiled) == fits and ours.shape == x.shape
+    fused_here = dtype == torch.float32 or fused.BF16  # else the convolution stays a module, as its only call
+    assert len(tiled) == (fits if fused_here else 1) and ours.shape == x.shape
     torch.testing.assert_close(ours, theirs, **({"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.05}))
 
 
@@ -190,9 +191,12 @@ def test_the_weights_are_folded_once_for_many_passes_and_again_in_another_type()
     first = conv.frozen
     conv_norm_relu(x, conv, norm)
     assert conv.frozen is first and first.weight.dtype == torch.float32
-    with torch.autocast("cpu", torch.bfloat16):
-        assert conv_norm_relu(x, conv, norm).dtype == torch.bfloat16
-    assert conv.frozen is not first and conv.frozen.weight.dtype == torch.bfloat16
+    if fused.BF16:
+        with torch.autocast("cpu", torch.bfloat16):
+            assert conv_norm_relu(x, conv, norm).dtype == torch.bfloat16
+        assert conv.frozen is not first and conv.frozen.weight.dtype == torch.bfloat16
+    conv_norm_relu(x.bfloat16().float(), conv, norm)
+    assert conv.frozen.weight.dtype == torch.float32
 
 
 def test_what_is_trained_or_in_train_mode_or_told_so_stays_a_module():

@@ -1,0 +1,60 @@
+"""benchmarks/stability.py and trace.py: what they run, what they write, and that they go on where they were."""
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from benchmarks import stability, trace
+from harness.config import parse_config
+from harness.errors import UserError
+
+ONE = ("--epochs", "1", "--defenses", "AT", "--precisions", "float32", "--out", "runs/stability.json")
+
+
+def test_a_file_is_written_and_gone_on_with(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    stability.main(parse_config(stability.Config, [*ONE, "--seeds", "0"]))
+    first, = stability.read_rows("runs/stability.json")
+    assert (first["defense"], first["seed"], first["epochs"], first["onednn"]) == ("AT", 0, 1, "all")
+    assert first["command"].startswith("python train_at_mnist.py --recipe digits --seed 0 --precision float32")
+    monkeypatch.setattr(stability, "train", lambda command, folder, facts: first | facts | {"A_nat": 50.0, "epochs_at_chance": 1})
+    stability.main(parse_config(stability.Config, [*ONE, "--seeds", "0", "1"]))
+    rows = stability.read_rows("runs/stability.json")
+    assert rows[0] == first and rows[1]["seed"] == 1 and len(rows) == 2
+    low, high = sorted((first["A_nat"], 50.0))
+    cells = [cell.strip() for cell in capsys.readouterr().out.splitlines()[-1].strip("|").split("|")]
+    assert cells[:6] == ["AT", "float32", "native", "2", str(1 + (first["epochs_at_chance"] > 0)),
+                         f"{low:.1f} / {(low + high) / 2:.1f} / {high:.1f}"]
+
+
+@pytest.mark.parametrize(("setting", "count"), [("digits", 15), ("mnist", 15), ("mnist-small_cnn", 4)])
+def test_every_recipe_of_ours_is_in_its_setting(setting, count):
+    found = stability.recipes(setting)
+    assert len(found) == count
+    assert all((ROOT / f"{script}.py").exists() for script, *_ in found.values())
+
+
+def test_what_is_missing_is_refused_in_one_line(tmp_path):
+    (tmp_path / "other.json").write_text("{}")
+    for words, says in ((["--out", tmp_path / "other.json"], "no file of this script"), ([], "name the file to write"),
+                        (["--out", tmp_path / "new.json", "--defenses", "None"], "there is no 'None'")):
+        with pytest.raises(UserError, match=says):
+            stability.main(parse_config(stability.Config, list(map(str, words))))
+
+
+def test_a_trace_has_a_row_a_step_and_a_figure(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    trace.main(parse_config(trace.Config, ["--epochs", "1", "--out", "trace.csv"]))
+    rows = list(csv.DictReader(Path("trace.csv").read_text().splitlines()))
+    assert [int(row["step"]) for row in rows] == list(range(1, 22)) and float(rows[0]["loss"]) == pytest.approx(2.3, abs=0.05)
+    assert {"silent conv1", "silent fc3", "spread", "gradient"} <= rows[0].keys() and Path("trace.png").stat().st_size > 10_000
+    assert "of 21" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "results/stability").glob("*.json")), ids=lambda path: path.stem)
+def test_no_run_of_our_recipes_ended_at_chance(file):
+    facts = json.loads(file.read_text())
+    assert facts["command"].startswith("python ") and facts["environment"]["hardware"] and facts["rows"]
+    assert all(row["epochs_at_chance"] == 0 for row in facts["rows"])
