@@ -1,5 +1,6 @@
 """Networks at chance: the definition, when a run is said to have collapsed, and that training, evaluation and tables say so."""
 import csv
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -172,3 +173,17 @@ def test_a_seed_that_collapses_does_not_end_the_others(monkeypatch, tmp_path, ca
 def test_a_trial_run_of_two_batches_is_not_called_collapsed(script, capsys):
     script("train_at_mnist", *TINY, "--out_dir", "run")
     assert "COLLAPSED" not in capsys.readouterr().out
+
+
+# ---- what the papers set ---------------------------------------------------------------------------------------------------------------
+
+TRAINERS = ("at_mnist", "at_cifar10", "trades_mnist", "trades_cifar10", "vir", "free", "yopo", "iaat")
+
+
+@pytest.mark.parametrize("name", [f"train_{name}" for name in TRAINERS])
+def test_the_papers_own_settings_neither_clip_nor_warm_up(name):
+    module = importlib.import_module(name)
+    ours = {"short", "digits"} | {recipe for recipe in module.RECIPES if recipe.endswith(("-mnist", "-digits"))}
+    settings = [cfg for recipe, cfg in module.RECIPES.items() if recipe not in ours] + [module.Config()] * ("mnist" not in name)
+    assert settings and all((cfg.max_grad_norm, cfg.lr_warmup_epochs) == (0, 0) for cfg in settings)
+    assert all(module.RECIPES[recipe].max_grad_norm > 0 for recipe in ours & module.RECIPES.keys() if "cifar10" not in name)
