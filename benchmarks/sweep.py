@@ -64,7 +64,7 @@ def train(name: str, batch_size: int, steps: int, cfg: Config) -> dict:
     """Seconds an image of one training step, in our form and in the published one."""
     setting = train_step.Config(batch_size=batch_size, num_steps=steps, repeats=cfg.repeats, seed=cfg.seed, device=cfg.device,
                                 precision=cfg.precision, memory=False)
-    row = train_step.measure(name, cfg.method, setting, peak=1.0)
+    row = train_step.measure(name, cfg.method, setting, peak_of=lambda _: 1.0)
     return {"model": name, "method": cfg.method, "batch_size": batch_size, "num_steps": steps, "precision": row["precision"],
             "ours": row["ours_seconds"] / batch_size, "published_form": row["published_form_seconds"] / batch_size}
 

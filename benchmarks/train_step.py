@@ -34,7 +34,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -54,7 +54,7 @@ from attacks.pgd import first_iterate
 from benchmarks.forms import BARE, NUM_CLASSES, PUBLISHED, count_flops, published_model
 from harness.config import run_script
 from harness.data import Dataset, Split, to_unit
-from harness.device import choose_device, choose_dtype, command_line, environment, peak_memory, resident
+from harness.device import choose_device, command_line, environment, peak_memory, resident
 from harness.errors import UserError
 from harness.folder import write_text
 from harness.report import output_path
@@ -199,8 +199,8 @@ def take_steps(run: Rounds, model: nn.Module, method: str, settings: object) -> 
         SCRIPTS[method, run.data.image_shape].train_one_epoch(model, optimizer, run, epoch, settings)
 
 
-def measure(name: str, method: str, cfg: Config, peak: float) -> dict[str, object]:
-    """Time the three forms of one step in turns, and take the memory of ours and of the published one; `peak` is in GFLOP/s."""
+def measure(name: str, method: str, cfg: Config, peak_of: Callable[[torch.dtype], float]) -> dict[str, object]:
+    """Time the three forms of one step in turns, and take the memory of ours and of the published one; peak_of(dtype) is in GFLOP/s."""
     shape = image_shape_of(name)
     with tempfile.TemporaryDirectory() as folder:
         settings = settings_of(name, method, cfg, folder)
@@ -210,7 +210,7 @@ def measure(name: str, method: str, cfg: Config, peak: float) -> dict[str, objec
         take_steps(run, model, method, settings)
     seconds = {form: times[cfg.warmup_rounds:] for form, times in run.times.items()}
     ours, published, needed = (statistics.median(seconds[form]) for form in ("ours", "published", "bare"))
-    gflop = count_flops(name, method, settings, shape) / 1e9
+    gflop, peak = count_flops(name, method, settings, shape) / 1e9, peak_of(run.dtype)
     return {"model": name, "method": method, "batch_size": cfg.batch_size, "num_steps": settings.num_steps, "image_shape": shape,
             "precision": {torch.bfloat16: "bf16", torch.float32: "float32"}[run.dtype], "fuse": cfg.fuse, "compile": cfg.compile,
             "graphs": cfg.graphs,
@@ -309,14 +309,14 @@ def main(cfg: Config) -> None:
     for method in cfg.method if cfg.sweep else ():
         output_path(str(file := sweep_file(out, method)), file, whole_run=False)  # refused now, not after the steps
     device = choose_device(cfg.device)
-    peak = matrix_peak(cfg.matmul_size, choose_dtype(cfg.precision, device), device, cfg.repeats)
+    peak_of = cache(lambda dtype: matrix_peak(cfg.matmul_size, dtype, device, cfg.repeats))
     if not cfg.json:
         print(HEADER, flush=True)
     facts = {"repeats": cfg.repeats, "warmup_rounds": cfg.warmup_rounds, "matmul_size": cfg.matmul_size, "seed": cfg.seed,
              "command": command_line(), "date": time.strftime("%Y-%m-%d"), "environment": environment(device)}
     pairs, rows = [(name, method) for name in cfg.model for method in cfg.method], []
     for name, method in tqdm(pairs, desc="timing", leave=False, disable=None):
-        rows.append(measure(name, method, cfg, peak))
+        rows.append(measure(name, method, cfg, peak_of))
         result = (rows[0] if len(pairs) == 1 else {"rows": rows}) | facts
         if out:
             write_text(out, json.dumps(result, indent=2) + "\n")  # after each row: the next one may take minutes
@@ -327,7 +327,7 @@ def main(cfg: Config) -> None:
     else:
         where = facts["environment"]
         print(f"{where['hardware']}, {where['threads']} threads, torch {where['torch']}; ours in {rows[0]['precision']}, "
-              f"peak {peak:,.0f} GFLOP/s")
+              f"peak {rows[0]['peak_gflops']:,.0f} GFLOP/s")
     if cfg.sweep:
         sweep_costs(cfg, out)
 

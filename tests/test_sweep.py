@@ -30,7 +30,7 @@ def test_the_sweep_times_every_point_once_and_draws_it(tmp_path):
 def test_seconds_an_image_are_those_of_the_step_over_its_batch(monkeypatch):
     asked = []
 
-    def measured(name, method, setting, peak):
+    def measured(name, method, setting, peak_of):
         asked.append((name, method, setting.batch_size, setting.num_steps))
         return {"precision": "bf16", "ours_seconds": 8.0, "published_form_seconds": 40.0}
 
