@@ -296,11 +296,14 @@ class Run:
             self.say(f"above chance again after {self.epoch - before} epochs at chance")
 
     def _collapse(self, since: int) -> str:
+        """Since when, and what to try."""
         clip = f"a smaller --max_grad_norm than {self.cfg.max_grad_norm:g}" if self.cfg.max_grad_norm else "--max_grad_norm 1"
-        return (f"the network has been at chance since epoch {since} (under attack it is right on 1 in {self.data.num_classes} training "
-                f"images, as a guess); start anew with {clip}, a smaller --lr or a longer --lr_warmup_epochs")
+        guess = f"a guess among {self.data.num_classes} classes"
+        return (f"the network has been at chance since epoch {since} (under attack it knows no more of its training images than {guess}); "
+                f"start anew with {clip}, a smaller --lr or a longer --epsilon_warmup_epochs")
 
     def _what_is_at_chance(self) -> str:
+        """Which of the checkpoints were saved in an epoch at chance, in words."""
         best = max(self.rows, key=lambda row: row.get("val_A_rob", row["epoch"])) if self.rows else {}
         both = best.get("epochs_at_chance", 0) > 0
         return f"last.pt{' and best.pt' if both else ''} in {self.folder} {'are' if both else 'is'} at chance"
