@@ -52,6 +52,7 @@ from harness.device import choose_device
 from harness.errors import UserError
 from harness.evaluation import num_outputs
 from harness.folder import resumable
+from harness.ledger import Steady
 from harness.points import choose, load_split, pick
 from harness.precision import to_device
 from harness.sources import Split
@@ -163,9 +164,9 @@ def sized(cfg: Config, model: nn.Module, points: Split, copies: int = 1) -> Conf
 
 def fill(results: curve_store.Results, model: nn.Module, points: Split, others: tuple[Tensor, Tensor], folder: Path,
          cfg: Config) -> None:
-    """Measure the points that are pending, and save as they are done."""
-    pending = results.pending()
-    attack = partial(attack_pool, model, results.about, others, cfg.budget, results.norms)
+    """Measure the points that are pending, and save as they are done: an image found among a few points is one among many too."""
+    pending, steady = results.pending(), Steady(model)
+    attack = partial(attack_pool, steady, results.about, others, cfg.budget, results.norms)
     layers = chain(model, points) if cfg.certify == "crown" else None
     with tqdm(total=len(results), initial=len(results) - len(pending), desc=results.name, unit="point", disable=None) as bar, \
             curve_store.saving(results, folder) as saved:
@@ -174,7 +175,7 @@ def fill(results: curve_store.Results, model: nn.Module, points: Split, others: 
             part = points[torch.from_numpy(rows)]
             keys = example_keys(part.index, cfg.seed)
             x, y = to_unit(part.images), part.labels
-            found = measure(model, x, y, results.norms, margin_of=probability_margin,
+            found = measure(steady, x, y, results.norms, margin_of=probability_margin,
                             attack=lambda x, y, kept, keys=keys: attack(x, y, keys[kept]))
             for norm in results.norms if layers else ():
                 results.lower(norm)[rows] = certified_distances(layers, x, y, found.distance[norm], norm=norm).numpy()

@@ -176,7 +176,7 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path, form):
     message = refusal(load_model, path, "lenet", 10, 1)
     assert "refused" in message and "could run code" in message
     assert not trap.place.exists()
-    run = partial(pickle.load, path.open("rb")) if form.startswith("pickle") else partial(torch.load, path, weights_only=False)
+    run = partial(pickle.loads, path.read_bytes()) if form.startswith("pickle") else partial(torch.load, path, weights_only=False)
     run()
     assert trap.place.exists()  # the trap works
 

@@ -58,9 +58,9 @@ def test_on_a_gpu_the_checks_of_an_attack_are_the_devices_own():
     with FakeTensorMode():
         try:
             x = torch.rand(2, 1, 4, 4, device="cuda")
+            model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3, device="cuda"))
         except (RuntimeError, AssertionError):
             pytest.skip("this build of torch cannot pretend to have a GPU")
-        model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3, device="cuda"))
         found = pgd(model, x, torch.zeros(2, dtype=torch.int64, device="cuda"), epsilon=torch.full((2,), 0.1, device="cuda"),
                     step_size=0.1, num_steps=0)
     assert found.shape == x.shape and found.device.type == "cuda"
