@@ -7,6 +7,7 @@ instruction sets are those of this environment: ATEN_CPU_CAPABILITY and ONEDNN_M
     python benchmarks/stability.py --out results/stability/digits.json
     ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 python benchmarks/stability.py --precisions float32 --out results/stability/digits.json
     python benchmarks/stability.py --setting mnist --seeds 0 1 2 3 4 --epochs 4 --out results/stability/mnist.json
+    python benchmarks/stability.py --defenses AT --evaluate --out results/stability/quickstart.json
     python benchmarks/stability.py --table results/stability/digits.json
 """
 import csv
@@ -39,7 +40,7 @@ ZENG = {"AT": ("train_at_mnist", {}), "AT, alpha 0.5": ("train_at_mnist", {"alph
         "TRADES": ("train_trades_mnist", {}), "TRADES, alpha 2": ("train_trades_mnist", {"alpha": 2})}
 VIR = ("at", "trades", "mart", "gairat", "mail-at", "mail-trades", "vir-at", "vir-trades")
 FAST = {"Free AT": "train_free", "YOPO": "train_yopo", "IAAT": "train_iaat"}
-SETTINGS = ("digits", "mnist", "mnist-small_cnn")
+METRICS = {"A_nat": "A_nat", "A_rob": "A_rob", "test_A_nat": "A_nat, test set", "test_A_rob": "A_rob, test set"}
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Config:
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9)  # of the trainings
     precisions: tuple[str, ...] = ("bf16", "float32")     # of the trainings
     epochs: int | None = None                             # stop after so many; default: the recipe's
+    evaluate: bool = False                                # measure last.pt on the test set too: PGD, 40 steps, one start
     num_processes: int = 2                                # trainings side by side, of one thread each
     data_dir: str = "data"                                # folder of the data sets
     runs: str | None = None                               # folder to keep the runs in; default: they are deleted
@@ -88,19 +90,35 @@ def planned(cfg: Config, rows: list[dict]) -> Iterator[tuple[tuple[str, ...], di
             yield known[name] + flags, {"defense": name, "seed": seed, "precision": precision, **sets}
 
 
-def train(command: tuple[str, ...], folder: Path, facts: dict) -> dict:
-    """The row of one run.  Raises RunError when it fails."""
-    words = [sys.executable, str(ROOT / f"{command[0]}.py"), *command[1:], "--out_dir", str(folder)]
+def start(script: str, *flags: str) -> None:
+    """Run a script to its end, on one thread.  Raises RunError when it fails."""
+    words = [sys.executable, str(ROOT / f"{script}.py"), *flags]
     done = subprocess.run(words, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     if done.returncode:
-        raise RunError(f"{' '.join(command)}: {done.stderr.strip().splitlines()[-1]}")
+        raise RunError(f"{script} {' '.join(flags)}: {done.stderr.strip().splitlines()[-1]}")
+
+
+def on_the_test_set(folder: Path) -> dict[str, float]:
+    """A_nat and A_rob of a run's last.pt on the test set, in percent."""
+    start("eval_mnist", "--checkpoint", str(folder / "last.pt"), "--num_restarts", "1", "--alphas", "1", "--device", "cpu")
+    result = json.loads((folder / "eval_last.json").read_text(encoding="utf-8"))
+    return {f"test_{metric}": result[metric] for metric in ("A_nat", "A_rob")}
+
+
+def train(command: tuple[str, ...], folder: Path, facts: dict, evaluate: bool) -> dict:
+    """The row of one run."""
+    start(*command, "--out_dir", str(folder))
     with (folder / "log.csv").open(encoding="utf-8") as file:
         log = list(csv.DictReader(file))
     last, at_chance = log[-1], [int(row["epochs_at_chance"]) for row in log]
     return facts | {"epochs": len(log), "A_nat": round(float(last["val_A_nat"]), 2), "A_rob": round(float(last["val_A_rob"]), 2),
                     "epochs_at_chance": at_chance[-1], "most_epochs_at_chance": max(at_chance),
                     "seconds": round(sum(float(row["seconds"]) for row in log), 1),
-                    "command": " ".join(("python", f"{command[0]}.py", *command[1:]))}
+                    "command": " ".join(("python", f"{command[0]}.py", *command[1:]))} | (on_the_test_set(folder) if evaluate else {})
+
+
+def spread_of(values: list[float]) -> str:
+    return f"{min(values):.1f} / {statistics.median(values):.1f} / {max(values):.1f}" if values else ""
 
 
 def table(rows: list[dict]) -> str:
@@ -108,12 +126,11 @@ def table(rows: list[dict]) -> str:
     lines = []
     for name, precision in dict.fromkeys((row["defense"], row["precision"]) for row in rows):
         runs = [row for row in rows if (row["defense"], row["precision"]) == (name, precision)]
-        spread = [f"{min(values):.1f} / {statistics.median(values):.1f} / {max(values):.1f}"
-                  for values in ([row[metric] for row in runs] for metric in ("A_nat", "A_rob"))]
+        spread = [spread_of([row[metric] for row in runs if metric in row]) for metric in METRICS]
         sets = dict.fromkeys("native" if row["onednn"] == row["aten"] == "all" else f"{row['aten']}, {row['onednn']}" for row in runs)
         chance = sum(row["epochs_at_chance"] > 0 for row in runs)
         lines.append([name, precision, "; ".join(sets), str(len(runs)), str(chance), *spread])
-    head = ["defense", "precision", "instruction sets", "runs", "at chance", "A_nat, min / median / max", "A_rob, min / median / max"]
+    head = ["defense", "precision", "instruction sets", "runs", "at chance", *(f"{name}, min / median / max" for name in METRICS.values())]
     return markdown(head, lines, left=3)
 
 
@@ -141,7 +158,7 @@ def main(cfg: Config) -> None:
         def work(job: tuple[tuple[str, ...], dict]) -> None:
             command, own = job
             folder = Path(cfg.runs or temporary, "-".join(map(str, own.values())).replace(" ", "").replace(",", "-"))
-            row = train(command, folder, own)
+            row = train(command, folder, own, cfg.evaluate)
             with lock:
                 rows.append(row)
                 write_text(out, json.dumps(facts | {"rows": rows}, indent=1) + "\n")

@@ -19,7 +19,7 @@ def test_a_file_is_written_and_gone_on_with(tmp_path, monkeypatch, capsys):
     first, = stability.read_rows("runs/stability.json")
     assert (first["defense"], first["seed"], first["epochs"], first["onednn"]) == ("AT", 0, 1, "all")
     assert first["command"].startswith("python train_at_mnist.py --recipe digits --seed 0 --precision float32")
-    monkeypatch.setattr(stability, "train", lambda command, folder, facts: first | facts | {"A_nat": 50.0, "epochs_at_chance": 1})
+    monkeypatch.setattr(stability, "train", lambda command, folder, facts, evaluate: first | facts | {"A_nat": 50.0, "epochs_at_chance": 1})
     stability.main(parse_config(stability.Config, [*ONE, "--seeds", "0", "1"]))
     rows = stability.read_rows("runs/stability.json")
     assert rows[0] == first and rows[1]["seed"] == 1 and len(rows) == 2
