@@ -15,6 +15,8 @@ ONE = ("--epochs", "1", "--defenses", "AT", "--precisions", "float32", "--out", 
 
 def test_a_file_is_written_and_gone_on_with(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    for name in ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
     stability.main(parse_config(stability.Config, [*ONE, "--seeds", "0"]))
     first, = stability.read_rows("runs/stability.json")
     assert (first["defense"], first["seed"], first["epochs"], first["onednn"]) == ("AT", 0, 1, "all")
