@@ -251,8 +251,7 @@ class Run:
                 self._judge()
         first = self.epoch + 1
         yield from range(first, self.cfg.epochs + 1)
-        if self.rows and self.rank == 0:
-            plots.redraw_run(self.folder)
+        self._draw()
         done = "finished" if first <= self.cfg.epochs else "already finished"
         time_taken = f"{self.epoch} epochs, {(time.monotonic() - self.started) / 60:.1f} min"
         if since := collapsed_since(self.at_chance_for, self.cfg.epochs, ended=True):
@@ -284,11 +283,16 @@ class Run:
             self._report(row)
         self._judge()
 
+    def _draw(self) -> None:
+        if self.rows and self.rank == 0:
+            plots.redraw_run(self.folder)
+
     def _judge(self) -> None:
         """Say that the run has collapsed, or has recovered, when it has just happened.  Raises Collapsed with stop_on_collapse."""
         before, since = (collapsed_since(column, self.cfg.epochs, self.cfg.lr_warmup_epochs)
                          for column in (self.at_chance_for[:-1], self.at_chance_for))
         if since and self.cfg.stop_on_collapse:
+            self._draw()
             raise Collapsed(f"stopped after epoch {self.epoch}: {self._collapse(since)}; {self._what_is_at_chance()}")
         if since and not before:
             self.say(f"COLLAPSED: {self._collapse(since)} (--stop_on_collapse ends such a run)")

@@ -150,7 +150,7 @@ def test_stop_on_collapse_ends_the_run_and_so_does_its_resumption(script, capsys
     with pytest.raises(Collapsed, match=r"stopped after epoch \d: the network has been at chance since epoch \d"):
         script("train_at_mnist", *DIES, "--epochs", 12, "--stop_on_collapse", "--out_dir", "run")
     done = len(read_log("run"))
-    assert done < 12
+    assert done < 12 and Path("run/log.png").exists()
     with pytest.raises(Collapsed):
         script("train_at_mnist", "--resume", "run")
     assert len(read_log("run")) == done
