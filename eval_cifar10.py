@@ -23,15 +23,15 @@ from torch import Tensor
 
 from attacks.catalogue import members_of, probing_attack, strong_attacks, weighted_attacks
 from attacks.pgd import cross_entropy, pgd_by_index
-from harness import report, strong
-from harness.capacity import fitting_batch_size
 from harness.checkpoint import model_from
 from harness.config import run_script
-from harness.data import first_examples
+from harness.datasets.batches import first_examples
 from harness.device import choose_device
 from harness.errors import RunError
-from harness.evaluation import evaluate
-from harness.precision import to_device
+from harness.evaluation import report, strong
+from harness.evaluation.capacity import fitting_batch_size
+from harness.evaluation.predictions import evaluate
+from harness.training.precision import to_device
 from losses.margin import cw_loss, margin_weights
 from models import build_model
 
@@ -77,7 +77,7 @@ def main(cfg: Config) -> None:
         if report.measured_before(subject, results):
             continue                                                           # best.pt is last.pt
         data = subject.data
-        model = model_from(subject.contents, path, cfg.arch, data.num_classes, data.image_shape[0], build_model, print)
+        model = model_from(subject.contents, path, cfg.arch, data.num_classes, data.image_shape[0], build=build_model, report=print)
         model = to_device(model, job.device)
         test = first_examples(data.test, cfg.num_examples).to(job.device)
         settings = replace(cfg, batch_size=cfg.batch_size or fitting_batch_size(model, test))

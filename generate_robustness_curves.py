@@ -38,24 +38,24 @@ from attacks.pgd import cross_entropy, pgd
 from attacks.pool import BUDGETS, minimal_distances
 from curves import figures as drawing
 from curves import output
+from curves import store as curve_store
 from curves import surface as surfaces
 from curves.certified import affine_layers, certified_distances
 from curves.class_distances import class_distances
 from curves.exact import exact_distances
 from curves.measure import Candidates, measure, nearest_of_another_class, norms_of
-from harness import curve_store
-from harness.capacity import fitting_batch_size
+from curves.models import names_of, open_subject, reopen
+from curves.points import choose, load_split, pick
 from harness.config import run_script
-from harness.curve_models import names_of, open_subject, reopen
-from harness.data import to_unit
+from harness.datasets.batches import to_unit
+from harness.datasets.sources import Split
 from harness.device import choose_device
 from harness.errors import UserError
-from harness.evaluation import num_outputs
+from harness.evaluation.attack_record import Steady
+from harness.evaluation.capacity import fitting_batch_size
+from harness.evaluation.predictions import num_outputs
 from harness.folder import resumable
-from harness.ledger import Steady
-from harness.points import choose, load_split, pick
-from harness.precision import to_device
-from harness.sources import Split
+from harness.training.precision import to_device
 from losses.margin import margin_weights, probability_margin
 from models import build_model
 

@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from harness import tables
 from harness.config import run_script
 from harness.errors import UserError
+from harness.evaluation.report import output_path
 from harness.folder import write_text
-from harness.papers import Target, paper_tables, same
-from harness.report import output_path
+from harness.reporting import tables
+from harness.reporting.papers import Target, paper_tables, same
 
 COLUMNS = ("A_nat", "A_rob", "A_sa", "A_tr", *tables.ATTACKS.values())  # in this order
 

@@ -24,10 +24,10 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from attacks.pgd import cross_entropy, pgd_by_index
 from harness.config import run_script
-from harness.data import load_dataset
-from harness.evaluation import held_out_accuracy
-from harness.memory import Memory
-from harness.run import Run
+from harness.datasets.batches import load_dataset
+from harness.evaluation.predictions import held_out_accuracy
+from harness.training.rows import Memory
+from harness.training.run import Run
 from models import build_model
 
 

@@ -27,11 +27,11 @@ from attacks.iaat import iaat_epsilon, iaat_step_size
 from attacks.noise import example_keys
 from attacks.pgd import cross_entropy, pgd, pgd_by_index
 from harness.config import run_script
-from harness.data import load_dataset
+from harness.datasets.batches import load_dataset
 from harness.errors import UserError
-from harness.evaluation import held_out_accuracy
-from harness.memory import Memory
-from harness.run import Run
+from harness.evaluation.predictions import held_out_accuracy
+from harness.training.rows import Memory
+from harness.training.run import Run
 from models import build_model
 
 

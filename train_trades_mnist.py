@@ -26,9 +26,9 @@ from attacks.frozen import predict
 from attacks.noise import example_keys
 from attacks.pgd import cross_entropy, pgd, pgd_by_index
 from harness.config import run_script
-from harness.data import load_dataset
-from harness.evaluation import held_out_accuracy
-from harness.run import Run
+from harness.datasets.batches import load_dataset
+from harness.evaluation.predictions import held_out_accuracy
+from harness.training.run import Run
 from losses.divergence import kl_divergence
 from losses.margin import margin_weights
 from losses.trades import trades_loss

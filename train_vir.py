@@ -32,10 +32,10 @@ from attacks.kappa import pgd_kappa
 from attacks.noise import example_keys
 from attacks.pgd import cross_entropy, pgd_by_index
 from harness.config import compose, run_script
-from harness.data import load_dataset
+from harness.datasets.batches import load_dataset
 from harness.errors import UserError
-from harness.evaluation import held_out_accuracy
-from harness.run import Run
+from harness.evaluation.predictions import held_out_accuracy
+from harness.training.run import Run
 from losses.divergence import kl_divergence
 from losses.gairat import gairat_weights
 from losses.mail import mail_weights

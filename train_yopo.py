@@ -27,9 +27,9 @@ from attacks.noise import example_keys
 from attacks.pgd import cross_entropy, first_iterate, pgd_by_index
 from attacks.yopo import yopo_inner
 from harness.config import run_script
-from harness.data import load_dataset
-from harness.evaluation import held_out_accuracy
-from harness.run import Run
+from harness.datasets.batches import load_dataset
+from harness.evaluation.predictions import held_out_accuracy
+from harness.training.run import Run
 from models import build_model
 from models.split import split_first_layer
 

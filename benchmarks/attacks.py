@@ -44,12 +44,12 @@ from benchmarks.forms import published_model, published_pooling
 from benchmarks.others import RELEASED, SHORT, others, require_released
 from harness.checkpoint import model_from
 from harness.config import run_script
-from harness.data import first_examples, to_unit
+from harness.datasets.batches import first_examples, to_unit
 from harness.device import choose_device, command_line, environment
 from harness.errors import UserError
+from harness.evaluation.report import Protocol, open_subject, output_path
 from harness.folder import write_text
-from harness.precision import to_device
-from harness.report import Protocol, open_subject, output_path
+from harness.training.precision import to_device
 from losses.margin import cw_loss
 from models import build_model
 
@@ -176,7 +176,8 @@ def main(cfg: Config) -> None:
     for path in map(Path, cfg.checkpoint):
         subject = open_subject(path.stem, path, cfg, PROTOCOL)
         data = subject.data
-        model = to_device(model_from(subject.contents, path, cfg.arch, data.num_classes, data.image_shape[0], build_model, print), device)
+        model = model_from(subject.contents, path, cfg.arch, data.num_classes, data.image_shape[0], build=build_model, report=print)
+        model = to_device(model, device)
         test = first_examples(data.test, cfg.num_examples).to(device)
         x, y = to_unit(test.images), test.labels
         print(f"{path}: {len(x):,} test images of {data.name}, {cfg.norm} {subject.epsilon:g}", flush=True)

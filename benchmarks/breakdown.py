@@ -23,9 +23,9 @@ from attacks.pgd import pgd
 from benchmarks.train_step import THREATS, image_shape_of
 from harness.config import run_script
 from harness.device import choose_device, choose_dtype, command_line, environment
+from harness.evaluation.report import output_path
 from harness.folder import write_text
-from harness.precision import TrainingPrecision, to_device
-from harness.report import output_path
+from harness.training.precision import TrainingPrecision, to_device
 from models import build_model
 
 # kind -> words that the names of its operations contain; the first kind that fits counts

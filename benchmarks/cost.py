@@ -27,12 +27,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import figures
 from harness.config import run_script
-from harness.data import load_dataset
+from harness.datasets.batches import load_dataset
 from harness.device import ROOT, choose_device, command_line, environment
 from harness.errors import UserError
+from harness.evaluation.report import output_path
 from harness.folder import write_text
-from harness.report import output_path
-from harness.tables import defense
+from harness.reporting.tables import defense
 
 
 @dataclass(frozen=True)

@@ -38,13 +38,13 @@ from attacks.noise import example_keys
 from attacks.pgd import cross_entropy, pgd
 from harness.checkpoint import model_from
 from harness.config import run_script
-from harness.data import first_examples, to_unit
+from harness.datasets.batches import first_examples, to_unit
 from harness.device import choose_device, command_line, environment
 from harness.errors import UserError
+from harness.evaluation.attack_record import Steady
+from harness.evaluation.report import Protocol, open_subject, output_path
 from harness.folder import write_text
-from harness.ledger import Steady
-from harness.precision import to_device
-from harness.report import Protocol, open_subject, output_path
+from harness.training.precision import to_device
 from losses.margin import cw_loss
 from models import build_model
 
@@ -242,7 +242,8 @@ def main(cfg: Config) -> None:
     device, path = choose_device(cfg.device), Path(cfg.checkpoint)
     subject = open_subject(path.stem, path, cfg, PROTOCOL)
     data, rows = subject.data, []
-    model = to_device(model_from(subject.contents, path, cfg.arch, data.num_classes, data.image_shape[0], build_model, print), device)
+    model = model_from(subject.contents, path, cfg.arch, data.num_classes, data.image_shape[0], build=build_model, report=print)
+    model = to_device(model, device)
     test = first_examples(data.test, cfg.num_examples).to(device)
     x, y = to_unit(test.images), test.labels
     print(f"{path}: {len(x):,} test images of {data.name}, {cfg.norm} {subject.epsilon:g}\n{HEADER}", flush=True)

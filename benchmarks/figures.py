@@ -2,7 +2,7 @@
 from collections import Counter
 from pathlib import Path
 
-from harness.plots import COLOURS, STYLES, new_figure, save
+from harness.reporting.figures import COLOURS, STYLES, new_figure, save
 
 
 def cost(rows: list[dict], path: Path) -> None:

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from attacks.frozen import predict
 from attacks.pgd import first_iterate
-from harness.precision import bare
+from harness.training.precision import bare
 from losses.divergence import kl_divergence
 from losses.trades import trades_loss
 from losses.vir import vir_weights

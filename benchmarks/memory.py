@@ -29,12 +29,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script's ow
 import train_at_cifar10
 import train_at_mnist
 from harness.config import run_script
-from harness.data import Dataset, Split, load_dataset
+from harness.datasets.batches import Dataset, Split, load_dataset
 from harness.device import choose_device, command_line, environment, resident
 from harness.errors import UserError
+from harness.evaluation.report import output_path
 from harness.folder import write_text
-from harness.report import output_path
-from harness.run import Run
+from harness.training.run import Run
 from models import build_model
 
 FIRST = 20  # batches after which nothing new should be needed

@@ -35,9 +35,9 @@ from attacks.frozen import predict
 from benchmarks.train_step import clock, synthetic
 from harness.config import run_script
 from harness.device import choose_device, command_line, environment
+from harness.evaluation.report import output_path
 from harness.folder import write_text
-from harness.report import output_path
-from harness.run import Run
+from harness.training.run import Run
 from models import build_model
 
 SETTINGS = {"mnist": ("-mnist", (1, 28, 28)), "cifar10": ("", (3, 32, 32))}

@@ -1,7 +1,7 @@
 """Does a recipe always train?  Every short recipe of ours with many seeds, as its user would start it, side by side on single threads.
 
 Each run is a process of its own; what it held out measures it: A_nat and A_rob in percent of the last epoch, and for how many epochs it has
-been at chance (harness/chance.py). The file is written after every run, and the same command goes on with what is missing. The
+been at chance (harness/evaluation/chance.py). The file is written after every run, and the same command goes on with what is missing. The
 instruction sets are those of this environment: ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA choose smaller ones.
 
     python benchmarks/stability.py --out results/stability/digits.json
@@ -34,7 +34,7 @@ from harness.config import run_script
 from harness.device import ROOT, choose_device, command_line, environment
 from harness.errors import RunError, UserError
 from harness.folder import write_text
-from harness.tables import markdown
+from harness.reporting.tables import markdown
 
 ZENG = {"AT": ("train_at_mnist", {}), "AT, alpha 0.5": ("train_at_mnist", {"alpha": 0.5}),
         "TRADES": ("train_trades_mnist", {}), "TRADES, alpha 2": ("train_trades_mnist", {"alpha": 2})}

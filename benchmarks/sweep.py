@@ -27,12 +27,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script's ow
 from attacks.pgd import pgd
 from benchmarks import figures, train_step
 from harness.config import run_script
-from harness.data import to_unit
+from harness.datasets.batches import to_unit
 from harness.device import choose_device, command_line, environment
 from harness.errors import UserError
+from harness.evaluation.report import output_path
 from harness.folder import write_text
-from harness.precision import to_device
-from harness.report import output_path
+from harness.training.precision import to_device
 from models import build_model
 
 ATTACK_STEPS = 2  # of one timed attack of the evaluation

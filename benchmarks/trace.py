@@ -23,11 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_at_mnist
 from benchmarks import figures
 from harness.config import run_script
-from harness.data import load_dataset
+from harness.datasets.batches import load_dataset
+from harness.evaluation.report import output_path
 from harness.folder import write_csv
-from harness.precision import bare
-from harness.report import output_path
-from harness.run import Run
+from harness.training.precision import bare
+from harness.training.run import Run
 from models import build_model
 
 

@@ -53,12 +53,12 @@ import train_vir
 from attacks.pgd import first_iterate
 from benchmarks.forms import BARE, NUM_CLASSES, PUBLISHED, count_flops, published_model
 from harness.config import run_script
-from harness.data import Dataset, Split, to_unit
+from harness.datasets.batches import Dataset, Split, to_unit
 from harness.device import choose_device, command_line, environment, peak_memory, resident
 from harness.errors import UserError
+from harness.evaluation.report import output_path
 from harness.folder import write_text
-from harness.report import output_path
-from harness.run import Run
+from harness.training.run import Run
 from models import MODELS, build_model
 
 MNIST, CIFAR = (1, 28, 28), (3, 32, 32)  # [C, H, W]

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import numpy as np
 
+from curves import plots
 from curves.class_distances import ClassDistances
 from curves.curve import Curve
 from curves.report import curve_points
+from curves.store import Results
 from curves.toys import crossing_pair, sine_points
 from curves.transfer import correlations, image_scale, quantile_pairs, scales
-from harness import curve_plots as plots
-from harness.curve_store import Results
 
 PAIRS = (("linf", "l2"), ("linf", "l1"), ("l2", "l1"))
 

@@ -10,9 +10,9 @@ from curves import figures, report, transfer
 from curves import surface as surfaces
 from curves.class_distances import ClassDistances, summarize
 from curves.figures import Look
-from harness.curve_store import Results, write_columns, write_json
+from curves.store import Results, write_columns, write_json
+from harness.datasets.sources import Split
 from harness.device import command_line, environment
-from harness.sources import Split
 
 Thresholds = dict[str, tuple[float, ...]]
 

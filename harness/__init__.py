@@ -1,1 +1,1 @@
-"""What is held constant across experiments: command line, data, devices, run folder, checkpoints, evaluation, figures."""
+"""What is held constant across experiments: command line, run folder, device, checkpoints; training, datasets, evaluation, reporting."""

@@ -1,5 +1,4 @@
 """Checkpoints: tensors and plain values only, whole or not there at all, and everyone else's opened safely."""
-import importlib
 import io
 import os
 import pickle
@@ -11,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from harness import mat
 from harness.errors import UserError
 
 FORMAT = 1
@@ -108,27 +106,24 @@ def own_architecture(contents: dict) -> dict | None:
     return entry if isinstance(entry, dict) and set(entry) >= OWN else None
 
 
-def load_model(path: str | Path, arch: str | None = None, num_classes: int = 10, in_channels: int = 3,
-               build: Callable[..., nn.Module] | None = None, report: Callable[[str], None] | None = None) -> nn.Module:
+def load_model(path: str | Path, arch: str | None = None, num_classes: int = 10, in_channels: int = 3, *,
+               build: Callable[..., nn.Module], report: Callable[[str], None] | None = None) -> nn.Module:
     """The network in a checkpoint, in eval mode on the CPU.
 
     Our own checkpoints name their architecture; for any other, `arch` is a name `build` knows or `file.py:callable`, built with
     `num_classes` and `in_channels`. Parameters may stand bare or under `model`, `state_dict`, `net`, with or without `module.` and
     `_orig_mod.`. Parameters that the network has no place for are reported when they form whole unused blocks; anything missing
-    or of another shape is an error. build: (name, num_classes, in_channels, mean, std) -> module, `models.build_model` by default.
+    or of another shape is an error. build: (name, num_classes, in_channels, mean, std) -> module, `models.build_model` or another.
 
-    A MATLAB file (.mat) tells its own network, as harness.mat reads it. A checkpoint never names the code to run: one trained with a
+    A checkpoint never names the code to run: one trained with a
     user's file is loaded with that file given as `arch`. Raises UserError in one line for whatever does not fit.
     """
-    if Path(path).suffix == ".mat":
-        return mat.load_network(path)[0]
-    return model_from(read(path), path, arch, num_classes, in_channels, build, report)
+    return model_from(read(path), path, arch, num_classes, in_channels, build=build, report=report)
 
 
-def model_from(contents: dict, path: str | Path, arch: str | None = None, num_classes: int = 10, in_channels: int = 3,
-               build: Callable[..., nn.Module] | None = None, report: Callable[[str], None] | None = None) -> nn.Module:
+def model_from(contents: dict, path: str | Path, arch: str | None = None, num_classes: int = 10, in_channels: int = 3, *,
+               build: Callable[..., nn.Module], report: Callable[[str], None] | None = None) -> nn.Module:
     """`load_model` for contents already read from `path`."""
-    build = build or importlib.import_module("models").build_model
     parameters, notes = parameters_of(contents, path)
     mean = std = None
     if own := own_architecture(contents):

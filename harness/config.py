@@ -16,7 +16,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from harness.errors import Collapsed, RunError, UserError
-from harness.seeds import one_a_seed
+from harness.training.seeds import one_a_seed
 
 MAY_CHANGE_ON_RESUME = {"resume", "epochs", "data_dir", "device", "compile", "graphs", "max_batches", "shard",
                          "stop_on_collapse"}

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from harness.compilation import ENOUGH_STEPS
 from harness.errors import UserError
+from harness.training.compilation import ENOUGH_STEPS
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDE = 32  # channels of a convolution from which bfloat16 pays without AMX, see choose_dtype

@@ -1,0 +1,159 @@
+"""A data set in memory as 8-bit tensors that live on the device, and the batches drawn from it."""
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from harness.datasets.generated import Extra, load_extra
+from harness.datasets.sources import DATASETS, SPLIT_SEED, Split, load_image_folder
+from harness.errors import UserError
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set in memory: what to train on, what to select on (held out of the training set), what to test on.
+
+    `extra` are generated images to train on beside the real ones; they stay in their file.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    train: Split
+    val: Split
+    test: Split
+    extra: Extra | None = None
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.classes)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        return tuple(self.test.images.shape[1:])
+
+    def channel_statistics(self) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation of each channel over the training images, in units of [0, 1]."""
+        pixels = self.train.images.transpose(0, 1).flatten(1)
+        counts = torch.stack([torch.bincount(channel, minlength=256) for channel in pixels]).double()
+        values = torch.arange(256, dtype=torch.float64) / 255
+        mean = counts @ values / counts.sum(1)
+        std = (counts @ values**2 / counts.sum(1) - mean**2).sqrt()
+        return mean.tolist(), std.clamp_min(1e-3).tolist()
+
+
+def load_dataset(name: str, data_dir: str, val_size: int = 0, extra: str | None = None) -> Dataset:
+    """Load the data set `name`, a key of DATASETS or an image folder, with `val_size` training images held out.
+
+    `extra` is the path of an .npz file of generated images, as load_extra reads it; their indices follow those of the training set.
+    Raises UserError in one line when it is not there: what is missing, where it was looked for, how to get it.
+    """
+    if name in DATASETS:
+        classes, train, test = DATASETS[name](Path(data_dir))
+    else:
+        folder = next((path for path in (Path(name), Path(data_dir) / name) if path.is_dir()), None)
+        if folder is None:
+            raise UserError(f"no data set '{name}': choose one of {', '.join(DATASETS)}, or an image folder with train/CLASS/* and "
+                            f"test/CLASS/* (there is no folder {name} and no folder {Path(data_dir) / name})")
+        classes, train, test = load_image_folder(folder)
+    if not 0 <= val_size < len(train):
+        raise UserError(f"--val_size {val_size} leaves nothing to train on: {name} has {len(train):,} training images")
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(SPLIT_SEED))
+    held_out, kept = order[:val_size].sort().values, order[val_size:].sort().values
+    generated = load_extra(extra, len(classes), tuple(test.images.shape[1:]), len(train)) if extra else None
+    return Dataset(name, tuple(classes), train[kept], train[held_out], test, generated)
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """8-bit images as float32 in [0, 1]."""
+    return images.float().div_(255.0)
+
+
+def training_batches(split: Split, batch_size: int, seed: int, epoch: int, *, crop_padding: int = 0, padding_mode: str = "constant",
+                     flip: bool = False, rank: int = 0, world_size: int = 1, extra: Extra | None = None, extra_fraction: float = 0.0,
+                     ) -> Iterator[tuple[Tensor, Tensor, Tensor, float]]:
+    """One epoch in an order, and with crops and flips, that (seed, epoch) determine for every example.
+
+    Yields x [b, C, H, W] in [0, 1], y [b], index [b] and this process's share of the global batch times `world_size`: process
+    `rank` takes every world_size-th example of each global batch of `batch_size`, so the examples and their augmentation do not
+    depend on the number of processes. The last batch may be short; one with fewer examples than processes is left out.
+
+    With `extra`, round(extra_fraction * b) of a global batch of b are generated. An epoch still has as many images in all as `split`:
+    a random part of the real ones, each at most once, and random rows of the generated ones, each at most once unless there are too
+    few. Row r has the index extra.first_index + r, or the largest real index + 1 + r where that is more, so that no real one has it.
+    Raises UserError for an extra_fraction outside [0, 1].
+    """
+    device, count = split.images.device, len(split)
+    generator = torch.Generator().manual_seed((seed << 20) + epoch)
+    order, augmentation = torch.randperm(count, generator=generator), _draw_augmentation(count, crop_padding, generator)
+    if extra is not None:
+        extra = replace(extra, first_index=max(extra.first_index, int(split.index.max()) + 1))
+        order, drawn = _mix(order, batch_size, len(extra), extra_fraction, generator)
+        augmentation = torch.cat([augmentation, _draw_augmentation(len(drawn), crop_padding, generator)], 1)
+    augmentation, order_on_device = augmentation.to(device), order.to(device)
+    for first in range(0, count, batch_size):
+        size = min(batch_size, count - first)
+        if size < world_size:
+            return
+        mine = slice(first + rank, first + batch_size, world_size)
+        rows, real = order_on_device[mine], int((order[mine] < count).sum())  # those from `count` on are generated, and come last
+        part = split[rows[:real]]
+        if real < len(rows):
+            part = _joined(part, extra[drawn[order[mine][real:] - count]].to(device))
+        x, (top, left, mirrored) = to_unit(part.images), augmentation[:, rows]
+        if crop_padding:
+            x = random_crop(x, crop_padding, padding_mode, top, left)
+        if flip:
+            x = torch.where(mirrored[:, None, None, None] == 1, x.flip(3), x)
+        yield x, part.labels, part.index, len(rows) * world_size / size
+
+
+def _draw_augmentation(count: int, crop_padding: int, generator: torch.Generator) -> Tensor:
+    """The crop's top and left and whether to flip (0 or 1), [3, count]."""
+    crop = torch.randint(0, 2 * crop_padding + 1, (2, count), generator=generator)
+    return torch.cat([crop, torch.randint(0, 2, (1, count), generator=generator)])
+
+
+def _mix(order: Tensor, batch_size: int, population: int, fraction: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """`order` [n] with the last round(fraction * b) entries of every batch of b replaced by n, n + 1, ..., and the row of each of these.
+
+    The rows, below `population`, differ where there are enough of them (of many, a few are drawn without a permutation of them all).
+    """
+    if not 0 <= fraction <= 1:
+        raise UserError(f"--extra_fraction {fraction} is not in [0, 1]")
+    order, numbers = order.clone(), len(order)
+    for batch in order.split(batch_size):
+        generated = round(fraction * len(batch))
+        batch[len(batch) - generated:] = torch.arange(numbers, numbers + generated)
+        numbers += generated
+    drawn, seed = numbers - len(order), int(torch.randint(2**62, (), generator=generator))
+    rows = np.random.default_rng(seed).choice(population, drawn, replace=drawn > population)
+    return order, torch.from_numpy(rows)
+
+
+def _joined(first: Split, second: Split) -> Split:
+    """The examples of both, one after the other."""
+    return Split(*(torch.cat([getattr(first, name), getattr(second, name)]) for name in ("images", "labels", "index")))
+
+
+def random_crop(x: Tensor, padding: int, padding_mode: str, top: Tensor, left: Tensor) -> Tensor:
+    """Pad x [B, C, H, W] on every side and cut the window of the original size at (top, left) [B], as one gather."""
+    batch, channels, height, width = x.shape
+    padded = F.pad(x, (padding,) * 4, mode=padding_mode)
+    rows = (top[:, None] + torch.arange(height, device=x.device))[:, None, :, None]
+    columns = (left[:, None] + torch.arange(width, device=x.device))[:, None, None, :]
+    example = torch.arange(batch, device=x.device)[:, None, None, None]
+    channel = torch.arange(channels, device=x.device)[None, :, None, None]
+    return padded[example, channel, rows, columns]
+
+
+def first_examples(split: Split, count: int | None) -> Split:
+    """The first `count` examples, or all of them for None."""
+    if count is not None and count > len(split):
+        raise UserError(f"--num_examples {count:,} is more than the set has: {len(split):,}")
+    return split if count is None else replace(split, **{name: getattr(split, name)[:count] for name in ("images", "labels", "index")})

@@ -1,0 +1,46 @@
+"""How many images an evaluation attacks at once where the user does not say: what fits into memory, and on a CPU no more than is fast."""
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from harness.datasets.batches import Split, to_unit
+from harness.device import free_memory, peak_memory
+from harness.evaluation.attack_record import MULTIPLE, Steady
+from harness.evaluation.predictions import num_outputs
+
+PROBE = MULTIPLE     # images of the pass that is measured: attacks pad their batches to multiples of it
+SHARE = 0.5          # of the free memory for a forward and backward pass; the rest is for what the attacks keep beside it
+# On a CPU: from here on larger batches gain nothing (results/speed/sweep.json), and an interrupted evaluation loses one.
+FASTEST_ON_CPU = 512  # images
+
+
+def fitting_batch_size(model: nn.Module, split: Split, copies: int = 1, free: Callable = free_memory, peak: Callable = peak_memory) -> int:
+    """The number of images whose forward and backward pass, with respect to the images alone, takes SHARE of the free memory.
+
+    model: in eval mode, on the device of the N images of `split`; copies: of each image that an attack holds at once. One pass of PROBE
+    images is measured; what it takes beyond the images themselves counts as theirs. A multiple of PROBE, unless less than that fit; at
+    most FASTEST_ON_CPU on a CPU; at least 1, at most N rounded up to a multiple of PROBE. No verdict depends on it. free(device) and
+    peak(device, work) -> bytes.
+    Raises UserError when the network does not take the images.
+    """
+    num_outputs(model, split)
+    device = split.images.device
+    each = copies * max(peak(device, lambda: input_gradient(model, split.images)) / PROBE, 1.0)
+    fit = int(SHARE * free(device) / each)
+    fit = fit // PROBE * PROBE if fit >= PROBE else max(fit, 1)
+    return min(fit, FASTEST_ON_CPU if device.type == "cpu" else fit, -(-len(split) // PROBE) * PROBE)
+
+
+def input_gradient(model: nn.Module, images: Tensor) -> Tensor:
+    """The gradient of an attack step with respect to PROBE images, the first of `images` again and again, with frozen parameters."""
+    x = to_unit(images[torch.arange(PROBE, device=images.device) % len(images)]).requires_grad_()
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        with torch.enable_grad():
+            return torch.autograd.grad(Steady(model)(x).sum(), x)[0]
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)

@@ -1,0 +1,242 @@
+"""Fused frozen convolutions: the same values and gradients as the modules, in every form, and never a stale weight."""
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from attacks.frozen import frozen
+from attacks.pgd import pgd
+from harness.training.precision import TrainingPrecision, to_device
+from models import build_model, fused
+from models.fused import conv_norm_relu
+from models.wide_resnet import WideResNet
+
+pytestmark = pytest.mark.skipif(not fused.ENABLED, reason="this build of torch has no oneDNN")
+
+
+def layers(channels=8, planes=12, stride=1, bias=False, norm=True, kernel=3):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(channels, planes, kernel, stride=stride, padding=kernel // 2, bias=bias)
+    batch_norm = nn.BatchNorm2d(planes).eval() if norm else None
+    if norm:
+        batch_norm.running_mean.normal_(0, 0.3)
+        batch_norm.running_var.uniform_(0.5, 2)
+        nn.init.uniform_(batch_norm.weight, -1, 2)
+        nn.init.normal_(batch_norm.bias)
+    return [layer.requires_grad_(False) if layer else layer for layer in (conv, batch_norm)]
+
+
+def plain(x, conv, norm, add=None, relu=True):
+    out = conv(x) if norm is None else norm(conv(x))
+    out = out if add is None else out + add
+    return F.relu(out) if relu else out
+
+
+def value_and_gradients(function, x, add):
+    inputs = [tensor.clone().requires_grad_() for tensor in (x, add) if tensor is not None]
+    out = function(inputs[0], inputs[1] if add is not None else None)
+    slope = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+    return out.detach(), *torch.autograd.grad(out, inputs, slope)
+
+
+@pytest.mark.parametrize("relu", (True, False))
+@pytest.mark.parametrize("added", (True, False))
+@pytest.mark.parametrize("shape", ((True, False, 1, 3), (True, True, 2, 3), (False, True, 1, 3), (False, False, 2, 1)))
+def test_value_and_gradients_are_those_of_the_modules(shape, added, relu):
+    norm, bias, stride, kernel = shape
+    conv, batch_norm = layers(stride=stride, bias=bias, norm=norm, kernel=kernel)
+    x = torch.randn(5, 8, 10, 10)
+    add = torch.randn_like(conv(x)) if added else None
+    ours = value_and_gradients(lambda x, add: conv_norm_relu(x, conv, batch_norm, add, relu), x, add)
+    expected = value_and_gradients(lambda x, add: plain(x, conv, batch_norm, add, relu), x, add)
+    assert hasattr(conv, "frozen")
+    for mine, theirs in zip(ours, expected):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("shape", ((1, 5, 2, 28, 28), (3, 3, 1, 32, 32), (6, 5, 0, 14, 14), (4, 3, 0, 10, 8), (2, 5, 4, 7, 12),
+                                   (1, 5, 2, 8, 4), (9, 3, 1, 8, 8), (8, 3, 1, 8, 6), (1, 3, 1, 9, 10)))
+def test_the_input_gradient_of_few_channels_is_the_librarys(shape, dtype, monkeypatch):
+    channels, kernel, padding, height, width = shape
+    torch.manual_seed(0)
+    conv = nn.Conv2d(channels, 6, kernel, padding=padding).requires_grad_(False)
+    x = torch.randn(3, channels, height, width).to(dtype).contiguous(memory_format=torch.channels_last)
+    tiled, convolve = [], F.conv2d
+    monkeypatch.setattr(fused.F, "conv2d", lambda *args: tiled.append(1) or convolve(*args))
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        _, ours = value_and_gradients(lambda x, _: conv_norm_relu(x, conv, relu=False), x, None)
+        _, theirs = value_and_gradients(lambda x, _: convolve(x, conv.weight, conv.bias, padding=padding), x, None)
+    rows, columns = {1: (4, 4)}.get(channels, (2, 2)) if dtype == torch.float32 else (1, 4 if channels < 5 else 2)
+    fits = channels < 9 and height % rows == 0 and width % columns == 0 and width > columns
+    fused_here = dtype == torch.float32 or fused.BF16  # else the convolution stays a module, as its only call
+    assert len(tiled) == (fits if fused_here else 1) and ours.shape == x.shape
+    torch.testing.assert_close(ours, theirs, **({"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.05}))
+
+
+@pytest.mark.parametrize("stride", (1, 2))
+def test_a_small_map_is_a_product_of_patches_with_the_same_value_and_gradients(stride, monkeypatch):
+    conv, batch_norm = layers(128, 128, stride=stride, bias=True)
+    x, add = torch.randn(3, 128, 4 * stride, 4 * stride).bfloat16(), torch.randn(3, 128, 4, 4).bfloat16()
+
+    def fast(x, add):
+        return conv_norm_relu(x, conv, batch_norm, add, relu=False)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(conv_norm_relu(x, conv, batch_norm, add), fast(x, add).relu(), rtol=0, atol=0)
+        ours = value_and_gradients(fast, x, add)
+        monkeypatch.setattr(fused, "SMALL_MAP", 0)
+        other = value_and_gradients(fast, x, add)
+    exact = value_and_gradients(lambda x, add: plain(x, conv, batch_norm, add, relu=False), x.float(), add.float())
+    for mine, theirs, truth in zip(ours, other, exact):
+        error, allowed = (mine.float() - truth).norm() / truth.norm(), (theirs.float() - truth).norm() / truth.norm()
+        assert error <= 1.5 * allowed < 0.02  # the sum is rounded before the addition as well
+
+
+@pytest.mark.parametrize("stride", (1, 2))
+def test_the_weight_and_bias_gradients_of_a_small_map_are_those_of_the_convolution(stride):
+    conv, _ = layers(128, 130, stride=stride, bias=True)
+    x = torch.randn(3, 128, 4 * stride, 4 * stride)
+    slope = torch.randn(3, 130, 4, 4)
+    found = {}
+    for name, fuse, dtype in (("ours", True, torch.bfloat16), ("theirs", False, torch.bfloat16), ("exact", False, torch.float32)):
+        conv.fuse, conv.weight.requires_grad, conv.bias.requires_grad = fuse, True, True
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            out = conv_norm_relu(x.to(dtype), conv, relu=False)
+        found[name] = torch.autograd.grad((out.float() * slope).sum(), (conv.weight, conv.bias))
+    for ours, theirs, exact in zip(*found.values()):
+        assert ours.dtype == torch.float32
+        error, allowed = (ours - exact).norm() / exact.norm(), (theirs - exact).norm() / exact.norm()
+        assert error <= 1.5 * allowed + 1e-4 < 0.02
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("size", (28, 32))
+def test_the_attack_on_small_cnn_is_the_same_bit_for_bit(size, dtype, monkeypatch):
+    torch.manual_seed(0)
+    network = to_device(build_model("small_cnn", 10, 1), torch.device("cpu"))
+    nn.init.normal_(network.classifier.fc3.weight)
+    model, x, y = TrainingPrecision(network, dtype), torch.rand(16, 1, size, size), torch.arange(16) % 10
+    found = {}
+    for enabled in (True, False):
+        monkeypatch.setattr(fused, "ENABLED", enabled)
+        found[enabled] = pgd(model, x, y, epsilon=0.3, step_size=0.05, num_steps=5, start="clean")
+    assert torch.equal(found[True], found[False]) and not torch.equal(found[True], x)
+
+
+@pytest.mark.parametrize("place", ("cpu", "elsewhere"))
+@pytest.mark.parametrize("name", ("resnet18", "wide_resnet"))
+def test_residual_networks_with_folded_norms_give_the_logits_and_gradients_of_their_modules(name, place, monkeypatch):
+    torch.manual_seed(0)
+    network = build_model("resnet18", 7, 3) if name == "resnet18" else WideResNet(10, 1, 7, 3)
+    with torch.no_grad():
+        for _ in range(3):
+            network.train()(torch.rand(8, 3, 16, 16))  # running statistics of their own
+    network.eval().requires_grad_(False)
+    x, norms, normalise = torch.rand(4, 3, 16, 16), [], nn.BatchNorm2d.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.BatchNorm2d, "forward", lambda *args: norms.append(1) or normalise(*args))
+        if place == "elsewhere":  # what runs on a GPU
+            patch.setattr(fused, "_here", lambda *_: False)
+            patch.setattr(fused, "_folds_elsewhere", lambda x, conv, norm: norm is not None)
+        ours = value_and_gradients(lambda x, _: network(x), x, None)
+    assert len(norms) == (4 if name == "wide_resnet" else 0)  # those that no convolution stands before
+    monkeypatch.setattr(fused, "ENABLED", False)
+    expected = value_and_gradients(lambda x, _: network(x), x, None)
+    for mine, theirs in zip(ours, expected):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
+
+
+def change_in_place(conv, norm):
+    conv.weight.mul_(2)
+
+
+def change_a_statistic(conv, norm):
+    norm.running_mean.add_(1)
+
+
+def change_by_loading(conv, norm):
+    conv.load_state_dict({"weight": conv.weight * 3})
+
+
+def change_the_data(conv, norm):
+    norm.bias.data = norm.bias.data + 1
+
+
+def change_by_a_step(conv, norm):
+    conv.requires_grad_(True)
+    conv.weight.grad = torch.ones_like(conv.weight)
+    torch.optim.SGD(conv.parameters(), lr=0.5).step()
+    conv.requires_grad_(False)
+
+
+@pytest.mark.parametrize("change", (change_in_place, change_a_statistic, change_by_loading, change_the_data, change_by_a_step))
+def test_a_changed_parameter_is_never_answered_with_the_old_one(change):
+    conv, norm = layers()
+    x = torch.randn(2, 8, 6, 6)
+    before = conv_norm_relu(x, conv, norm)
+    with torch.no_grad():
+        change(conv, norm)
+    after = conv_norm_relu(x, conv, norm)
+    torch.testing.assert_close(after, plain(x, conv, norm), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(before, after)
+
+
+def test_the_weights_are_folded_once_for_many_passes_and_again_in_another_type():
+    conv, norm = layers()
+    x = torch.randn(2, 8, 6, 6)
+    conv_norm_relu(x, conv, norm)
+    first = conv.frozen
+    conv_norm_relu(x, conv, norm)
+    assert conv.frozen is first and first.weight.dtype == torch.float32
+    if fused.BF16:
+        with torch.autocast("cpu", torch.bfloat16):
+            assert conv_norm_relu(x, conv, norm).dtype == torch.bfloat16
+        assert conv.frozen is not first and conv.frozen.weight.dtype == torch.bfloat16
+    conv_norm_relu(x.bfloat16().float(), conv, norm)
+    assert conv.frozen.weight.dtype == torch.float32
+
+
+def test_what_is_trained_or_in_train_mode_or_told_so_stays_a_module():
+    x = torch.randn(4, 8, 6, 6)
+    conv, norm = layers()
+    norm.train()
+    statistics = norm.running_mean.clone()
+    conv_norm_relu(x, conv, norm)
+    assert not hasattr(conv, "frozen") and not torch.equal(norm.running_mean, statistics)
+    norm.eval()
+    conv.requires_grad_(True)
+    conv_norm_relu(x, conv, norm).sum().backward()
+    assert not hasattr(conv, "frozen") and conv.weight.grad.abs().sum() > 0
+    conv.requires_grad_(False)
+    conv.fuse = False
+    conv_norm_relu(x, conv, norm)
+    assert not hasattr(conv, "frozen")
+
+
+def test_a_model_keeps_its_state_dict_its_copies_and_its_trainability():
+    torch.manual_seed(0)
+    model = build_model("small_cnn", 10, 1)
+    names = list(model.state_dict())
+    pgd(model, torch.rand(2, 1, 28, 28), torch.tensor([1, 2]), epsilon=0.1, step_size=0.1, num_steps=1)
+    with frozen(model):
+        twin = copy.deepcopy(model)
+        assert torch.equal(twin(torch.ones(1, 1, 28, 28)), model(torch.ones(1, 1, 28, 28)))
+    assert list(model.state_dict()) == names and all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_gradient_may_be_differentiated_again():
+    conv, norm = layers()
+    x = torch.randn(1, 8, 4, 4)
+
+    def slope(x):
+        x = x.clone().requires_grad_()
+        return torch.autograd.grad(conv_norm_relu(x, conv, norm).pow(2).sum(), x, create_graph=True)[0], x
+
+    gradient, x = slope(x)
+    ours, = torch.autograd.grad(gradient.sum(), x)
+    y = x.detach().clone().requires_grad_()
+    expected, = torch.autograd.grad(torch.autograd.grad(plain(y, conv, norm).pow(2).sum(), y, create_graph=True)[0].sum(), y)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
