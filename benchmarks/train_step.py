@@ -88,8 +88,8 @@ class Config:
     device: str = "auto"                                  # auto, cpu, or an accelerator by its name in torch
     precision: Literal["auto", "bf16", "float32"] = "auto"  # of our step; auto is bf16 where it is faster (harness/device.py)
     fuse: bool = True                                     # of our step: fold BatchNorm and fuse layers of the attacked network on a CPU
-    compile: Literal["auto", "on", "off"] = "auto"        # of our step: torch.compile; for auto the steps here are too few
-    graphs: bool = True                                   # with compile, on a GPU: replay each compiled piece as one CUDA graph
+    compile: bool = False                                 # of our step: torch.compile
+    graphs: bool = False                                  # with compile, on a GPU: replay each compiled piece as one CUDA graph
     json: bool = False                                    # print one line of JSON and nothing else
     sweep: bool = False                                   # then the cost against batch size and attack steps: OUT_sweep_METHOD.json, .png
     out: str | None = None                                # JSON file to write, never over another

@@ -256,8 +256,8 @@ def _resumed(cls: type, folder: Path):
     fields = [field for field in dataclasses.fields(cls) if field.name in saved]
     if newer := [field for field in dataclasses.fields(cls) if field not in fields]:
         print(f"note: {path} lacks {', '.join(f'{field.name}, here {field.default}' for field in newer)}", file=sys.stderr)
-    if isinstance(saved.get("compile"), bool):
-        saved["compile"] = "on" if saved["compile"] else "off"  # as it was written when it was a switch
+    if isinstance(saved.get("compile"), str):
+        saved["compile"] = saved["compile"] == "on"  # as it was written when it had a third value, auto
     hints = typing.get_type_hints(cls)
     for field in fields:
         value = saved[field.name]

@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ from tqdm import tqdm
 
 from harness import checkpoint, distributed
 from harness.datasets.batches import Dataset, training_batches
-from harness.device import choose_device, choose_dtype, command_line, environment, why_not_compile
+from harness.device import choose_device, choose_dtype, command_line, environment
 from harness.errors import Collapsed, RunError, UserError
 from harness.evaluation.chance import ClassCounts, collapsed_since
 from harness.evaluation.metrics import Means, WeightStatistics
@@ -107,20 +106,8 @@ class Run:
         self.architecture = {"name": self.cfg.model, "num_classes": self.data.num_classes, "in_channels": channels,
                              "mean": mean, "std": std}
         self.dtype = choose_dtype(self.cfg.precision, self.device, model)
-        return distributed.parallel(TrainingPrecision(to_device(model, self.device), self.dtype, self._compilation()))
-
-    def _compilation(self) -> Compilation | None:
-        """What the run is to try torch.compile with; None for not at all."""
-        if self.cfg.compile == "auto":
-            attack_steps = self.cfg.epochs * self.batches_per_epoch * getattr(self.cfg, "num_steps", getattr(self.cfg, "num_replays", 1))
-            if why := why_not_compile(self.device, attack_steps):
-                if self.device.type == "cuda":
-                    self.say(f"torch.compile is not tried: {why} (--compile on tries it)")
-                return None
-        if self.cfg.compile == "off":
-            return None
-        return Compilation(self.cfg.compile == "on", self.cfg.graphs and self.device.type == "cuda", self.say,
-                           partial(self.say, "torch.compile is tried on the first batch, which takes about a minute"))
+        compilation = Compilation(self.cfg.graphs and self.device.type == "cuda", self.say) if self.cfg.compile else None
+        return distributed.parallel(TrainingPrecision(to_device(model, self.device), self.dtype, compilation))
 
     def split(self, model: nn.Module, split_first_layer: Callable[[nn.Module], tuple]) -> tuple[nn.Module, nn.Module]:
         """(f0, rest) of a model from `build`, rest(f0(x)) = model(x), in the training precision; their gradients wait for `update`."""

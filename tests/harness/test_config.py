@@ -233,15 +233,15 @@ def test_resume_takes_the_default_of_a_field_that_is_newer_than_the_run_and_says
 
 @dataclass(frozen=True)
 class Compiled:
-    compile: Literal["auto", "on", "off"] = "auto"        # what to compile
+    compile: bool = False                                 # whether to compile
     resume: str | None = None                             # run folder
 
 
-@pytest.mark.parametrize(("saved", "meant"), ((True, "on"), (False, "off"), ("auto", "auto")))
-def test_resume_knows_compile_as_the_switch_that_it_was(tmp_path, saved, meant):
+@pytest.mark.parametrize(("saved", "meant"), ((True, True), (False, False), ("on", True), ("off", False), ("auto", False)))
+def test_resume_knows_compile_in_the_words_that_it_was_written_in(tmp_path, saved, meant):
     (tmp_path / "config.json").write_text(json.dumps({"script": "test_config", "compile": saved}))
-    assert parse_config(Compiled, ["--resume", str(tmp_path)]).compile == meant
-    assert parse_config(Compiled, ["--resume", str(tmp_path), "--compile", "off"]).compile == "off"
+    assert parse_config(Compiled, ["--resume", str(tmp_path)]).compile is meant
+    assert parse_config(Compiled, ["--resume", str(tmp_path), "--no-compile"]).compile is False
 
 
 @pytest.mark.parametrize("value", ("ten", None, [10], True, 1.5))
