@@ -29,7 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script's ow
 import train_at_cifar10
 import train_at_mnist
 from harness.config import run_script
-from harness.datasets.batches import Dataset, Split, load_dataset
+from harness.datasets.batches import Dataset, load_dataset
+from harness.datasets.split import Split
 from harness.device import choose_device, command_line, environment, resident
 from harness.errors import UserError
 from harness.evaluation.report import output_path

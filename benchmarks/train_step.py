@@ -53,7 +53,8 @@ import train_vir
 from attacks.pgd import first_iterate
 from benchmarks.forms import BARE, NUM_CLASSES, PUBLISHED, count_flops, published_model
 from harness.config import run_script
-from harness.datasets.batches import Dataset, Split, to_unit
+from harness.datasets.batches import Dataset, to_unit
+from harness.datasets.split import Split
 from harness.device import choose_device, command_line, environment, peak_memory, resident
 from harness.errors import UserError
 from harness.evaluation.report import output_path

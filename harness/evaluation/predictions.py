@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from harness.datasets.batches import Split, to_unit
+from harness.datasets.batches import to_unit
+from harness.datasets.split import Split
 from harness.errors import RunError, UserError
 from harness.evaluation.chance import metrics_at_chance
 from harness.evaluation.metrics import weighted_accuracy

@@ -15,7 +15,7 @@ from attacks.active import pgd_until_broken
 from attacks.catalogue import members_of, strong_attacks, weighted_attacks
 from attacks.noise import example_keys
 from attacks.pgd import cross_entropy, pgd
-from harness.datasets.batches import Split
+from harness.datasets.split import Split
 from harness.errors import UserError
 from harness.evaluation import attack_record as ledger
 from harness.evaluation.attack_record import FIELDS, UNTOUCHED, Ledger, Steady, inspect
