@@ -22,9 +22,9 @@ def alma(model: nn.Module, x: Tensor, y: Tensor, *, norm: str = "l2", num_steps:
         mu <- 0.9 mu + 0.1 dP/dc,     rho <- 1.2 rho every 10 steps where no adversary was met and c did not fall by 5 %
 
     x: [B, C, H, W] in [0, 1]; y: [B]; m is the margin z_y - max_{k != y} z_k, or z_y - z_target with target [B]; start: the first
-    iterate, x by default (an adversary helps where m is flat around x). The first step goes as far as the boundary would be if m were
-    linear, |m| / ||grad m||_q, and at most to a distance of 0.1 (l2) or 0.5 (l1); the step falls to 1 % of that. num_steps gradients and
-    two forward passes an example.
+    iterate, x by default (an adversary helps where m is flat around x). The first step goes to a distance of 0.1 (l2) or 0.5 (l1),
+    from x itself no farther than the boundary would be if m were linear, |m| / ||grad m||_q; the step falls to 1 % of that. num_steps
+    gradients and two forward passes an example.
     Returns the closest adversary found, x itself where none was, without a graph. Raises ValueError as `check_arguments` does; the
     norms are l_2 and l_1.
 
@@ -55,7 +55,9 @@ def alma(model: nn.Module, x: Tensor, y: Tensor, *, norm: str = "l2", num_steps:
             pull = _norm_gradient(x_adv - x, norm) + gradient * per_example(_penalty_slope(constraint, rho, mu) / scale, x)
             length = norm_of(pull, "l2").clamp_(min=1e-12)
             if step_size is None:  # one beyond the boundary may end at another class's, which is farther
-                distance = (margin.abs() / dual_norm_of(gradient, norm).clamp_(min=1e-12)).clamp_(max=FIRST_DISTANCE[norm])
+                boundary = (margin / dual_norm_of(gradient, norm).clamp_(min=1e-12)).clamp_(max=FIRST_DISTANCE[norm])
+                begun = (x_adv != x).flatten(1).any(1)  # at an adversary, which may lie on the boundary
+                distance = torch.where(begun, FIRST_DISTANCE[norm], boundary)
                 step_size = _first_step(x, pull / per_example(length, x), norm, distance)
             decay = 0.9 + 0.09 * step / num_steps
             square = decay * square + (1 - decay) * length.square() if step else length.square()

@@ -2,9 +2,9 @@
 
     gradient     its length over all parameters, before it is cut
     silent       part of the units of a layer whose weights have no gradient at all in this step
-    spread       standard deviation of the logits over the images of the batch, averaged over the classes: 0 when all look the same
+    spread       standard deviation of the logits over the first 256 training images, averaged over the classes: 0 when all look the same
 
-    python benchmarks/trace.py                                     # the recipe of now
+    python benchmarks/trace.py                                     # the recipe `digits`
     python benchmarks/trace.py --lr 0.05 --max_grad_norm 0 --epsilon_warmup_epochs 10 --out results/stability/trace-seed2.csv
 """
 import sys
@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_at_mnist
 from benchmarks import figures
 from harness.config import run_script
-from harness.datasets.batches import load_dataset
+from harness.datasets.batches import load_dataset, to_unit
 from harness.evaluation.report import output_path
 from harness.folder import write_csv
 from harness.training.precision import bare
@@ -58,7 +58,7 @@ class Traced(Run):
                 for name, gradient in gradients.items() if gradient.ndim > 1}
         super()._update(loss, optimizer, metrics)
         with torch.no_grad():
-            spread = float(model(self.train.images[:256].float() / 255).std(0).mean())
+            spread = float(model(to_unit(self.train.images[:256])).std(0).mean())
         self.trace += ({**row, "spread": spread},)
 
 

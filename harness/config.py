@@ -21,6 +21,8 @@ from harness.training.seeds import one_a_seed
 MAY_CHANGE_ON_RESUME = {"resume", "epochs", "data_dir", "device", "compile", "graphs", "max_batches", "shard",
                          "stop_on_collapse"}
 
+OFF_BEFORE = {"max_grad_norm": 0.0}  # what a run did that is older than the field
+
 # What a field of this name may hold, in any Config: (smallest, largest).
 LIMITS = {
     "epochs": (1, math.inf), "batch_size": (1, math.inf), "num_steps": (0, math.inf), "val_num_steps": (0, math.inf),
@@ -255,7 +257,8 @@ def _resumed(cls: type, folder: Path):
         raise UserError(f"--resume {folder}: that run belongs to {saved.get('script')}.py, not to {script}.py")
     fields = [field for field in dataclasses.fields(cls) if field.name in saved]
     if newer := [field for field in dataclasses.fields(cls) if field not in fields]:
-        print(f"note: {path} lacks {', '.join(f'{field.name}, here {field.default}' for field in newer)}", file=sys.stderr)
+        print(f"note: {path} lacks {', '.join(f'{field.name}, here {OFF_BEFORE.get(field.name, field.default)}' for field in newer)}",
+              file=sys.stderr)
     if isinstance(saved.get("compile"), str):
         saved["compile"] = saved["compile"] == "on"  # as it was written when it had a third value, auto
     hints = typing.get_type_hints(cls)
@@ -263,7 +266,8 @@ def _resumed(cls: type, folder: Path):
         value = saved[field.name]
         if type(value) not in _json_types(hints[field.name]):
             raise UserError(f"--resume {folder}: {field.name} in {path} is {json.dumps(value)}, which it cannot be")
-    values = {field.name: saved[field.name] for field in fields}
+    values = {field.name: OFF_BEFORE[field.name] for field in newer if field.name in OFF_BEFORE}
+    values |= {field.name: saved[field.name] for field in fields}
     return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 

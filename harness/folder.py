@@ -26,8 +26,9 @@ def _new_folder(parent: Path) -> Path:
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
-    """Write rows under the columns of the first, as `write_text` does; None and what a row lacks are left empty."""
-    lines = [list(rows[0]), *([row.get(name, "") for name in rows[0]] for row in rows)]
+    """Write rows under the columns of all of them, as `write_text` does; None and what a row lacks are left empty."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [names, *([row.get(name, "") for name in names] for row in rows)]
     write_text(path, "".join(",".join("" if value is None else str(value) for value in line) + "\n" for line in lines))
 
 

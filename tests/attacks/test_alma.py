@@ -5,7 +5,7 @@ from nets import interior, linear, linear_distance, tiny_mlp
 
 from attacks.alma import _penalty_slope, alma
 from attacks.ball import norm_of
-from attacks.minimal import NORMS, is_wrong
+from attacks.minimal import NORMS, is_wrong, logit_margin
 from attacks.polish import nearest_loss, polish
 
 norms = pytest.mark.parametrize("norm", NORMS)
@@ -34,6 +34,23 @@ def test_rounding_does_not_decide_at_which_class_alma_ends():
     x = x + 1e-9 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype)
     x_adv = alma(model, x, y, norm="l1", num_steps=500)
     assert (norm_of(x_adv - x, "l1") <= 1.05 * linear_distance(model, x, y, "l1")).all()
+
+
+@pytest.mark.parametrize("norm", ("l2", "l1"))
+def test_alma_leaves_a_far_adversary_that_lies_on_the_boundary(norm):
+    model = linear(2)
+    x, y = interior(model)
+    away = torch.linspace(-0.2, 0.2, x[0].numel(), dtype=x.dtype).view_as(x[0])  # along the boundary, for the most part
+    normal = (model[1].weight[1] - model[1].weight[0]).view_as(x[0])
+    away = away - normal * (away * normal).sum() / normal.square().sum()
+    near = alma(model, x, y, norm=norm, num_steps=500)
+    start = (near + away).clamp(0, 1).detach()
+    margin = logit_margin(model(start), y)
+    step = torch.where(y == 0, 1.0, -1.0) * (margin + 1e-6) / normal.square().sum()
+    start = start + step[:, None, None, None] * normal  # the margin there is -1e-6
+    assert is_wrong(model(start), y).all() and (logit_margin(model(start), y).abs() < 1e-5).all()
+    found = norm_of(alma(model, x, y, norm=norm, start=start, num_steps=200) - x, norm)
+    assert (found < 0.6 * norm_of(start - x, norm)).all()
 
 
 def test_the_penalty_slope_is_the_derivative_of_p2():
