@@ -2,9 +2,11 @@
 import torch
 from torch import Tensor, nn
 
-from attacks.ball import norm_of, per_example
+from attacks.checks import check_start
 from attacks.frozen import frozen
-from attacks.minimal import Closest, check_arguments, descend, dual_norm_of, is_wrong, logit_margin
+from attacks.geometry import dual_norm_of, norm_of, per_example
+from attacks.minimal import Closest, check_arguments, descend
+from losses.margin import logit_margin, misclassified
 
 LAST_STEP = 0.01            # the last step's size over the first's
 FIRST_DISTANCE = {"l2": 0.1, "l1": 0.5}  # how far the first step goes at most
@@ -32,8 +34,8 @@ def alma(model: nn.Module, x: Tensor, y: Tensor, *, norm: str = "l2", num_steps:
     classes (both make the attack independent of the scale of the logits); the gradient is scaled by its length, not pixel by pixel.
     """
     check_arguments(x, y, norm, num_steps, tuple(FIRST_DISTANCE))
-    if start is not None and start.shape != x.shape:
-        raise ValueError(f"a start of shape {tuple(start.shape)} does not fit images of shape {tuple(x.shape)}")
+    if start is not None:
+        check_start(start, x)
     x = x.detach()
     closest, x_adv = Closest(x, norm), x if start is None else start.detach()
     rho, mu = torch.ones_like(closest.distance), torch.ones_like(closest.distance)
@@ -62,7 +64,7 @@ def alma(model: nn.Module, x: Tensor, y: Tensor, *, norm: str = "l2", num_steps:
             velocity = momentum * velocity + pull * per_example(step_size * LAST_STEP ** (step / num_steps) / square.sqrt(), x)
             x_adv = (x_adv - velocity).clamp_(0, 1)
         with torch.no_grad():
-            closest.offer(x_adv, is_wrong(bare(x_adv), y))
+            closest.offer(x_adv, misclassified(bare(x_adv), y))
     return closest.x_adv
 
 

@@ -14,11 +14,13 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 
-from attacks.ball import check_batch, check_steps, choose, direction, per_example, project, radii, random_point, ranked_targets, wrong
+from attacks.checks import check_at_least, check_batch, check_start
 from attacks.dlr import dlr_loss, targeted_dlr_loss
-from attacks.frozen import frozen
+from attacks.frozen import frozen, predict
+from attacks.geometry import choose, per_example, projection, radii, random_point, steepest
 from attacks.noise import example_keys
 from attacks.pgd import cross_entropy
+from losses.margin import misclassified, ranked_targets
 
 MOMENTUM = 0.75     # alpha: the share of the gradient step
 RISE_SHARE = 0.75   # rho: of the steps between two checkpoints that must raise the loss
@@ -40,13 +42,15 @@ def apgd(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float | Tensor, nor
     iterate of largest loss. The model is in eval mode during the attack and as before after it.
     Raises ValueError for images outside [0, 1], a negative epsilon or num_steps, an unknown norm, loss or start.
     """
-    keys, radius, x = check_batch(x, y, norm, NORMS, keys), radii(epsilon, x), x.detach()
-    check_steps(num_steps)
+    keys = check_batch(x, y, norm, NORMS, keys)
+    radius = radii(epsilon, x)
+    x = x.detach()
+    check_at_least(0, num_steps=num_steps)
     if isinstance(loss, str) and loss not in LOSSES:
         raise ValueError(f"unknown loss {loss!r}: choose one of {', '.join(LOSSES)}, or give a function of logits and labels")
     first = _start(x, radius, norm, start, keys)
     with frozen(model) as bare:
-        return _attack_standing(bare, x, y, _clean_logits(bare, x), radius, norm, num_steps, first, _loss_function(loss))
+        return _attack_standing(bare, x, y, predict(bare, x), radius, norm, num_steps, first, _loss_function(loss))
 
 
 def apgd_targeted(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float | Tensor, norm: str = "linf", num_steps: int = 100,
@@ -56,19 +60,22 @@ def apgd_targeted(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float | Te
     Arguments, errors and result as in `apgd`; an example that one target fools is not attacked again, and one that none fools comes back
     as the last target's best point. Each target has a random start of its own. For two and three classes see `attacks.dlr`.
     """
-    keys, radius, x = check_batch(x, y, norm, NORMS, keys), radii(epsilon, x), x.detach()
-    check_steps(num_steps, num_targets)
+    keys = check_batch(x, y, norm, NORMS, keys)
+    radius = radii(epsilon, x)
+    x = x.detach()
+    check_at_least(0, num_steps=num_steps)
+    check_at_least(1, num_targets=num_targets)
     with frozen(model) as bare:
-        logits = _clean_logits(bare, x)
+        logits = predict(bare, x)
         targets, x_adv, logits_adv = ranked_targets(logits, y, num_targets), x, logits
         for rank in range(targets.shape[1]):
-            standing = (~wrong(logits_adv, y)).nonzero().squeeze(1)
+            standing = (~misclassified(logits_adv, y)).nonzero().squeeze(1)
             if not len(standing):
                 break
             found = _attack_towards(bare, x[standing], y[standing], targets[standing, rank], radius[standing], norm, num_steps,
                                     example_keys(keys[standing], rank))
             x_adv = x_adv.index_copy(0, standing, found)
-            logits_adv = logits_adv.index_copy(0, standing, _clean_logits(bare, found))
+            logits_adv = logits_adv.index_copy(0, standing, predict(bare, found))
         return x_adv
 
 
@@ -107,7 +114,7 @@ class _Walk:
 
 
 def _attack_standing(model, x, y, clean_logits, radius, norm, num_steps, first, loss_fn):
-    standing = (~wrong(clean_logits, y)).nonzero().squeeze(1)
+    standing = (~misclassified(clean_logits, y)).nonzero().squeeze(1)
     if not len(standing):
         return x
     found = _ascend(model, x[standing], y[standing], y[standing], radius[standing], norm, num_steps, first[standing], loss_fn)
@@ -141,10 +148,10 @@ def _ascend(model: nn.Module, x: Tensor, y: Tensor, target: Tensor, radius: Tens
 
 def _step(model, walk: _Walk, norm: str, momentum: float, loss_fn) -> None:
     """One step of every example, and the record of its best point."""
-    z = project(walk.x_adv + walk.step_size * direction(walk.gradient, norm), walk.x, walk.radius, norm)
+    project = projection(walk.x, walk.radius, norm)
+    z = project(walk.x_adv + walk.step_size * steepest(walk.gradient, norm))
     if momentum < 1.0:
-        z = project(walk.x_adv + momentum * (z - walk.x_adv) + (1.0 - momentum) * (walk.x_adv - walk.x_last),
-                    walk.x, walk.radius, norm)
+        z = project(walk.x_adv + momentum * (z - walk.x_adv) + (1.0 - momentum) * (walk.x_adv - walk.x_last))
     walk.x_last, walk.x_adv = walk.x_adv, z
     loss, walk.gradient = _evaluate(model, z, walk.y, walk.target, loss_fn)
     walk.rises = walk.rises + (loss > walk.loss)
@@ -169,7 +176,7 @@ def _evaluate(model, x_adv: Tensor, y: Tensor, target: Tensor, loss_fn) -> tuple
         logits = model(point)
         losses = loss_fn(logits, y, target)
         gradient, = torch.autograd.grad(losses.sum(), point)
-    return losses.detach().masked_fill(wrong(logits.detach(), y), torch.inf), gradient
+    return losses.detach().masked_fill(misclassified(logits.detach(), y), torch.inf), gradient
 
 
 def _loss_function(loss) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -179,14 +186,8 @@ def _loss_function(loss) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 def _start(x: Tensor, radius: Tensor, norm: str, start: str | Tensor, keys: Tensor) -> Tensor:
     if isinstance(start, Tensor):
-        if start.shape != x.shape:
-            raise ValueError(f"a start of shape {tuple(start.shape)} does not fit images of shape {tuple(x.shape)}")
-        return project(start.detach(), x, radius, norm)
+        check_start(start, x)
+        return projection(x, radius, norm)(start.detach().clone())
     if start != "uniform":
         raise ValueError(f"unknown start {start!r}: 'uniform', or the first iterate as a tensor")
     return random_point(x, radius, norm, keys)
-
-
-def _clean_logits(model: nn.Module, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(x)

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from attacks.apgd import apgd, apgd_targeted
-from attacks.ball import check_batch, inside, radii, wrong
+from attacks.checks import check_batch
 from attacks.fab import fab_targeted
 from attacks.frozen import predict
+from attacks.geometry import inside, radii
 from attacks.noise import example_keys
 from attacks.square import square
+from losses.margin import misclassified
 
 Member = tuple[str, Callable[..., Tensor]]  # name, attack(model, x, y, *, epsilon, norm, keys) -> x_adv
 STANDARD: tuple[Member, ...] = (("apgd-ce", apgd), ("apgd-t", apgd_targeted), ("fab-t", fab_targeted), ("square", square))
@@ -40,10 +42,12 @@ def run_ensemble(model: nn.Module, x: Tensor, y: Tensor, members: Sequence[Membe
     Returns x_adv, and broken_by [B] int64: the number of the member that broke the example, STANDING or MISCLASSIFIED. A success counts
     once `confirmed`; whatever else a member returns is dropped.
     """
-    keys, radius = check_batch(x, y, norm, NORMS, keys), radii(epsilon, x).flatten()
-    x_adv, broken_by = x.detach().clone(), torch.full_like(y, STANDING)
+    keys = check_batch(x, y, norm, NORMS, keys)
+    radius = radii(epsilon, x).flatten()
+    x_adv = x.detach().clone()
+    broken_by = torch.full_like(y, STANDING)
     for rows in torch.arange(len(x), device=x.device).split(batch_size):
-        broken_by[rows[wrong(predict(model, x[rows]), y[rows])]] = MISCLASSIFIED
+        broken_by[rows[misclassified(predict(model, x[rows]), y[rows])]] = MISCLASSIFIED
     for number, (_, attack) in enumerate(members):
         for rows in (broken_by == STANDING).nonzero().squeeze(1).split(batch_size):
             if not len(rows):
@@ -59,4 +63,4 @@ def confirmed(model: nn.Module, x_adv: Tensor, x: Tensor, y: Tensor, *, epsilon:
     """Whether each x_adv, by a plain forward pass in eval mode and float32, is misclassified, in its ball and in [0, 1].  -> [B] bool."""
     with torch.autocast(x.device.type, enabled=False):
         logits = predict(model, x_adv)
-    return wrong(logits, y) & inside(x_adv, x, radii(epsilon, x), norm)
+    return misclassified(logits, y) & inside(x_adv, x, radii(epsilon, x), norm)

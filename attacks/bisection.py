@@ -9,10 +9,12 @@ from torch import Tensor, nn
 
 from attacks.apgd import NORMS as APGD_NORMS
 from attacks.apgd import apgd_targeted
-from attacks.ball import norm_of, per_example
+from attacks.checks import check_keys
 from attacks.frozen import frozen, predict
-from attacks.minimal import Closest, check_arguments, descend, is_wrong
-from attacks.noise import example_keys, keyed_uniform
+from attacks.geometry import norm_of, per_example, projection, unit_noise
+from attacks.minimal import Closest, check_arguments, descend
+from attacks.noise import example_keys
+from losses.margin import misclassified
 
 MOMENTUM = 0.75
 FIRST_STEP, LAST_STEP = 1.0, 0.02  # in radii; the step falls linearly
@@ -34,7 +36,7 @@ def pgd_bisection(model: nn.Module, x: Tensor, y: Tensor, *, norm: str = "linf",
     closest = Closest(x, norm)
     upper = torch.ones_like(closest.distance) if upper is None else upper.to(x.dtype).clamp(max=1)
     lower = torch.zeros_like(upper)
-    noise = None if keys is None else 2 * keyed_uniform(keys, x.shape[1:]).to(x.dtype) - 1
+    noise = None if keys is None else unit_noise(x, "linf", check_keys(keys, x))
     with frozen(model, mode) as bare, torch.enable_grad():
         for _ in range(num_rounds):
             radius = (lower + upper) / 2
@@ -58,12 +60,12 @@ def apgd_bisection(model: nn.Module, x: Tensor, y: Tensor, *, norm: str = "linf"
     diameter = norm_of(torch.ones_like(x), norm)
     upper = diameter if upper is None else torch.where(upper.isfinite(), upper.to(x.dtype), diameter)
     lower = torch.zeros_like(upper)
-    keys = example_keys(torch.arange(len(x), device=x.device)) if keys is None else keys
+    keys = check_keys(keys, x)
     for number in range(num_rounds):
         radius = (lower + upper) / 2
         x_adv = apgd_targeted(model, x, y, epsilon=radius, norm=norm, num_steps=num_steps, num_targets=num_targets,
                               keys=example_keys(keys, number))
-        wrong = is_wrong(predict(model, x_adv), y)
+        wrong = misclassified(predict(model, x_adv), y)
         closest.offer(x_adv, wrong)
         upper, lower = torch.where(wrong, torch.minimum(radius, norm_of(x_adv - x, norm)), upper), torch.where(wrong, lower, radius)
     return closest.x_adv
@@ -72,15 +74,15 @@ def apgd_bisection(model: nn.Module, x: Tensor, y: Tensor, *, norm: str = "linf"
 def _within(bare: nn.Module, x: Tensor, y: Tensor, radius: Tensor, num_steps: int, target: Tensor | None, noise: Tensor | None) -> Closest:
     """The closest adversary that PGD meets in the balls of `radius` [B]."""
     bound = per_example(radius, x)
-    lowest, highest = (x - bound).clamp_(min=0), (x + bound).clamp_(max=1)
+    project = projection(x, bound, "linf")
     found, velocity = Closest(x, "linf"), torch.zeros_like(x)
-    x_adv = x if noise is None else torch.clamp(x + bound * noise, lowest, highest)
+    x_adv = x if noise is None else project(x + bound * noise)
     for step in range(num_steps):
         _, wrong, gradient = descend(bare, x_adv, y, target)
         found.offer(x_adv, wrong)
         velocity = MOMENTUM * velocity + (1 - MOMENTUM) * gradient.sign()
         size = FIRST_STEP + (LAST_STEP - FIRST_STEP) * step / max(num_steps - 1, 1)
-        x_adv = torch.clamp(x_adv - size * bound * velocity, lowest, highest)
+        x_adv = project(x_adv - size * bound * velocity)
     with torch.no_grad():
-        found.offer(x_adv, is_wrong(bare(x_adv), y))
+        found.offer(x_adv, misclassified(bare(x_adv), y))
     return found

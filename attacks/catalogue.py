@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from attacks.active import pgd_until_broken
 from attacks.apgd import apgd, apgd_targeted
 from attacks.fab import fab_targeted
 from attacks.fgsm import fgsm
@@ -15,6 +14,7 @@ from attacks.pgd import cross_entropy, pgd
 from attacks.reference import EXTRA, autoattack_reference, require_package
 from attacks.spsa import spsa
 from attacks.square import square
+from attacks.until_broken import pgd_until_broken
 
 ENSEMBLES = {"autoattack": ("apgd-ce", "apgd-t", "fab-t", "square"), "mde": ("apgd-ce", "md", "mdmt", "fab-t")}  # broken by a member
 VIR = ("fgsm", "pgd100", "cw", "fmn100", "autoattack", "mde", "square", "spsa")  # the columns of the VIR tables

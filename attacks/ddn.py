@@ -2,9 +2,10 @@
 import torch
 from torch import Tensor, nn
 
-from attacks.ball import norm_of, per_example
 from attacks.frozen import frozen
-from attacks.minimal import Closest, check_arguments, cosine, is_wrong, soft_margin
+from attacks.geometry import norm_of, per_example
+from attacks.minimal import Closest, check_arguments, cosine
+from losses.margin import misclassified, soft_margin
 
 LAST_STEP = 0.01  # the last step's size
 
@@ -33,12 +34,12 @@ def ddn(model: nn.Module, x: Tensor, y: Tensor, *, norm: str = "l2", num_steps: 
             x_adv = x_adv.detach().requires_grad_()
             logits = bare(x_adv)
             gradient, = torch.autograd.grad(soft_margin(logits, aim).sum(), x_adv)
-            x_adv, wrong = x_adv.detach(), is_wrong(logits, y)
+            x_adv, wrong = x_adv.detach(), misclassified(logits.detach(), y)
             closest.offer(x_adv, wrong)
             length = cosine(1.0, LAST_STEP, step, num_steps) / norm_of(gradient, norm).clamp_(min=1e-30)
             delta = x_adv - x + sign * gradient * per_example(length, x)
             radii = torch.where(wrong, radii * (1 - gamma), radii * (1 + gamma))
             x_adv = (x + delta * per_example(radii / norm_of(delta, norm).clamp_(min=1e-12), x)).clamp_(0, 1)
         with torch.no_grad():
-            closest.offer(x_adv.detach(), is_wrong(bare(x_adv), y))
+            closest.offer(x_adv.detach(), misclassified(bare(x_adv), y))
     return closest.x_adv

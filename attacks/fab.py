@@ -14,8 +14,10 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 
-from attacks.ball import TINY, check_batch, check_steps, choose, norm_of, per_example, radii, ranked_targets
-from attacks.frozen import frozen
+from attacks.checks import check_at_least, check_batch
+from attacks.frozen import frozen, predict
+from attacks.geometry import NORMS, TINY, choose, norm_of, per_example, radii
+from losses.margin import logit_margin, misclassified, ranked_targets
 
 ALPHA_MAX = 0.1         # largest pull towards the hyperplane's point nearest to x
 OVERSHOOT = 1.05        # eta: how far beyond the hyperplane a step goes
@@ -23,7 +25,6 @@ BACKWARD = 0.9          # beta: what is left of the perturbation after a misclas
 SEARCH_STEPS = 3        # of the final search on the segment to x
 SHORT = 0.99            # share of the way to the crossing that a step of it goes: on the crossing itself, rounding would decide
 COMPACT_EVERY = 5       # steps between two removals of the examples that are done
-NORMS = ("linf", "l2", "l1")
 
 
 def fab_targeted(model: nn.Module, x: Tensor, y: Tensor, *, norm: str = "linf", num_steps: int = 100, num_targets: int = 9,
@@ -38,20 +39,25 @@ def fab_targeted(model: nn.Module, x: Tensor, y: Tensor, *, norm: str = "linf", 
     Raises ValueError for images outside [0, 1], a negative epsilon or num_steps, and an unknown norm.
     """
     check_batch(x, y, norm, NORMS, keys)
-    check_steps(num_steps, num_targets)
+    check_at_least(0, num_steps=num_steps)
+    check_at_least(1, num_targets=num_targets)
     x = x.detach()
     enough = torch.full_like(x[:, 0, 0, 0], -1.0) if epsilon is None else radii(epsilon, x).flatten()  # [B]; -1: never
     with frozen(model) as bare:
-        gap, targets = _clean(bare, x, y, num_targets)
-        x_adv, distance = x.clone(), torch.full_like(enough, torch.inf).masked_fill_(gap > 0, 0.0)
+        logits = predict(bare, x)
+        margin, standing = logit_margin(logits, y), ~misclassified(logits, y)
+        targets = ranked_targets(logits, y, num_targets)
+        x_adv = x.clone()
+        distance = torch.zeros_like(enough).masked_fill_(standing, torch.inf)
         for rank in range(targets.shape[1]):
-            rows = ((gap <= 0) & (distance > enough)).nonzero().squeeze(1)
+            rows = (standing & (distance > enough)).nonzero().squeeze(1)
             if not len(rows):
                 break
             found, reached = _walk_to(bare, x[rows], y[rows], targets[rows, rank], enough[rows], norm, num_steps)
-            found, reached = _search(bare, x[rows], y[rows], found, reached, gap[rows], norm)
-            nearer = rows[reached < distance[rows]]
-            x_adv[nearer], distance[nearer] = found[reached < distance[rows]], reached[reached < distance[rows]]
+            found, reached = _search(bare, x[rows], y[rows], found, reached, margin[rows], norm)
+            nearer = reached < distance[rows]
+            x_adv[rows[nearer]] = found[nearer]
+            distance[rows[nearer]] = reached[nearer]
         return x_adv
 
 
@@ -141,7 +147,7 @@ def _step(model, walk: _Walk, norm: str) -> None:
     length_k, length = norm_of(d_k, norm), norm_of(d, norm)
     alpha = (length_k / (length_k + length).clamp_min(TINY)).clamp_max(ALPHA_MAX)[:, None]
     point = ((1 - alpha) * (x_k + OVERSHOOT * d_k) + alpha * (x + OVERSHOOT * d)).clamp_(0.0, 1.0).view_as(walk.x)
-    hit = _gap(model, point, walk.y) > 0
+    hit = misclassified(predict(model, point), walk.y)
     reached = norm_of(point - walk.x, norm)
     nearer = hit & (reached < walk.distance) & ~(walk.distance <= walk.enough)
     walk.found = choose(nearer, point, walk.found)
@@ -149,34 +155,24 @@ def _step(model, walk: _Walk, norm: str) -> None:
     walk.x_adv = choose(hit, torch.lerp(walk.x, point, BACKWARD), point)
 
 
-def _search(model, x: Tensor, y: Tensor, found: Tensor, distance: Tensor, gap: Tensor, norm: str) -> tuple[Tensor, Tensor]:
-    """Draw the points found nearer to x: a few steps of the secant method on the gap, just short, along the segment between the two."""
-    near, gap_near, gap_far = x, gap, _gap(model, found, y)
+def _search(model, x: Tensor, y: Tensor, found: Tensor, distance: Tensor, margin: Tensor,
+            norm: str) -> tuple[Tensor, Tensor]:
+    """Draw the points found nearer to x, whose margin is given, along the segment between the two.
+
+    A few steps of the secant method on the margin, each a little short.
+    """
+    near, margin_near = x, margin
+    margin_far = logit_margin(predict(model, found), y)
     for _ in range(SEARCH_STEPS):
-        share = SHORT * (gap_far / (gap_far - gap_near).clamp_min(TINY)).nan_to_num(0.0).clamp_(0.0, 1.0)
+        crossing = -margin_far / (margin_near - margin_far).clamp_min(TINY)
+        share = SHORT * crossing.nan_to_num(0.0).clamp_(0.0, 1.0)
         point = torch.lerp(found, near, per_example(share, x))
-        gap_point = _gap(model, point, y)
-        hit = distance.isfinite() & (gap_point > 0)
+        logits = predict(model, point)
+        margin_point = logit_margin(logits, y)
+        hit = distance.isfinite() & misclassified(logits, y)
         found, near = choose(hit, point, found), choose(hit, near, point)
-        gap_far, gap_near = gap_point.where(hit, gap_far), gap_near.where(hit, gap_point)
+        margin_far, margin_near = margin_point.where(hit, margin_far), margin_near.where(hit, margin_point)
     return found, norm_of(found - x, norm).where(distance.isfinite(), distance)
-
-
-def _clean(model, x: Tensor, y: Tensor, num_targets: int) -> tuple[Tensor, Tensor]:
-    with torch.no_grad():
-        logits = model(x)
-    return gap_to_rival(logits, y), ranked_targets(logits, y, num_targets)
-
-
-def gap_to_rival(logits: Tensor, y: Tensor) -> Tensor:
-    """max_{k != y} z_k - z_y: positive where misclassified.  logits [B, K], y [B] -> [B]."""
-    others = logits.scatter(1, y[:, None], -torch.inf)
-    return others.amax(1) - logits.gather(1, y[:, None]).squeeze(1)
-
-
-def _gap(model, x_adv: Tensor, y: Tensor) -> Tensor:
-    with torch.no_grad():
-        return gap_to_rival(model(x_adv), y)
 
 
 def _linearise(model, x_adv: Tensor, y: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,6 +180,6 @@ def _linearise(model, x_adv: Tensor, y: Tensor, target: Tensor) -> tuple[Tensor,
     with torch.enable_grad():
         point = x_adv.detach().requires_grad_()
         logits = model(point)
-        difference = (logits.gather(1, target[:, None]) - logits.gather(1, y[:, None])).squeeze(1)
+        difference = -logit_margin(logits, y, target)
         w, = torch.autograd.grad(difference.sum(), point)
     return w.nan_to_num(0.0, 0.0, 0.0), difference.detach()

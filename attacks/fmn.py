@@ -2,9 +2,11 @@
 import torch
 from torch import Tensor, nn
 
-from attacks.ball import norm_of, per_example
+from attacks.checks import check_start
 from attacks.frozen import frozen
-from attacks.minimal import Closest, check_arguments, cosine, descend, dual_norm_of, is_wrong, project
+from attacks.geometry import dual_norm_of, norm_of, per_example, project_ball
+from attacks.minimal import Closest, check_arguments, cosine, descend
+from losses.margin import misclassified
 
 STEP_SIZES = {"linf": 10.0, "l2": 1.0, "l1": 1.0}  # of the first step, an l_2 length; 1 in l_inf, as others have it, finds less
 LAST_STEP = 0.01      # the last step's size over the first's
@@ -31,8 +33,8 @@ def fmn(model: nn.Module, x: Tensor, y: Tensor, *, norm: str = "linf", num_steps
     still for good, at a tie or at the faces of the box (78 of 100 points of a small network in l_2); the last iterate is looked at too.
     """
     check_arguments(x, y, norm, num_steps)
-    if start is not None and start.shape != x.shape:
-        raise ValueError(f"a start of shape {tuple(start.shape)} does not fit images of shape {tuple(x.shape)}")
+    if start is not None:
+        check_start(start, x)
     step_size = STEP_SIZES[norm] if step_size is None else step_size
     x = x.detach()
     closest = Closest(x, norm)
@@ -48,22 +50,22 @@ def fmn(model: nn.Module, x: Tensor, y: Tensor, *, norm: str = "linf", num_steps
             radius = torch.where(wrong, torch.minimum(radius * (1 - change), closest.distance), outwards)
             length = cosine(step_size, step_size * LAST_STEP, step, num_steps)
             delta = delta - gradient * per_example(length / norm_of(gradient, "l2").clamp_(min=1e-12), delta)
-            x_adv = (x + project(delta, radius, norm)).clamp_(0, 1)
+            x_adv = (x + project_ball(delta, per_example(radius, x), norm)).clamp_(0, 1)
         with torch.no_grad():
-            closest.offer(x_adv, is_wrong(bare(x_adv), y))
+            closest.offer(x_adv, misclassified(bare(x_adv), y))
     return closest.x_adv
 
 
 @torch.no_grad()
 def _boundary(bare: nn.Module, x: Tensor, y: Tensor, start: Tensor, closest: Closest) -> Tensor:
     """For each misclassified start the closest misclassified of its projections onto balls around x, x for the others."""
-    closest.offer(start, is_wrong(bare(start), y))
+    closest.offer(start, misclassified(bare(start), y))
     usable = closest.distance.isfinite()
     lower, upper = torch.zeros_like(closest.distance), torch.where(usable, closest.distance, torch.zeros_like(closest.distance))
     for _ in range(BISECTIONS):
         middle = (lower + upper) / 2
-        x_adv = (x + project(start - x, middle, closest.norm)).clamp_(0, 1)
-        wrong = is_wrong(bare(x_adv), y) & usable
+        x_adv = (x + project_ball(start - x, per_example(middle, x), closest.norm)).clamp_(0, 1)
+        wrong = misclassified(bare(x_adv), y) & usable
         closest.offer(x_adv, wrong)
         lower, upper = torch.where(wrong, lower, middle), torch.where(wrong, middle, upper)
     return closest.x_adv.clone()

@@ -6,9 +6,10 @@ The step is the projection of FAB (Croce & Hein, "Minimally distorted Adversaria
 import torch
 from torch import Tensor, nn
 
-from attacks.ball import norm_of, ranked_targets
 from attacks.frozen import frozen
-from attacks.minimal import check_arguments, descend, is_wrong
+from attacks.geometry import norm_of
+from attacks.minimal import check_arguments, descend
+from losses.margin import misclassified, ranked_targets
 
 OVERSHOOT = 1e-4   # how far behind the boundary to aim, as a share of the linearised margin at the clean image
 HALVINGS = 6       # trials on the way back to the adversary, each half as far as the one before
@@ -30,7 +31,7 @@ def polish(model: nn.Module, x: Tensor, y: Tensor, x_adv: Tensor, *, norm: str, 
     x, result = x.detach(), x_adv.detach().clone()
     with frozen(model, mode) as bare:
         with torch.no_grad():
-            active = is_wrong(bare(result), y).nonzero().squeeze(1)
+            active = misclassified(bare(result), y).nonzero().squeeze(1)
         for _ in range(num_steps):
             if not len(active):
                 break
@@ -60,7 +61,7 @@ def _line_search(bare: nn.Module, x_adv: Tensor, goal: Tensor, y: Tensor) -> Ten
     result, pending, share = x_adv.clone(), torch.arange(len(y), device=y.device), 1.0
     for _ in range(HALVINGS):
         trial = (x_adv[pending] + share * (goal[pending] - x_adv[pending])).clamp_(0, 1)
-        wrong = is_wrong(bare(trial), y[pending])
+        wrong = misclassified(bare(trial), y[pending])
         result[pending[wrong]] = trial[wrong]
         pending, share = pending[~wrong], share / 2
         if not len(pending):

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from attacks.alma import alma
-from attacks.ball import norm_of, per_example, ranked_targets
 from attacks.bisection import apgd_bisection, pgd_bisection
 from attacks.ddn import ddn
 from attacks.fab import fab_targeted
 from attacks.fmn import fmn
 from attacks.frozen import frozen, predict
-from attacks.minimal import NORMS, check_arguments, is_wrong
-from attacks.pdgd import pdpgd
+from attacks.geometry import NORMS, choose, norm_of
+from attacks.minimal import check_arguments
+from attacks.pdpgd import pdpgd
 from attacks.polish import polish
+from losses.margin import misclassified, ranked_targets
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def minimal_distances(model: nn.Module, x: Tensor, y: Tensor, *, norms: Sequence
 
     First DDN and targeted FAB in l_2 find adversaries everywhere; they are where the attacks of each norm begin (ALMA in l_2; PDPGD in
     l_inf, beside PGD with bisection; PDPGD and ALMA in l_1; PDPGD also aimed at `num_targets` classes), and the best of each norm is
-    polished. Before a candidate counts it is clamped to [0, 1] and classified once more, in eval mode and the precision of x; only strictly
+    polished. Before a candidate counts it is clamped to [0, 1] and classified once more, in eval mode and the precision of x; only
     misclassified ones count. Each is measured in all `norms` in float64, so d_linf <= d_l2 <= d_l1 holds of the results.
 
     x: [B, C, H, W] in [0, 1]; y: [B]; budget: a name in BUDGETS or a Budget; keys: [B] of `attacks.noise.example_keys` for the random
@@ -96,12 +97,12 @@ def minimal_distances(model: nn.Module, x: Tensor, y: Tensor, *, norms: Sequence
     for norm in norms:
         check_arguments(x, y, norm, budget.num_steps)
     logits = predict(model, x)
-    misclassified = logits.argmax(dim=1) != y
-    result = MinimalDistances(tuple(norms), misclassified, {}, {}, {})
+    wrong = misclassified(logits, y)
+    result = MinimalDistances(tuple(norms), wrong, {}, {}, {})
     for norm in norms:
-        result.distance[norm] = torch.where(misclassified, 0.0, torch.inf).to(torch.float64)
+        result.distance[norm] = torch.where(wrong, 0.0, torch.inf).to(torch.float64)
         result.x_adv[norm], result.winner[norm], result.single[norm] = x.detach().clone(), torch.full_like(y, -1), {}
-    rows = (~misclassified).nonzero().squeeze(1)
+    rows = (~wrong).nonzero().squeeze(1)
     if len(rows):
         pool = _Pool(model, x.detach(), y, rows, result, budget)
         pool.run([start.detach().clamp(0, 1)[rows] for start in starts], None if keys is None else keys[rows], extra or {})
@@ -177,12 +178,12 @@ class _Pool:
         if name not in result.attacks:
             result.attacks.append(name)
         with frozen(self.model) as bare:
-            wrong = is_wrong(bare(x_adv), self.y)
+            wrong = misclassified(bare(x_adv), self.y)
         for norm in NORMS:
             distance = torch.where(wrong, norm_of(x_adv.double() - self.x.double(), norm), torch.inf)
             better = distance < self.distance[norm]
             self.distance[norm] = torch.where(better, distance, self.distance[norm])
-            self.nearest[norm] = torch.where(per_example(better, x_adv), x_adv, self.nearest[norm])
+            self.nearest[norm] = choose(better, x_adv, self.nearest[norm])
             if norm in result.norms:
                 single = result.single[norm].setdefault(name, torch.where(result.misclassified, 0.0, torch.inf).double())
                 single[self.rows] = torch.minimum(single[self.rows], distance)

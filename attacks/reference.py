@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from attacks.ball import check_batch
+from attacks.checks import check_batch
 from attacks.frozen import frozen
 
 EXTRA = "pyautoattack==0.2.0"
@@ -27,7 +27,7 @@ def autoattack_reference(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: flo
     function of the interpreter, which the package sets, are restored. Raises ValueError where the package is missing, for a member it
     does not have, for images outside [0, 1] and for an unknown norm.
     """
-    check_batch(x, y, norm, tuple(NORMS), None)
+    check_batch(x, y, norm, tuple(NORMS))
     if unknown := [name for name in members if name not in MEMBERS]:
         raise ValueError(f"unknown attack {unknown[0]!r}: choose from {', '.join(MEMBERS)}")
     package = require_package()

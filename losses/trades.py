@@ -15,7 +15,7 @@ def trades_loss(logits: Tensor, logits_adv: Tensor, y: Tensor, beta: float, weig
     where they are in the graph, the weights. beta is the paper's 1 / lambda.
     Differs from the released code: one clean forward serves both terms, where that code makes a second one.
     """
-    robust = kl_divergence(logits_adv, logits)
+    robust = kl_divergence(logits_adv=logits_adv, logits=logits)
     if weights is not None:
         robust = weights * robust
     return F.cross_entropy(at_least_float32(logits), y, reduction="none") + beta * robust

@@ -25,6 +25,6 @@ def vir_weights(logits: Tensor, logits_adv: Tensor, y: Tensor, alpha: float, bet
     with torch.no_grad():
         p_true = F.softmax(at_least_float32(logits), dim=1).gather(1, y[:, None]).squeeze(1)
         susceptibility = alpha * torch.exp(-gamma * p_true)
-        shift = kl_divergence(logits_adv, logits).clamp_min(0.0)  # negative by rounding only
+        shift = kl_divergence(logits_adv=logits_adv, logits=logits).clamp_min(0.0)  # negative by rounding only
         weights = {"both": susceptibility * shift + beta, "sv": susceptibility, "sd": shift}[terms]
         return with_mean_one(weights) if normalization == "batch" else weights

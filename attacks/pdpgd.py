@@ -2,9 +2,11 @@
 import torch
 from torch import Tensor, nn
 
-from attacks.ball import per_example
+from attacks.checks import check_start
 from attacks.frozen import frozen
-from attacks.minimal import Closest, check_arguments, descend, dual_norm_of, is_wrong, shrink
+from attacks.geometry import dual_norm_of, norm_of, per_example, shrink
+from attacks.minimal import Closest, check_arguments, descend
+from losses.margin import misclassified
 
 MOMENTUM, SECOND_MOMENT = 0.9, 0.99
 LAST_STEP, LAST_DUAL_STEP = 0.01, 0.1                   # the last step's size over the first's
@@ -31,8 +33,8 @@ def pdpgd(model: nn.Module, x: Tensor, y: Tensor, *, norm: str = "linf", num_ste
     Differs from the paper: the constraint is the margin itself, not a surrogate of it, and l_2 is proximal like the others.
     """
     check_arguments(x, y, norm, num_steps)
-    if start is not None and start.shape != x.shape:
-        raise ValueError(f"a start of shape {tuple(start.shape)} does not fit images of shape {tuple(x.shape)}")
+    if start is not None:
+        check_start(start, x)
     x = x.detach()
     closest, x_adv = Closest(x, norm), x if start is None else start.detach()
     first, second = torch.zeros_like(x), torch.zeros_like(x)
@@ -52,7 +54,7 @@ def pdpgd(model: nn.Module, x: Tensor, y: Tensor, *, norm: str = "linf", num_ste
             weight = dual_norm_of(mean, norm) * (-log_ratio).exp()
             x_adv = (x + _prox(delta, metric / size, weight, norm)).clamp_(0, 1)
         with torch.no_grad():
-            closest.offer(x_adv, is_wrong(bare(x_adv), y))
+            closest.offer(x_adv, misclassified(bare(x_adv), y))
     return closest.x_adv
 
 
@@ -67,7 +69,7 @@ def _prox(point: Tensor, metric: Tensor, weight: Tensor, norm: str) -> Tensor:
     if norm == "l1":
         return shrink(point, per_example(weight, point) / metric)
     if norm == "l2":
-        length = point.flatten(1).norm(dim=1)
+        length = norm_of(point, "l2")
         shrunk = (length - weight / metric.flatten(1)[:, 0]).clamp_(min=0)
         return point * per_example(shrunk / length.clamp(min=1e-12), point)
     size, curvature = point.flatten(1).abs(), metric.flatten(1)
