@@ -1,8 +1,8 @@
-"""Minimal l_inf perturbations from the basic iterative method (Kurakin et al., ICLR 2017) with a bisection of its radius: how the
-robustness curves of Risse et al. (ICANN 2021) were computed.
+"""Minimal l_inf perturbations from the basic iterative method (Kurakin et al., ICLR 2017) with a bisection of
+its radius: how the robustness curves of Risse et al. (ICANN 2021) were computed.
 
-For comparison only: one loss, no random start and a step tied to the radius leave its distances 17 % too far on the network that
-they were published for. attacks.pool is what curves are drawn from.
+For comparison only: one loss, no random start and a step tied to the radius leave its distances 17 % too far
+on the network that they were published for. attacks.pool is what curves are drawn from.
 """
 import torch
 from torch import Tensor, nn
@@ -14,16 +14,18 @@ from attacks.pgd import cross_entropy
 from losses.margin import misclassified
 
 
-def bim_bisection(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float = 0.3, num_steps: int = 40, steps_per_radius: float = 30.0,
-                  growth: float = 1.5, num_growths: int = 20, num_bisections: int = 20) -> tuple[Tensor, Tensor]:
-    """The smallest adversarial perturbation found by BIM on the cross-entropy, the radius searched for each example on its own.
+def bim_bisection(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float = 0.3, num_steps: int = 40,
+                  steps_per_radius: float = 30.0, growth: float = 1.5, num_growths: int = 20,
+                  num_bisections: int = 20) -> tuple[Tensor, Tensor]:
+    """The smallest adversarial perturbation that BIM on the cross-entropy finds, one radius per example.
 
-    x: [B, ...] in [0, 1]; y: [B]. The radius begins at `epsilon`, grows by the factor `growth` until BIM succeeds, at most
-    `num_growths` times, and is then bisected between the largest failure and the smallest success. BIM starts at the clean image,
-    takes `num_steps` steps of radius / steps_per_radius and stops at the first success.
+    x: [B, ...] in [0, 1]; y: [B]. The radius begins at `epsilon`, grows by the factor `growth` until BIM
+    succeeds, at most `num_growths` times, and is then bisected between the largest failure and the smallest
+    success. BIM starts at the clean image, takes `num_steps` steps of radius / steps_per_radius and stops at
+    the first success.
 
-    Returns x_adv [B, ...], x itself where nothing was found, and its l_inf distance [B], inf there. An example that is misclassified
-    to begin with is its own adversary at distance 0.
+    Returns x_adv [B, ...], x itself where nothing was found, and its l_inf distance [B], inf there. An
+    example that is misclassified to begin with is its own adversary at distance 0.
     """
     check_images(x)
     x = x.detach()
@@ -41,17 +43,20 @@ def bim_bisection(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float = 0.
             x_adv, found = _bim(bare, x[rows], y[rows], radius[rows], num_steps, steps_per_radius)
             distance = norm_of(x_adv - x[rows], "linf")
             better = found & (distance < reached[rows])
-            best[rows[better]], reached[rows[better]] = x_adv[better], distance[better]
+            best[rows[better]] = x_adv[better]
+            reached[rows[better]] = distance[better]
             failed[rows[~found]] = torch.maximum(failed[rows[~found]], radius[rows[~found]])
             radius = torch.where(reached.isfinite(), (failed + reached) / 2, radius * growth)
     return best, reached
 
 
-def _bim(bare: nn.Module, x: Tensor, y: Tensor, radius: Tensor, num_steps: int, steps_per_radius: float) -> tuple[Tensor, Tensor]:
-    """The first misclassified iterate of each example, the last one where there is none, and whether there is one [B]."""
+def _bim(bare: nn.Module, x: Tensor, y: Tensor, radius: Tensor, num_steps: int,
+         steps_per_radius: float) -> tuple[Tensor, Tensor]:
+    """The first misclassified iterate of each example, else its last, and whether there is one [B]."""
     bound = per_example(radius, x)
     project = projection(x, bound, "linf")
-    x_adv, found = x.clone(), torch.zeros_like(y, dtype=torch.bool)
+    x_adv = x.clone()
+    found = torch.zeros_like(y, dtype=torch.bool)
     for _ in range(num_steps):
         x_adv.requires_grad_()
         with torch.enable_grad():

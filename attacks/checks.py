@@ -8,11 +8,11 @@ from attacks.noise import example_keys
 
 
 def check_images(x: Tensor) -> None:
-    """Raise ValueError unless x is a floating-point tensor with every value in [0, 1]; how on a GPU, see `require`."""
+    """Raise ValueError unless x is floating point with every value in [0, 1]; for a GPU see `require`."""
     if not x.is_floating_point():
-        raise ValueError(f"images must be floating point in [0, 1], not {x.dtype}: divide 8-bit images by 255")
-    require((x >= 0) & (x <= 1), "images must lie in [0, 1]: keep pixels in [0, 1] and make normalisation the model's first layer "
-                                 "(models.normalize)")
+        raise ValueError(f"images must be floating point in [0, 1], not {x.dtype}: divide 8-bit ones by 255")
+    require((x >= 0) & (x <= 1), "images must lie in [0, 1]: keep pixels in [0, 1] and make normalisation "
+                                 "the model's first layer (models.normalize)")
 
 
 def check_norm(norm: str, norms: tuple[str, ...]) -> None:
@@ -22,7 +22,7 @@ def check_norm(norm: str, norms: tuple[str, ...]) -> None:
 
 
 def check_keys(keys: Tensor | None, x: Tensor) -> Tensor:
-    """The keys [B] of the batch, those of the positions 0 .. B-1 for None.  Raises ValueError for another number of keys."""
+    """The keys [B], those of the positions 0 .. B-1 for None.  Raises ValueError for another number of keys."""
     if keys is None:
         return example_keys(torch.arange(len(x), device=x.device))
     if keys.shape != x.shape[:1]:
@@ -33,11 +33,13 @@ def check_keys(keys: Tensor | None, x: Tensor) -> Tensor:
 def check_start(start: Tensor, x: Tensor) -> None:
     """Raise ValueError for a first iterate that is not shaped as the images."""
     if start.shape != x.shape:
-        raise ValueError(f"a start of shape {tuple(start.shape)} does not fit images of shape {tuple(x.shape)}")
+        shape = tuple(start.shape)
+        raise ValueError(f"a start of shape {shape} does not fit images of shape {tuple(x.shape)}")
 
 
-def check_batch(x: Tensor, y: Tensor, norm: str, norms: tuple[str, ...], keys: Tensor | None = None) -> Tensor:
-    """`check_images`, `check_norm` and `check_keys`, whose keys it returns; ValueError for labels that are not [B] integers too."""
+def check_batch(x: Tensor, y: Tensor, norm: str, norms: tuple[str, ...],
+                keys: Tensor | None = None) -> Tensor:
+    """`check_images`, `check_norm` and `check_keys`, whose keys it returns, and that labels are [B] integers."""
     check_images(x)
     check_norm(norm, norms)
     if y.shape != x.shape[:1] or y.is_floating_point():
@@ -53,7 +55,7 @@ def check_at_least(least: int, **numbers: int) -> None:
 
 
 def check_size(name: str, value: float | Tensor, x: Tensor) -> float | Tensor:
-    """A number as it is, one value per example [B] as [B, 1, 1, 1]; ValueError unless all are finite and >= 0."""
+    """A number as it is, a tensor [B] as [B, 1, 1, 1]; ValueError unless all are finite and >= 0."""
     if not (isinstance(value, Tensor) and value.ndim):
         if not (value >= 0 and math.isfinite(value)):
             raise ValueError(f"{name} must be a finite number >= 0, not {value}")
@@ -67,8 +69,8 @@ def check_size(name: str, value: float | Tensor, x: Tensor) -> float | Tensor:
 def require(holds: Tensor, message: str) -> None:
     """Raise ValueError(message) unless all of `holds` is true.
 
-    On a GPU the host does not wait for the answer, which would cost an idle gap in every batch: there a failure ends the program at
-    the next synchronisation, with the message among the device's assertions.
+    On a GPU the host does not wait for the answer, which would cost an idle gap in every batch: there a
+    failure ends the program at the next synchronisation, with the message among the device's assertions.
     """
     if holds.is_cuda:
         torch._assert_async(holds.all(), message)

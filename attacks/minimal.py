@@ -1,7 +1,7 @@
 """What the minimal-norm attacks share: the margin they push down, and the closest adversary seen so far.
 
-A minimal-norm attack looks for d_p(x, y) = min { ||x' - x||_p : x' in [0, 1]^D, f(x') misclassified } and finds an upper
-bound of it.
+A minimal-norm attack looks for d_p(x, y) = min { ||x' - x||_p : x' in [0, 1]^D, f(x') misclassified } and
+finds an upper bound of it.
 """
 import math
 
@@ -14,13 +14,14 @@ from losses.margin import logit_margin, misclassified
 
 
 def check_arguments(x: Tensor, y: Tensor, norm: str, num_steps: int, norms: tuple[str, ...] = NORMS) -> None:
-    """Raise ValueError for images outside [0, 1], labels that do not fit, a norm not in `norms`, and num_steps < 0."""
+    """Raise ValueError for images outside [0, 1], labels that do not fit, an unknown norm and num_steps < 0."""
     check_batch(x, y, norm, norms)
     check_at_least(0, num_steps=num_steps)
 
 
-def descend(bare: nn.Module, x_adv: Tensor, y: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """At `x_adv`, without a graph: the margin to all classes or to `target` [B], whether misclassified [B], its gradient."""
+def descend(bare: nn.Module, x_adv: Tensor, y: Tensor,
+            target: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """At `x_adv`, without a graph: the margin [B], to `target` [B] if given, whether misclassified, its gradient."""
     x_adv = x_adv.detach().requires_grad_()
     logits = bare(x_adv)
     margin = logit_margin(logits, y, target)
@@ -29,14 +30,14 @@ def descend(bare: nn.Module, x_adv: Tensor, y: Tensor, target: Tensor | None = N
 
 
 class Closest:
-    """The closest misclassified image that an attack has seen of each example: x and distance inf until there is one."""
+    """The closest misclassified image seen of each example: x and distance inf until there is one."""
 
     def __init__(self, x: Tensor, norm: str):
         self.x, self.norm, self.x_adv = x, norm, x.clone()
         self.distance = torch.full(x.shape[:1], torch.inf, device=x.device, dtype=x.dtype)
 
     def offer(self, x_adv: Tensor, wrong: Tensor) -> Tensor:
-        """Keep those of `x_adv` [B, ...] that are `wrong` [B] and closer than before; gives which these are [B]."""
+        """Keep those of `x_adv` [B, ...] that are `wrong` [B] and closer than before; returns which these are [B]."""
         distance = norm_of(x_adv - self.x, self.norm)
         better = wrong & (distance < self.distance)
         self.distance = torch.where(better, distance, self.distance)

@@ -1,9 +1,10 @@
-"""Projected gradient descent (Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", ICLR 2018).
+"""Projected gradient descent (Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks",
+ICLR 2018).
 
     x_0 = x + noise;    x_{t+1} = Pi( x_t + step_size * direction( grad_x loss(f(x_t), target) ) )
 
-direction is the steepest ascent in the norm of the ball: the sign in l_inf, the gradient over its length in l_2. Pi projects onto the
-ball of radius epsilon around x and then onto the box [0, 1].
+direction is the steepest ascent in the norm of the ball: the sign in l_inf, the gradient over its length in
+l_2. Pi projects onto the ball of radius epsilon around x and then onto the box [0, 1].
 """
 from collections.abc import Callable
 
@@ -28,31 +29,31 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def pgd(model: nn.Module, x: Tensor, target: object, *, epsilon: float | Tensor, step_size: float | Tensor,
-        num_steps: int, loss_fn: Callable[[Tensor, object], Tensor] = cross_entropy, start: str | Tensor = "uniform",
-        norm: str = "linf", mode: str | None = "eval", keys: Tensor | None = None,
-        on_logits: Callable[[Tensor], object] | None = None) -> Tensor:
+        num_steps: int, loss_fn: Callable[[Tensor, object], Tensor] = cross_entropy,
+        start: str | Tensor = "uniform", norm: str = "linf", mode: str | None = "eval",
+        keys: Tensor | None = None, on_logits: Callable[[Tensor], object] | None = None) -> Tensor:
     """Maximise loss_fn(model(x_adv), target) over the epsilon ball around x within [0, 1].
 
-    x: [B, C, H, W] in [0, 1]; target: whatever loss_fn(logits_adv, target) -> [B] takes, labels [B] by default;
-    epsilon and step_size in pixel units, one number or one per example, [B]. Returns the last iterate, not the best:
-    x_adv, shaped as x, without a graph.
+    x: [B, C, H, W] in [0, 1]; target: whatever loss_fn(logits_adv, target) -> [B] takes, labels [B] by
+    default; epsilon and step_size in pixel units, one number or one per example, [B]. Returns the last
+    iterate, not the best: x_adv, shaped as x, without a graph.
 
     norm       of the ball, of epsilon and of step_size: "linf" or "l2".
-    start      "uniform": x + U(-epsilon, epsilon), in l_2 a random direction of length epsilon; "clipped": the same,
-               clamped to [0, 1] (GAIRAT's released code); "gaussian": x + 0.001 N(0, 1), which a KL loss needs, as
-               its gradient at x is zero; "clean": x; or the first iterate as a tensor. Unless clipped it is not
-               projected before the first step, as in the released code of Zeng et al., TRADES and MART; every
-               later iterate is, and so is the result.
+    start      "uniform": x + U(-epsilon, epsilon), in l_2 a random direction of length epsilon; "clipped":
+               the same, clamped to [0, 1] (GAIRAT's released code); "gaussian": x + 0.001 N(0, 1), which a KL
+               loss needs, as its gradient at x is zero; "clean": x; or the first iterate as a tensor. Unless
+               clipped it is not projected before the first step, as in the released code of Zeng et al.,
+               TRADES and MART; every later iterate is, and so is the result.
     mode       of the model during the attack: "eval", "train", or None for as it is (see `frozen`).
-    keys       [B] int64 from `attacks.noise.example_keys`: the noise of an example then depends on its key alone.
-               Without keys it comes from torch's global generator.
+    keys       [B] int64 from `attacks.noise.example_keys`: the noise of an example then depends on its key
+               alone. Without keys it comes from torch's global generator.
     on_logits  called with the logits [B, K] of every iterate that a step starts from, without a graph.
 
-    A model with a method `pgd_step` takes the steps itself: pgd_step(steps, whole_step, x_adv, settings) returns what
-    steps(model, **settings) would, and may use either form of the step.
+    A model with a method `pgd_step` takes the steps itself: pgd_step(steps, whole_step, x_adv, settings)
+    returns what steps(model, **settings) would, and may use either form of the step.
 
-    Raises ValueError for images outside [0, 1], a negative epsilon, step_size or num_steps, and an unknown start or
-    norm.
+    Raises ValueError for images outside [0, 1], a negative epsilon, step_size or num_steps, and an unknown
+    start or norm.
     """
     check_images(x)
     check_norm(norm, NORMS)
@@ -62,7 +63,8 @@ def pgd(model: nn.Module, x: Tensor, target: object, *, epsilon: float | Tensor,
     epsilon = check_size("epsilon", epsilon, x)
     step_size = check_size("step_size", step_size, x)
     x = x.detach()
-    settings = {"x": x, "target": target, "epsilon": epsilon, "step_size": step_size, "loss_fn": loss_fn, "norm": norm}
+    settings = {"x": x, "target": target, "epsilon": epsilon, "step_size": step_size, "loss_fn": loss_fn,
+                "norm": norm}
     x_adv = first_iterate(x, epsilon, start, keys, norm).detach()
     with frozen(model, mode) as bare, torch.enable_grad():
         own = hasattr(bare, "pgd_step") and num_steps
@@ -75,7 +77,8 @@ def pgd(model: nn.Module, x: Tensor, target: object, *, epsilon: float | Tensor,
 
 
 def steps(model: nn.Module, *, x: Tensor, target: object, epsilon: float | Tensor, step_size: float | Tensor,
-          loss_fn: Callable[[Tensor, object], Tensor], norm: str) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+          loss_fn: Callable[[Tensor, object], Tensor],
+          norm: str) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """The step of `pgd`: x_adv -> the next x_adv, and the logits [B, K] of this one, both without a graph."""
     project = projection(x, epsilon, norm)  # with bounds that are the same for every step
 
@@ -91,12 +94,13 @@ def steps(model: nn.Module, *, x: Tensor, target: object, epsilon: float | Tenso
     return advance
 
 
-def whole_step(model: nn.Module, x_adv: Tensor, *, x: Tensor, target: object, epsilon: Tensor, step_size: Tensor,
-               loss_fn: Callable[[Tensor, object], Tensor], norm: str) -> tuple[Tensor, Tensor]:
-    """The step of `steps` in one call and in the terms of torch.func, which torch.compile turns into one graph.
+def whole_step(model: nn.Module, x_adv: Tensor, *, x: Tensor, target: object, epsilon: Tensor,
+               step_size: Tensor, loss_fn: Callable[[Tensor, object], Tensor],
+               norm: str) -> tuple[Tensor, Tensor]:
+    """The step of `steps` in one call, by torch.func: torch.compile makes one graph of it.
 
-    epsilon and step_size are tensors, of one value or [B, 1, 1, 1]: a number would be a constant of the graph, so that
-    a ramp would compile a graph a batch.
+    epsilon and step_size are tensors, of one value or [B, 1, 1, 1]: a number would be a constant of the
+    graph, so that a ramp would compile a graph a batch.
     """
 
     def total(point):  # without annotations, at which torch 2.6 ends the graph

@@ -1,4 +1,5 @@
-"""PGD that stops at an image's first misclassified iterate: it tells whether an image falls, not how far it can be pushed."""
+"""PGD that stops at an image's first misclassified iterate: it tells whether an image falls, not how far it
+can be pushed."""
 from collections.abc import Callable
 
 import torch
@@ -11,20 +12,23 @@ from attacks.pgd import NORMS, cross_entropy, first_iterate
 from losses.margin import misclassified
 
 
-def pgd_until_broken(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float, step_size: float, num_steps: int,
-                     loss_fn: Callable[[Tensor, Tensor], Tensor] = cross_entropy, start: str = "uniform",
-                     norm: str = "linf", keys: Tensor | None = None, batch_size: int | None = None) -> Tensor:
-    """The first misclassified iterate of `attacks.pgd.pgd` for each image, its last one where none is misclassified.
+def pgd_until_broken(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float, step_size: float,
+                     num_steps: int, loss_fn: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
+                     start: str = "uniform", norm: str = "linf", keys: Tensor | None = None,
+                     batch_size: int | None = None) -> Tensor:
+    """Each image's first misclassified iterate of `attacks.pgd.pgd`, its last one where none is misclassified.
 
-    x: [N, C, H, W] in [0, 1]; y: [N]; epsilon, step_size, num_steps >= 1, loss_fn(logits, y) -> [B], start (by name),
-    norm and keys as in `pgd`. The random start x_0 does not count: it may lie outside [0, 1].
+    x: [N, C, H, W] in [0, 1]; y: [N]; epsilon, step_size, num_steps >= 1, loss_fn(logits, y) -> [B], start
+    (by name), norm and keys as in `pgd`. The random start x_0 does not count: it may lie outside [0, 1].
 
-    At most batch_size images (all by default) are attacked at once. The forward pass of each step shows which of them
-    are misclassified; those leave, and waiting images take their places, so that the batch stays full as long as any
-    wait. The step size is constant, so images at different steps can share a batch, and batch_size changes no verdict
-    but by the rounding of the forward pass. The model is in eval mode during the attack and as before after it.
+    At most batch_size images (all by default) are attacked at once. The forward pass of each step shows which
+    of them are misclassified; those leave, and waiting images take their places, so that the batch stays full
+    as long as any wait. The step size is constant, so images at different steps can share a batch, and
+    batch_size changes no verdict but by the rounding of the forward pass. The model is in eval mode during
+    the attack and as before after it.
 
-    Raises ValueError for images outside [0, 1], labels or keys that do not fit, num_steps < 1, an unknown norm or start.
+    Raises ValueError for images outside [0, 1], labels or keys that do not fit, num_steps < 1, an unknown
+    norm or start.
     """
     keys = check_batch(x, y, norm, NORMS, keys)
     check_at_least(1, num_steps=num_steps)

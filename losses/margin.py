@@ -1,7 +1,7 @@
 """What a prediction says of the true class: its margins, whether it is wrong, and the classes that come next.
 
-Margins are positive where the prediction is correct. The margin weights are those of Zeng et al., "Are Adversarial Examples Created
-Equal?" (AAAI 2021).
+Margins are positive where the prediction is correct. The margin weights are those of Zeng et al., "Are
+Adversarial Examples Created Equal?" (AAAI 2021).
 """
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,8 @@ def logit_margin(logits: Tensor, y: Tensor, target: Tensor | None = None) -> Ten
 
         m = z_y - max_{k != y} z_k        or  m = z_y - z_target
 
-    logits: [B, K]; y, target: [B]. Returns [B], float32 or wider, differentiable; positive where the prediction is correct.
+    logits: [B, K]; y, target: [B]. Returns [B], float32 or wider, differentiable; positive where the
+    prediction is correct.
     """
     return _margin(at_least_float32(logits), y, target)
 
@@ -35,7 +36,8 @@ def probability_margin(logits: Tensor, y: Tensor) -> Tensor:
 
         m = p_y - max_{k != y} p_k,    p = softmax(logits)
 
-    logits: [B, K], y: [B]. Returns [B] in [-1, 1], float32 or wider, differentiable; positive where the prediction is correct.
+    logits: [B, K], y: [B]. Returns [B] in [-1, 1], float32 or wider, differentiable; positive where the
+    prediction is correct.
     """
     return _margin(F.softmax(at_least_float32(logits), dim=1), y)
 
@@ -54,8 +56,8 @@ def margin_weights(logits_adv: Tensor, y: Tensor, alpha: float) -> Tensor:
 
         w = exp(-alpha * m),    m = probability_margin(logits_adv, y)
 
-    Returns [B] in [exp(-alpha), exp(alpha)], not normalised, in the graph: both the attack and the outer loss differentiate the
-    weight, as the paper's formulation and its released code do. alpha = 0 gives ones.
+    Returns [B] in [exp(-alpha), exp(alpha)], not normalised, in the graph: both the attack and the outer loss
+    differentiate the weight, as the paper's formulation and its released code do. alpha = 0 gives ones.
     """
     if alpha == 0:
         return torch.ones_like(y, dtype=at_least_float32(logits_adv).dtype)
@@ -63,10 +65,10 @@ def margin_weights(logits_adv: Tensor, y: Tensor, alpha: float) -> Tensor:
 
 
 def cw_loss(logits: Tensor, y: Tensor) -> Tensor:
-    """The margin loss of Carlini & Wagner (S&P 2017) that an attack maximises: -logit_margin = max_{k != y} z_k - z_y.
+    """The margin loss of Carlini & Wagner (S&P 2017) that an attack maximises: max_{k != y} z_k - z_y.
 
-    logits: [B, K], y: [B]. Returns [B], positive where the prediction is wrong; differentiable.
-    Differs from the released code: no confidence clamp, whose gradient dies once an example is wrong by more than 50.
+    logits: [B, K], y: [B]. Returns [B], positive where the prediction is wrong; differentiable. Differs from
+    the released code: no confidence clamp, whose gradient dies once an example is wrong by more than 50.
     """
     return -logit_margin(logits, y)
 
@@ -74,9 +76,10 @@ def cw_loss(logits: Tensor, y: Tensor) -> Tensor:
 def misclassified(logits: Tensor, y: Tensor) -> Tensor:
     """Whether each prediction is a class other than y: argmax_k z_k != y, and all logits are finite.
 
-    logits: [B, K], y: [B]. Returns [B] bool. Of tied classes argmax takes the first one: an example whose true class ties with a later
-    one is correct, with an earlier one misclassified, so that this and the accuracy, argmax_k z_k == y, always agree. Logits that are
-    not finite are no prediction: no perturbation that leads to them is an adversarial example.
+    logits: [B, K], y: [B]. Returns [B] bool. Of tied classes argmax takes the first one: an example whose
+    true class ties with a later one is correct, with an earlier one misclassified, so that this and the
+    accuracy, argmax_k z_k == y, always agree. Logits that are not finite are no prediction: no perturbation
+    that leads to them is an adversarial example.
     """
     return (logits.argmax(dim=1) != y) & logits.isfinite().all(dim=1)
 
