@@ -4,9 +4,9 @@ import torch
 from nets import interior, linear, linear_distance, tiny_mlp
 
 from attacks.alma import _penalty_slope, alma
-from attacks.ball import norm_of
-from attacks.minimal import NORMS, is_wrong, logit_margin
+from attacks.geometry import NORMS, norm_of
 from attacks.polish import nearest_loss, polish
+from losses.margin import logit_margin, misclassified
 
 norms = pytest.mark.parametrize("norm", NORMS)
 
@@ -18,12 +18,12 @@ def test_alma_finds_the_distance_of_a_linear_model(norm, num_classes):
     x, y = interior(model)
     x_adv = alma(model, x, y, norm=norm, num_steps=500)
     expected = linear_distance(model, x, y, norm)
-    assert is_wrong(model(x_adv), y).all()
+    assert misclassified(model(x_adv), y).all()
     assert (norm_of(x_adv - x, norm) >= expected * (1 - 1e-9)).all()
     if norm == "l1":  # its last steps leave a little on pixels that should be still
         assert (norm_of(x_adv - x, norm) <= 1.05 * expected).all()
         x_adv = polish(model, x, y, x_adv, norm=norm)
-        assert is_wrong(model(x_adv), y).all()
+        assert misclassified(model(x_adv), y).all()
     torch.testing.assert_close(norm_of(x_adv - x, norm), expected, rtol=0.01, atol=0)
 
 
@@ -48,7 +48,7 @@ def test_alma_leaves_a_far_adversary_that_lies_on_the_boundary(norm):
     margin = logit_margin(model(start), y)
     step = torch.where(y == 0, 1.0, -1.0) * (margin + 1e-6) / normal.square().sum()
     start = start + step[:, None, None, None] * normal  # the margin there is -1e-6
-    assert is_wrong(model(start), y).all() and (logit_margin(model(start), y).abs() < 1e-5).all()
+    assert misclassified(model(start), y).all() and (logit_margin(model(start), y).abs() < 1e-5).all()
     found = norm_of(alma(model, x, y, norm=norm, start=start, num_steps=200) - x, norm)
     assert (found < 0.6 * norm_of(start - x, norm)).all()
 
@@ -75,9 +75,9 @@ def test_one_step_of_the_polish_is_exact_on_a_linear_model(norm):
     model = linear(2)
     x, y = interior(model)
     far = (x + 0.45 * (model[1].weight[1 - y] - model[1].weight[y]).view_as(x).sign()).clamp(0, 1).detach()
-    assert is_wrong(model(far), y).all()
+    assert misclassified(model(far), y).all()
     x_adv = polish(model, x, y, far, norm=norm, num_steps=1)
-    assert is_wrong(model(x_adv), y).all()
+    assert misclassified(model(x_adv), y).all()
     torch.testing.assert_close(norm_of(x_adv - x, norm), linear_distance(model, x, y, norm), rtol=2e-4, atol=0)
 
 
@@ -87,8 +87,8 @@ def test_the_polish_never_makes_an_adversary_worse_and_leaves_the_rest_alone(nor
     x, y = torch.from_numpy(file["images"])[:, None] / 255, torch.from_numpy(file["labels"])
     far = torch.cat([x[4:], x[:4]])
     x_adv = polish(model, x, y, far, norm=norm)
-    wrong = is_wrong(model(far), y)
-    assert wrong.any() and is_wrong(model(x_adv), y)[wrong].all()
+    wrong = misclassified(model(far), y)
+    assert wrong.any() and misclassified(model(x_adv), y)[wrong].all()
     assert (norm_of(x_adv - x, norm) < norm_of(far - x, norm))[wrong].all()
     assert torch.equal(x_adv[~wrong], far[~wrong])
     still = polish(model, x, model(x).argmax(dim=1), x, norm=norm)
