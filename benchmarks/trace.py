@@ -26,6 +26,7 @@ from harness.config import run_script
 from harness.datasets.batches import load_dataset, to_unit
 from harness.evaluation.report import output_path
 from harness.folder import write_csv
+from harness.training.batch import Batch
 from harness.training.precision import bare
 from harness.training.run import Run
 from models import build_model
@@ -49,14 +50,14 @@ class Traced(Run):
 
     trace: tuple[dict[str, float], ...] = ()
 
-    def _update(self, loss: Tensor, optimizer: Optimizer, metrics: dict[str, Tensor]) -> None:
+    def _update(self, loss: Tensor, optimizer: Optimizer, batch: Batch, metrics: dict[str, Tensor]) -> None:
         model = bare(self.state["model"])
         gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
         length = torch.cat([gradient.flatten() for gradient in gradients.values()]).norm()
         row = {"step": len(self.trace) + 1, "loss": float(loss.detach()), "gradient": float(length)}
         row |= {f"silent {name.removesuffix('.weight')}": float((gradient.flatten(1) == 0).all(1).float().mean())
                 for name, gradient in gradients.items() if gradient.ndim > 1}
-        super()._update(loss, optimizer, metrics)
+        super()._update(loss, optimizer, batch, metrics)
         with torch.no_grad():
             spread = float(model(to_unit(self.train.images[:256])).std(0).mean())
         self.trace += ({**row, "spread": spread},)

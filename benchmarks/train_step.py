@@ -59,6 +59,8 @@ from harness.device import choose_device, command_line, environment, peak_memory
 from harness.errors import UserError
 from harness.evaluation.report import output_path
 from harness.folder import write_text
+from harness.training.batch import Batch
+from harness.training.options import RunOptions
 from harness.training.run import Run
 from models import MODELS, build_model
 
@@ -109,7 +111,7 @@ class Rounds(Run):
     """A run that times each of its training steps, from asking for the batch to the end of the metering, and after each of them one
     call of every other form in `forms`; `times` holds the seconds of each."""
 
-    def __init__(self, cfg: object, data: Dataset):
+    def __init__(self, cfg: RunOptions, data: Dataset):
         super().__init__(cfg, data)
         self.forms: dict[str, Callable[[], object]] = {}
         self.times: dict[str, list[float]] = defaultdict(list)
@@ -117,7 +119,7 @@ class Rounds(Run):
     def say(self, text: str) -> None:
         """Nothing: the standard output is for the result."""
 
-    def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def batches(self, epoch: int) -> Iterator[Batch]:
         """The batches of `Run.batches`."""
         source = super().batches(epoch)
         while True:

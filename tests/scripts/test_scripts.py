@@ -68,17 +68,11 @@ def test_every_default_has_a_comment_that_the_help_shows(name, script, capsys):
     with pytest.raises(SystemExit) as ended:
         script(name, "--help")
     text = " ".join(capsys.readouterr().out.split())
-    config = (ROOT / f"{name}.py").read_text().split("class Config:")[1].split("\n\n\n")[0]
-    fields = [line.split("  # ")[1].strip() for line in config.strip().splitlines()]
+    config = (ROOT / f"{name}.py").read_text().split("class Config")[1].split("\n\n\n")[0]
+    fields = [line.split("  # ")[1].strip() for line in config.strip().splitlines()[1:]]
     assert ended.value.code == 0
     assert len(fields) > 12
     assert all(comment in text for comment in fields)
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_scripts_stay_short(name):
-    limit = 240 if name == "train_vir" else 135  # its recipes are a table of 65 settings
-    assert len((ROOT / f"{name}.py").read_text().splitlines()) <= limit
 
 
 # ---- training -------------------------------------------------------------------------------------------------------------------------
