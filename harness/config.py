@@ -203,8 +203,9 @@ def _spelling(word: str) -> str:
 
 
 def _comments(cls: type) -> dict[str, str]:
-    """The trailing comment of each field."""
-    return dict(re.findall(r"^\s+(\w+):[^#\n]*#\s*(.+)$", inspect.getsource(cls), re.MULTILINE))
+    """The trailing comment of each field, inherited ones included."""
+    sources = (inspect.getsource(base) for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base))
+    return {name: comment for source in sources for name, comment in re.findall(r"^\s+(\w+):[^#\n]*#\s*(.+)$", source, re.MULTILINE)}
 
 
 def _build_parser(cls: type, recipes: dict | None) -> _Parser:

@@ -1,11 +1,10 @@
-"""Check the adversaries that a strong evaluation has kept (`--save_adversaries`) from its files alone: no attack is run.
+"""Check the adversaries that an evaluation has kept (`--save_adversaries`) from its files alone: no attack is run.
 
     python -m harness.evaluation.recheck RECORD --checkpoint FILE      # RECORD: OUT.record/last; FILE: default the checkpoint that it names
 
 Every image must lie in its ball and box, and the network must see in it the class that the record says.
 """
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,23 +15,24 @@ from torch import nn
 from harness.checkpoint import model_from, read
 from harness.datasets.batches import first_examples, load_dataset, to_unit
 from harness.errors import UserError
-from harness.evaluation.attack_record import Ledger, Steady, sizes
+from harness.evaluation.attack_record import AttackRecord, read_about
+from harness.evaluation.attacking import sizes
+from harness.evaluation.predictions import BatchInvariant
 
 BATCH = 256
 
 
 def recheck(folder: Path, checkpoint: Path | None, data_dir: str, build: Callable[..., nn.Module]) -> dict[str, tuple[int, int]]:
     """Attack -> (adversaries looked at, those outside ball or box or seen as another class than recorded), in float32 on the CPU."""
-    try:
-        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-    except OSError:
-        raise UserError(f"{folder} is no record of one checkpoint (no about.json): name RESULT.record/last or the like") from None
+    about = read_about(folder)
+    if about is None:
+        raise UserError(f"{folder} is no record of one checkpoint (no about.json): name RESULT.record/last or the like")
     if not about["save_adversaries"]:
         raise UserError(f"{folder} holds no images: evaluate with --save_adversaries")
     path, data = checkpoint or Path(about["checkpoint"]), load_dataset(about["dataset"], data_dir)
-    model = Steady(model_from(read(path), path, about["arch"], data.num_classes, data.image_shape[0], build=build))
+    model = BatchInvariant(model_from(read(path), path, about["arch"], data.num_classes, data.image_shape[0], build=build))
     clean, found = to_unit(first_examples(data.test, about["num_examples"]).images), {}
-    record = Ledger(folder, about, len(clean), keep_images=True)
+    record = AttackRecord(folder, about, len(clean), keep_images=True)
     for name in sorted(path.name for path in folder.iterdir() if path.is_dir()):
         prediction, (position, images) = record.read(name)["prediction"], record.images(name)
         position, images = torch.from_numpy(position), torch.from_numpy(images)
