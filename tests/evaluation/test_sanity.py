@@ -43,8 +43,8 @@ class Wrapped(nn.Module):
 def fired(model):
     x, y = data()
     right = model(x).argmax(1) == y
-    probed = sanity.probe(BatchInvariant(model), x[right], y[right], example_keys(torch.arange(80)[right]), attack=pgd, loss_fn=cross_entropy,
-                          epsilon=EPSILON, norm="linf")
+    probed = sanity.probe(BatchInvariant(model), x[right], y[right], example_keys(torch.arange(80)[right]), attack=pgd,
+                          loss_fn=cross_entropy, epsilon=EPSILON, norm="linf")
     return {finding.rule for finding in sanity.inspect_probe(probed) if not finding.ok}
 
 
