@@ -1,4 +1,4 @@
-"""The networks of which robustness curves are measured: checkpoints of ours, state dicts of anyone, MATLAB files."""
+"""The networks of robustness curves: checkpoints of ours, state dicts of anyone, MATLAB files."""
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,9 +24,10 @@ class Settings(Protocol):
 
 
 def names_of(paths: tuple[str, ...]) -> dict[str, Path]:
-    """name -> file: a run folder stands for its last.pt; a checkpoint in a run is called after the run's folder, any other after itself.
+    """name -> file: a run folder stands for its last.pt.
 
-    Raises UserError for no path, one that is not there, and one named twice.
+    A checkpoint in a run is called after the run's folder, any other after itself. Raises UserError for no
+    path, one that is not there, and one named twice.
     """
     if not paths:
         raise UserError("name at least one --model (a checkpoint, a run folder or a .mat file)")
@@ -38,14 +39,16 @@ def names_of(paths: tuple[str, ...]) -> dict[str, Path]:
         if name in names or file.stem == "best":
             name = f"{file.resolve().parent.name}-{file.stem}"
         if name in names:
-            raise UserError(f"two models are called {name}: name each once, in folders or files of different names")
+            raise UserError(f"two models are called {name}: name each once, in folders or files of different "
+                            "names")
         names[name] = file
     return names
 
 
 def open_network(name: str, path: Path, cfg: Settings, build: Callable[..., nn.Module]) -> Subject:
     """Read a network and the images that its curve is measured at, those of `cfg.split`."""
-    return _open(name, path, build, arch=cfg.arch, dataset=cfg.dataset, data_dir=cfg.data_dir, split=cfg.split, nn_type=cfg.nn_type)
+    return _open(name, path, build, split=cfg.split, nn_type=cfg.nn_type, arch=cfg.arch, dataset=cfg.dataset,
+                 data_dir=cfg.data_dir)
 
 
 def _open(name: str, path: Path, build: Callable[..., nn.Module], *, split: str, nn_type: str | None = None,
@@ -53,7 +56,8 @@ def _open(name: str, path: Path, build: Callable[..., nn.Module], *, split: str,
     def load(dataset: str, data_dir: str) -> tuple[Split, tuple[str, ...]]:
         return load_split(dataset, data_dir, split), ()
 
-    return open_subject(name, path, build, **known, load=load, readers={".mat": partial(_read_mat, nn_type=nn_type)})
+    readers = {".mat": partial(_read_mat, nn_type=nn_type)}
+    return open_subject(name, path, build, **known, load=load, readers=readers)
 
 
 def _read_mat(path: Path, nn_type: str | None) -> nn.Module:
@@ -65,8 +69,9 @@ def _read_mat(path: Path, nn_type: str | None) -> nn.Module:
 
 def about_of(subject: Subject, split: str) -> dict:
     """What says which network and images these are, as plain values."""
-    return {"name": subject.name, "model": str(subject.path), "sha256": subject.sha256, "arch": subject.arch, "dataset": subject.dataset,
-            "data_dir": subject.data_dir, "split": split, "data": f"{subject.dataset} {split}"}
+    return {"name": subject.name, "model": str(subject.path), "sha256": subject.sha256, "arch": subject.arch,
+            "dataset": subject.dataset, "data_dir": subject.data_dir, "split": split,
+            "data": f"{subject.dataset} {split}"}
 
 
 def reopen(about: dict, build: Callable[..., nn.Module]) -> Subject:
@@ -74,4 +79,5 @@ def reopen(about: dict, build: Callable[..., nn.Module]) -> Subject:
     path = Path(about["model"])
     if not path.is_file() or sha256(path) != about["sha256"]:
         raise UserError(f"{path} is not the file these distances were measured on: it is gone or has changed")
-    return _open(about["name"], path, build, **{key: about[key] for key in ("arch", "dataset", "data_dir", "split")})
+    known = {key: about[key] for key in ("arch", "dataset", "data_dir", "split")}
+    return _open(about["name"], path, build, **known)

@@ -1,4 +1,4 @@
-"""What a network makes of images: predictions in float32, whatever the batch; the monitor of a training run."""
+"""What a network makes of images, whatever the batch they stand in; the monitor of a training run."""
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,18 +15,19 @@ MULTIPLE = 32  # rows: a matrix product takes other kernels for its last few row
 
 @dataclass
 class Predictions:
-    """What a network makes of each image of a set, [N] each, on the CPU: predicted class, cross-entropy, probability margin."""
+    """What a network makes of each image of a set, [N] each, on the CPU."""
 
-    prediction: Tensor
-    loss: Tensor
-    margin: Tensor
+    prediction: Tensor  # class
+    loss: Tensor        # cross-entropy
+    margin: Tensor      # of the probabilities, positive = correct
 
 
 class BatchInvariant(nn.Module):
     """A network as attacks see it: the logits of an image do not depend on how many others are in its batch.
 
-    Batches are padded to a multiple of MULTIPLE rows. An output that has no gradient with respect to the input gets one of zeros, so
-    that an attack on a network that hides its gradient goes on and fails, instead of raising.
+    Batches are padded to a multiple of MULTIPLE rows. An output that has no gradient with respect to the
+    input gets one of zeros, so that an attack on a network that hides its gradient goes on and fails,
+    instead of raising.
     """
 
     def __init__(self, network: nn.Module):
@@ -42,15 +43,17 @@ class BatchInvariant(nn.Module):
 
 
 def observe(model: nn.Module, x: Tensor, y: Tensor) -> Predictions:
-    """The model's prediction, cross-entropy and probability margin (positive = correct) at x, without a graph.
+    """The model's predictions at x, in float64 from its float32 logits, without a graph.
 
-    Raises UserError for outputs that are not logits [B, K] with a place for every label, and for any that is not finite.
+    Raises UserError for outputs that are not logits [B, K] with a place for every label, and for one that
+    is not finite: such a network is never said to be fooled.
     """
     with torch.no_grad():
         logits = model(x).cpu().double()  # [B, K]
     y = y.cpu()
     if logits.ndim != 2 or logits.shape[1] <= int(y.max()):
-        raise UserError(f"the network gives outputs of shape {tuple(logits.shape[1:])} where the data set has labels up to {int(y.max())}")
+        raise UserError(f"the network gives outputs of shape {tuple(logits.shape[1:])} where the data set "
+                        f"has labels up to {int(y.max())}")
     if not bool(torch.isfinite(logits).all()):
         raise UserError("the network's outputs are not finite: this checkpoint cannot be evaluated")
     probabilities = F.softmax(logits, dim=1)
@@ -66,14 +69,16 @@ def num_outputs(model: nn.Module, split: Split) -> int:
             return model(to_unit(split.images[:1])).shape[1]
         except (RuntimeError, IndexError, TypeError) as error:
             shape, reason = "x".join(map(str, split.images.shape[1:])), str(error).splitlines()[0]
-            raise UserError(f"the network does not take images of {shape}, or gives no logits [B, K] ({reason})") from error
+            raise UserError(f"the network does not take images of {shape}, or gives no logits [B, K] "
+                            f"({reason})") from error
 
 
-def held_out_accuracy(model: nn.Module, split: Split, *, attack: Callable, loss_fn: Callable, batch_size: int = 500,
-                      ) -> dict[str, float]:
-    """A_nat and A_rob in percent, one attack an image, in eval mode and float32: the monitor of a training run.
+def held_out_accuracy(model: nn.Module, split: Split, *, attack: Callable[..., Tensor], loss_fn: Callable,
+                      batch_size: int = 500) -> dict[str, float]:
+    """A_nat and A_rob in percent, one attack an image, in eval mode and float32: a training run's monitor.
 
-    attack(model, x, y, index, restart, loss_fn) -> x_adv. Raises RunError when it gives pixels that are not finite.
+    attack(model, x, y, index, restart, loss_fn) -> x_adv. Raises RunError when it gives pixels that are not
+    finite.
     """
     training, hits = model.training, {"A_nat": 0, "A_rob": 0}
     model.eval()
@@ -83,7 +88,8 @@ def held_out_accuracy(model: nn.Module, split: Split, *, attack: Callable, loss_
             x, y = to_unit(part.images), part.labels
             x_adv = attack(model, x, y, part.index, 0, loss_fn)
             if spoilt := int((~torch.isfinite(x_adv)).sum()):
-                raise RunError(f"the attack gave {spoilt} pixels that are not finite: is the network's gradient finite?")
+                raise RunError(f"the attack gave {spoilt} pixels that are not finite: is the network's "
+                               "gradient finite?")
             for metric, images in (("A_nat", x), ("A_rob", x_adv)):
                 hits[metric] += int((observe(model, images, y).prediction == y.cpu()).sum())
             bar.update(len(part))

@@ -20,8 +20,12 @@ from harness.reporting import figures as plots
 NORMS = {"linf": "l_inf", "l2": "l_2"}  # as they are printed
 
 
-def output_path(out: str | None, first: Path, whole_run: bool, is_free: Callable[[Path], bool] = lambda path: True) -> Path:
-    """Where the JSON goes: `out`, which must not exist yet, or the next free eval*.json beside the checkpoint that `is_free` too."""
+def output_path(out: str | None, first: Path, whole_run: bool,
+                is_free: Callable[[Path], bool] = lambda path: True) -> Path:
+    """Where the JSON goes: `out`, which must not exist yet, or the next eval*.json beside the file `first`.
+
+    The next one is the first that does not exist, without per-example results in its way, and that `is_free`.
+    """
     stem = "eval" if whole_run else f"eval_{first.stem}"
     beside = ("", *(f"_{name}" for name in CHECKPOINTS[1:])) if whole_run else ("",)
 
@@ -42,58 +46,62 @@ def output_path(out: str | None, first: Path, whole_run: bool, is_free: Callable
     return path
 
 
-def describe(subject: Subject, ball: Ball, cfg: EvalConfig, num_examples: int, device: torch.device, seconds: float,
-             ) -> dict[str, object]:
+def describe(subject: Subject, ball: Ball, cfg: EvalConfig, num_examples: int, device: torch.device,
+             seconds: float) -> dict[str, object]:
     """Everything that a reader of the result needs in order to repeat it."""
     own = subject.own
-    return {"num_examples": num_examples, "dataset": subject.dataset, "classes": list(subject.classes), "alphas": list(cfg.alphas),
-            "threat_model": {"norm": ball.norm, "epsilon": ball.epsilon, "step_size": ball.step_size, "num_steps": cfg.num_steps,
-                             "num_restarts": cfg.num_restarts, "start": cfg.start, "restart_kept": "largest cross-entropy"},
-            "checkpoint": str(subject.path), "checkpoint_sha256": subject.sha256,
-            "epoch": subject.contents["epoch"] if own else None, "architecture": subject.arch or own["name"], "seed": cfg.seed,
-            "batch_size": cfg.batch_size, "training": subject.contents.get("config") if own else None, "command": command_line(),
-            "date": time.strftime("%Y-%m-%d"), "seconds": round(seconds, 1), "environment": environment(device)}
+    threat_model = {
+        "norm": ball.norm, "epsilon": ball.epsilon, "step_size": ball.step_size, "num_steps": cfg.num_steps,
+        "num_restarts": cfg.num_restarts, "start": cfg.start, "restart_kept": "largest cross-entropy"}
+    return {
+        "num_examples": num_examples, "dataset": subject.dataset, "classes": list(subject.classes),
+        "alphas": list(cfg.alphas), "threat_model": threat_model, "checkpoint": str(subject.path),
+        "checkpoint_sha256": subject.sha256, "epoch": subject.contents["epoch"] if own else None,
+        "architecture": subject.arch or own["name"], "seed": cfg.seed, "batch_size": cfg.batch_size,
+        "training": subject.contents.get("config") if own else None, "command": command_line(),
+        "date": time.strftime("%Y-%m-%d"), "seconds": round(seconds, 1), "environment": environment(device)}
 
 
 def dumps(value: object) -> str:
     """`value` as indented JSON in which a list of plain values, such as a row of a matrix, takes one line."""
-    flat = r'\[\n\s*((?:[^][{}"]|"(?:[^"\\]|\\.)*")*?)\n\s*\]'  # strings hold no bare newline: this is never inside one
-    return re.sub(flat, lambda found: "[" + re.sub(r"\n\s*", " ", found[1]) + "]", json.dumps(value, indent=2)) + "\n"
+    # strings hold no bare newline, so this is never inside one
+    flat = r'\[\n\s*((?:[^][{}"]|"(?:[^"\\]|\\.)*")*?)\n\s*\]'
+    text = json.dumps(value, indent=2)
+    return re.sub(flat, lambda found: "[" + re.sub(r"\n\s*", " ", found[1]) + "]", text) + "\n"
 
 
 def write(path: Path, results: dict[str, dict], examples: dict[str, dict[str, Tensor]]) -> None:
-    """Write the first result with the others under their names as JSON, the per-example results as .npz, the figures as .png."""
+    """Write the results as JSON, the first at its top, the per-example ones as .npz, the figures as .png."""
     first, *others = results
     write_text(path, dumps(results[first] | {name: results[name] for name in others}))
-    for name in results:
+    for name, result in results.items():
         file = path.with_name(f"{path.stem}.npz" if name == first else f"{path.stem}_{name}.npz")
         np.savez_compressed(file, **{key: value.numpy() for key, value in examples[name].items()})
-        if "attacks" in results[name]:
+        if "attacks" in result:
             write_csv(file.with_name(f"{file.stem}_attacks.csv"), [
-                {"attack": attack, "accuracy": facts["accuracy"], "low": facts["ci95"][0], "high": facts["ci95"][1],
-                 "num_examples": facts["num_examples"], "seconds": facts.get("seconds")} for attack, facts in attacks_of(results[name])])
+                {"attack": attack, "accuracy": facts["accuracy"], "low": facts["ci95"][0],
+                 "high": facts["ci95"][1], "num_examples": facts["num_examples"],
+                 "seconds": facts.get("seconds")} for attack, facts in _attacks_of(result)])
     plots.redraw_result(path)
     print(f"written: {path}, with .npz (one entry an example) and .png (figures) beside it")
 
 
 def print_table(results: dict[str, dict]) -> None:
-    """The accuracies with their 95 % intervals, one column a checkpoint, two side by side; certificates, attacks, verdicts."""
+    """The accuracies with 95 % intervals, two checkpoints side by side; certificates, attacks, verdicts."""
     one = next(iter(results.values()))
     threat = one["threat_model"]
-    print(f"\n{one['dataset']}, {one['num_examples']:,} test images; {NORMS[threat['norm']]}, epsilon {threat['epsilon']:.6g}; "
-          f"PGD, {threat['num_steps']} steps of {threat['step_size']:.6g}, {threat['start']} start, restarts: {threat['num_restarts']}")
-    rows = [("A_nat", None), ("A_rob", None), *((metric, alpha) for metric in ("A_sa", "A_tr") for alpha in one[metric])]
+    print(f"\n{one['dataset']}, {one['num_examples']:,} test images; {NORMS[threat['norm']]}, epsilon "
+          f"{threat['epsilon']:.6g}; PGD, {threat['num_steps']} steps of {threat['step_size']:.6g}, "
+          f"{threat['start']} start, restarts: {threat['num_restarts']}")
     for first in range(0, len(results), 2):
         pair = list(results)[first:first + 2]
-        heads = [name + (f" (epoch {results[name]['epoch']})" if results[name]["epoch"] else "") for name in pair]
-        print(("\n" if first else "") + " " * 16 + "".join(f"{head:<40}" for head in heads).rstrip())
-        for metric, alpha in rows:
-            label = metric if alpha is None else f"{metric}  alpha {alpha}"
-            print(f"{label:<16}" + "".join(f"{_cell(results[name], metric, alpha):<40}" for name in pair).rstrip())
+        print("\n" * bool(first), end="")
+        _print_pair({name: results[name] for name in pair})
     for name, result in results.items():
         c = result["certificate"]
-        print(f"certificate {name}: largest |x' - x| {c['max_perturbation']:.6f}, pixels in [{c['min_pixel']:.4g}, {c['max_pixel']:.4g}], "
-              f"{c['non_finite']} non-finite: {'ok' if c['ok'] else 'BROKEN'}")
+        print(f"certificate {name}: largest |x' - x| {c['max_perturbation']:.6f}, pixels in "
+              f"[{c['min_pixel']:.4g}, {c['max_pixel']:.4g}], {c['non_finite']} non-finite: "
+              f"{'ok' if c['ok'] else 'BROKEN'}")
     for name, result in results.items():
         if result["at_chance"]:
             print(f"AT CHANCE {name}: {chance_in_words(result)}")
@@ -106,6 +114,19 @@ def print_table(results: dict[str, dict]) -> None:
                 print(f"  {finding['rule']}: {finding['evidence']}")
 
 
+def _print_pair(pair: dict[str, dict]) -> None:
+    """The accuracies of one or two checkpoints in a column each."""
+    one = next(iter(pair.values()))
+    weighted = [(metric, alpha) for metric in ("A_sa", "A_tr") for alpha in one[metric]]
+    epochs = [f" (epoch {result['epoch']})" if result["epoch"] else "" for result in pair.values()]
+    heads = [name + epoch for name, epoch in zip(pair, epochs)]
+    print(" " * 16 + "".join(f"{head:<40}" for head in heads).rstrip())
+    for metric, alpha in [("A_nat", None), ("A_rob", None), *weighted]:
+        label = metric if alpha is None else f"{metric}  alpha {alpha}"
+        cells = [_cell(result, metric, alpha) for result in pair.values()]
+        print(f"{label:<16}" + "".join(f"{cell:<40}" for cell in cells).rstrip())
+
+
 def chance_in_words(result: dict) -> str:
     """What is at chance, and what that may mean."""
     if "A_nat" in result["at_chance"]:
@@ -113,24 +134,29 @@ def chance_in_words(result: dict) -> str:
     return "A_rob is no better than a guess: this attack leaves nothing"
 
 
-def attacks_of(result: dict) -> list[tuple[str, dict]]:
-    """(name, facts) of every attack, and of the worst case over them."""
+def _attacks_of(result: dict) -> list[tuple[str, dict]]:
+    """(name, facts) of every strong attack, and of the worst case over all."""
     return [*result["attacks"].items(), ("worst case", result["worst_case"])]
 
 
 def _print_attacks(name: str, result: dict) -> None:
     """The accuracy under each attack, and at the worst case over all of them per example."""
+    clean = {"accuracy": result["A_nat"], "ci95": result["ci95"]["A_nat"],
+             "num_examples": result["num_examples"]}
     print(f"\n{name + ' under':<20}{'accuracy, 95 % interval':<29}{'images':>7}{'seconds':>10}")
-    for attack, facts in [("no attack", {"accuracy": result["A_nat"], "ci95": result["ci95"]["A_nat"]}), *attacks_of(result)]:
+    for attack, facts in [("no attack", clean), *_attacks_of(result)]:
         low, high = facts["ci95"]
+        figures = f"{attack:<20}{facts['accuracy']:6.2f} %  [{low:.2f}, {high:.2f}]"
         seconds = f"{facts['seconds']:>10.1f}" if "seconds" in facts else ""
-        print(f"{attack:<20}{facts['accuracy']:6.2f} %  [{low:.2f}, {high:.2f}]".ljust(49)
-              + f"{facts.get('num_examples', result['num_examples']):>7,}{seconds}")
+        print(f"{figures:<49}{facts['num_examples']:>7,}{seconds}")
     for alpha, value in result["worst_case"]["A_sa"].items():
         print(f"A_sa, A_tr at the worst case, alpha {alpha}: {value:.2f} %")
 
 
 def _cell(result: dict, metric: str, alpha: str | None) -> str:
-    value, (low, high) = (part[metric] if alpha is None else part[metric][alpha] for part in (result, result["ci95"]))
-    size = "" if alpha is None else f", n_eff {result['effective_size'][metric][alpha]:,.0f}"
-    return f"{value:6.2f} %  [{low:.2f}, {high:.2f}]{size}"
+    value, ci95 = result[metric], result["ci95"][metric]
+    if alpha is None:
+        return f"{value:6.2f} %  [{ci95[0]:.2f}, {ci95[1]:.2f}]"
+    low, high = ci95[alpha]
+    size = result["effective_size"][metric][alpha]
+    return f"{value[alpha]:6.2f} %  [{low:.2f}, {high:.2f}], n_eff {size:,.0f}"

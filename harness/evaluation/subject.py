@@ -1,4 +1,7 @@
-"""What is measured: which network, on which images, in which ball.  A flag wins over the checkpoint, the checkpoint over the default."""
+"""What is measured: which network, on which images, in which ball.
+
+A flag wins over the checkpoint, and the checkpoint over the default.
+"""
 import hashlib
 import json
 from collections.abc import Callable
@@ -13,12 +16,12 @@ from harness.datasets.batches import load_dataset
 from harness.datasets.sources import Split
 from harness.errors import UserError
 
-CHECKPOINTS = ("last", "best", "last_ema", "best_ema")  # what a run folder may hold, in the order of the result's columns
+CHECKPOINTS = ("last", "best", "last_ema", "best_ema")  # of a run, in the order of the result's columns
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """What an evaluation script assumes of a checkpoint that does not say: the setting of the paper's tables."""
+    """What a script assumes of a checkpoint that does not say: the setting of the paper's tables."""
 
     dataset: str       # data set
     channels: int      # image channels of the runs that the script looks for
@@ -66,10 +69,10 @@ def sha256(path: Path) -> str:
 
 
 def find_checkpoints(given: str | None, channels: int) -> list[tuple[str, Path]]:
-    """(name, file) of what is to be evaluated: the file given, or the CHECKPOINTS of the run given, or of the newest run in runs/.
+    """(name, file) of what is evaluated: the file given, or the CHECKPOINTS of the run given or the newest.
 
-    The newest run is the one whose last.pt was written last, among those on images with `channels` channels. Raises UserError when
-    there is none.
+    The newest run is the one in runs/ whose last.pt was written last, among those on images with `channels`
+    channels. Raises UserError when there is none.
     """
     if given and not Path(given).is_dir():
         return [(Path(given).stem, Path(given))]
@@ -85,15 +88,17 @@ def find_checkpoints(given: str | None, channels: int) -> list[tuple[str, Path]]
 def _newest_run(channels: int) -> Path:
     def fits(folder: Path) -> bool:
         try:
-            return json.loads((folder / "config.json").read_text(encoding="utf-8"))["image_shape"][0] == channels
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            return config["image_shape"][0] == channels
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
     runs = sorted(Path("runs").rglob("last.pt"), key=lambda path: path.stat().st_mtime)
     newest = next((path.parent for path in reversed(runs) if fits(path.parent)), None)
     if newest is None:
-        raise UserError(f"there is no finished epoch of a run on {channels}-channel images in {Path('runs').resolve()}: "
-                        "train one first (python train_at_mnist.py --recipe digits takes a minute) or name a --checkpoint")
+        raise UserError(f"there is no finished epoch of a run on {channels}-channel images in "
+                        f"{Path('runs').resolve()}: train one first (python train_at_mnist.py --recipe "
+                        "digits takes a minute) or name a --checkpoint")
     return newest
 
 
@@ -103,15 +108,16 @@ def load_test(name: str, data_dir: str) -> tuple[Split, tuple[str, ...]]:
     return data.test, data.classes
 
 
-def open_subject(name: str, path: Path, build: Callable[..., nn.Module], *, arch: str | None = None, dataset: str | None = None,
-                 data_dir: str | None = None, default: str | None = None, load: Callable = load_test,
+def open_subject(name: str, path: Path, build: Callable[..., nn.Module], *, arch: str | None = None,
+                 dataset: str | None = None, data_dir: str | None = None, default: str | None = None,
+                 load: Callable[[str, str], tuple[Split, tuple[str, ...]]] = load_test,
                  readers: dict[str, Callable[[Path], nn.Module]] | None = None) -> Subject:
     """Read a network and its images.
 
-    arch, dataset, data_dir: None where the checkpoint says it; default: the data set where neither does. build: as in
-    `harness.checkpoint.load_model`. load(dataset, data_dir) -> images and names of the classes, () where there are none. readers:
-    suffix of a file that is no checkpoint -> function that reads the network in it. Raises UserError in one line for whatever does
-    not fit.
+    build: as in `harness.checkpoint.load_model`. arch, dataset, data_dir: None where the checkpoint says it;
+    default: the data set where neither does. load(dataset, data_dir) -> images, and the names of their
+    classes, () where there are none. readers: suffix of a file that is no checkpoint -> function that reads
+    the network in it. Raises UserError in one line for whatever does not fit.
     """
     reader = (readers or {}).get(path.suffix)
     contents = {} if reader else read(path)
@@ -123,9 +129,11 @@ def open_subject(name: str, path: Path, build: Callable[..., nn.Module], *, arch
     split, classes = load(dataset, data_dir)
     channels, num_classes = split.images.shape[1], len(classes) or int(split.labels.max()) + 1
     if own and classes and (own["in_channels"], own["num_classes"]) != (channels, num_classes):
-        raise UserError(f"{path} takes {own['in_channels']}-channel images of {own['num_classes']} classes, but {dataset} has "
-                        f"{channels}-channel images of {num_classes} classes: name a --dataset that fits")
-    model = reader(path) if reader else model_from(contents, path, arch, num_classes, channels, build=build, report=print)
+        raise UserError(f"{path} takes {own['in_channels']}-channel images of {own['num_classes']} classes, "
+                        f"but {dataset} has {channels}-channel images of {num_classes} classes: name a "
+                        "--dataset that fits")
+    model = reader(path) if reader else model_from(
+        contents, path, arch, num_classes, channels, build=build, report=print)
     return Subject(name, path, contents, model, split, classes, dataset, data_dir, arch)
 
 
@@ -138,10 +146,11 @@ def radius_of(subject: Subject, protocol: Protocol, epsilon: float | None) -> fl
     return radius
 
 
-def ball_of(subject: Subject, protocol: Protocol, norm: str, epsilon: float | None, step_size: float | None) -> Ball:
-    """The ball of `radius_of`, and the step that a flag says, or else the radius over the protocol's ratio."""
+def ball_of(subject: Subject, protocol: Protocol, norm: str, epsilon: float | None,
+            step_size: float | None) -> Ball:
+    """The ball of `radius_of`, and the step that a flag says, or else epsilon over the protocol's ratio."""
     radius, channels = radius_of(subject, protocol, epsilon), subject.split.images.shape[1]
     if channels != protocol.channels and step_size is None:
-        print(f"note: steps of epsilon / {protocol.step_ratio:g}, as for {protocol.dataset}, on {channels}-channel images: another "
-              "--step_size, or the other eval script, may be meant")
+        print(f"note: steps of epsilon / {protocol.step_ratio:g}, as for {protocol.dataset}, on "
+              f"{channels}-channel images: another --step_size, or the other eval script, may be meant")
     return Ball(norm, radius, radius / protocol.step_ratio if step_size is None else step_size)

@@ -18,7 +18,7 @@ from attacks.pgd import cross_entropy, pgd
 from harness.datasets.batches import Split
 from harness.errors import UserError
 from harness.evaluation.attack_record import FIELDS, UNTOUCHED, AttackRecord, broken
-from harness.evaluation.attacking import Task, inspect, left, run
+from harness.evaluation.attacking import Task, count_left, inspect, run
 from harness.evaluation.predictions import BatchInvariant
 from losses.margin import cw_loss
 from models import build_model
@@ -182,7 +182,7 @@ def test_the_bar_knows_how_many_attacks_there_are_and_reaches_its_end(tmp_path):
     record = measured(tmp_path / "r", 60, attacks=attacks, columns={"both": ("first", "second")}, bar=bar)
     correct, fallen = 50, int(broken(record.rows["first"], split_of().labels).sum())
     assert totals[0] == ("all", 60 + 120 + 2 * correct) and totals[-1] == ("second", 60 + 120 + 2 * correct - fallen)
-    assert bar.n == bar.total and left(record, split_of().labels, attacks, {"both": ("first", "second")}) == 0
+    assert bar.n == bar.total and count_left(record, split_of().labels, attacks, {"both": ("first", "second")}) == 0
 
 
 @pytest.mark.parametrize(("adversary", "minimal", "dropped"), ((lambda x: x + 2 * EPSILON, False, 1), (lambda x: x + 2 * EPSILON, True, 0),

@@ -19,8 +19,9 @@ from harness.evaluation.accuracies import class_accuracy, confusion, summary
 from harness.evaluation.attack_record import AttackRecord
 from harness.evaluation.attacking import Task, run
 from harness.evaluation.metrics import weighted_accuracy
-from harness.evaluation.pipeline import measured_before, predictions_of, result_of
+from harness.evaluation.pipeline import measured_before
 from harness.evaluation.predictions import BatchInvariant, held_out_accuracy, observe
+from harness.evaluation.result import predictions_of, result_of
 from harness.evaluation.subject import CHECKPOINTS, Ball, Subject, find_checkpoints
 from harness.evaluation.verdict import certify
 from losses.margin import margin_weights
