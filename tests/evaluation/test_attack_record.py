@@ -169,11 +169,8 @@ def test_the_bar_knows_how_many_attacks_there_are_and_reaches_its_end(tmp_path):
     class Counting:
         n, total, desc = 0, None, None
 
-        def set_description_str(self, desc, refresh):
+        def set_description_str(self, desc):
             self.desc = desc
-
-        def refresh(self):
-            pass
 
         def update(self, count):
             self.n += count
