@@ -141,7 +141,7 @@ def kind_of(training: dict) -> tuple[str, str, str]:
 
 
 def over_seeds(folders: Iterable[Path]) -> Iterator[tuple[dict, str, list[Path]]]:
-    """(configuration, seeds, folders) of the runs that differ in nothing but the seed, in the folders' order."""
+    """(configuration, seeds, folders) of the runs that differ in nothing but the seed, in order of folder."""
     groups: dict[tuple, list[tuple[int, Path, dict]]] = {}
     for folder in sorted(folders):
         config = load(folder / "config.json")
@@ -159,8 +159,8 @@ def full() -> str:
     rows = []
 
     def add(recipe: str, config: dict, seeds: str, folders: list[Path]) -> None:
-        network, images = NETWORKS.get(config["model"], config["model"]), number(config["training_images"], 0)
-        facts = [name_of(config), network, recipe, config["precision"], images, seeds]
+        network, images = NETWORKS.get(config["model"], config["model"]), config["training_images"]
+        facts = [name_of(config), network, recipe, config["precision"], number(images, 0), seeds]
         rows.append([*facts, *measures(folders, ("2.0",))])
 
     for config, seeds, folders in today:
@@ -223,8 +223,8 @@ def stability_table(rows: list[dict]) -> str:
     lines = []
     for name, precision in dict.fromkeys((row["defense"], row["precision"]) for row in rows):
         runs = [row for row in rows if (row["defense"], row["precision"]) == (name, precision)]
-        sets = dict.fromkeys("native" if row["aten"] == row["onednn"] == "all" else f"{row['aten']}, {row['onednn']}"
-                             for row in runs)
+        used = dict.fromkeys((row["aten"], row["onednn"]) for row in runs)
+        sets = ["native" if both == ("all", "all") else ", ".join(both) for both in used]
         at_chance = sum(row["epochs_at_chance"] > 0 for row in runs)
         found = [extremes([row[metric] for row in runs if metric in row]) for metric in HELD_OUT]
         lines.append([name, precision, "; ".join(sets), str(len(runs)), str(at_chance), *found])
@@ -249,11 +249,12 @@ def stability() -> str:
 def train_step() -> str:
     rows = []
     for row in rows_of("train_step_resnet18", "train_step_wrn34_10", "train_step_mnist"):
-        times = [number(row["ours_seconds"], 3), number(row["published_form_seconds"], 3), number(row["ratio"])]
-        setting = [NETWORKS[row["model"]], row["method"].upper(), str(row["batch_size"]), str(row["num_steps"])]
-        rows.append([*setting, *times, pair(row["images_per_second"], row["published_form_images_per_second"]),
-                     f"{number(row['overhead_percent'], 1)} %", number(row["gflops"], 0),
-                     f"{number(row['peak_percent'], 1)} %", pair(row["ours_mb"], row["published_form_mb"], 0)])
+        times = [number(row[f"{form}_seconds"], 3) for form in ("ours", "published_form")]
+        step = [NETWORKS[row["model"]], row["method"].upper(), str(row["batch_size"]), str(row["num_steps"])]
+        images = pair(row["images_per_second"], row["published_form_images_per_second"])
+        percent = [f"{number(row[name], 1)} %" for name in ("overhead_percent", "peak_percent")]
+        megabytes = pair(row["ours_mb"], row["published_form_mb"], 0)
+        rows.append([*step, *times, number(row["ratio"]), images, percent[0], number(row["gflops"], 0), percent[1], megabytes])
     head = ["network", "method", "batch", "attack steps", "ours, s", "published form, s", "ratio",
             "images/s, ours / published form", "overhead", "GFLOP/s", "of peak", "MB, ours / published form"]
     return markdown(head, rows, left=2)
