@@ -254,7 +254,8 @@ def train_step() -> str:
         images = pair(row["images_per_second"], row["published_form_images_per_second"])
         percent = [f"{number(row[name], 1)} %" for name in ("overhead_percent", "peak_percent")]
         megabytes = pair(row["ours_mb"], row["published_form_mb"], 0)
-        rows.append([*step, *times, number(row["ratio"]), images, percent[0], number(row["gflops"], 0), percent[1], megabytes])
+        speed = [percent[0], number(row["gflops"], 0), percent[1]]
+        rows.append([*step, *times, number(row["ratio"]), images, *speed, megabytes])
     head = ["network", "method", "batch", "attack steps", "ours, s", "published form, s", "ratio",
             "images/s, ours / published form", "overhead", "GFLOP/s", "of peak", "MB, ours / published form"]
     return markdown(head, rows, left=2)

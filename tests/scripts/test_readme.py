@@ -1,4 +1,4 @@
-"""README.md and docs/: their commands run, what they name exists, and the figures in their sentences are those of the files."""
+"""README.md and docs/: their commands run, what they name exists, their sentences have the files' figures."""
 import csv
 import importlib
 import json
@@ -23,7 +23,8 @@ README = PAGES["README.md"]
 SENTENCES = {name: " ".join(text.split()) for name, text in PAGES.items()}
 FENCED = [line for text in PAGES.values() for block in re.findall(r"```bash\n(.*?)\n```", text, re.DOTALL)
           for line in block.splitlines()]
-SPANS = [" ".join(span.split()) for text in PAGES.values() for span in re.findall(r"`((?:python|torchrun) [^`]*)`", text)]
+SPANS = [" ".join(span.split()) for text in PAGES.values()
+         for span in re.findall(r"`((?:python|torchrun) [^`]*)`", text)]
 COMMANDS = sorted({line for line in (*SPANS, *FENCED) if line.startswith(("python ", "torchrun "))})
 CURVES = "generate_robustness_curves.py"
 SMALL = ("--n_points", 6, "--budget", "fast", "--format", "png", "--arch", "net.py:Net")
@@ -49,9 +50,10 @@ def quick(name, flags, colour_folder):
     if name == "train_free.py":  # its steps are replays: TINY without --num_steps
         return (*TINY[:4], *TINY[6:], "--model", "lenet", "--val_size", 4)
     network = () if "--model" in flags else ("--model", "lenet")
-    if name.startswith("train_vir"):  # CIFAR-10 recipes crop and flip; at most one batch for each of several seeds
-        return (*TINY[2:], "--dataset", "digits", *network, "--num_steps", 1, "--val_size", 4, "--crop_padding", 0)
-    return (*TINY[2:], *data, *network, "--num_steps", 1, "--val_size", 4)
+    short = (*network, "--num_steps", 1, "--val_size", 4)
+    if name.startswith("train_vir"):  # CIFAR-10 recipes crop and flip; one batch for each of several seeds
+        return (*TINY[2:], "--dataset", "digits", *short, "--crop_padding", 0)
+    return (*TINY[2:], *data, *short)
 
 
 @pytest.fixture
@@ -64,14 +66,15 @@ def workplace(script, colour_folder):
 
 @pytest.fixture
 def curves_workplace(script, shell):
-    """The two runs of the commands on robustness curves, of a network whose distances can be proved, and their curves."""
+    """Two runs of a network whose distances can be proved, and their curves."""
     Path("net.py").write_text(NETWORK)
     for name in ("at", "trades"):
         script(f"train_{name}_mnist", *TINY, "--model", "net.py:Net", "--lr", 0.1, "--max_batches", 6,
                "--out_dir", f"runs/{name}")
 
     def measure(out):
-        done = shell(CURVES, "compute", "--model", "runs/at", "runs/trades", *SMALL, "--adversaries", "--out", out)
+        models = ("--model", "runs/at", "runs/trades")
+        done = shell(CURVES, "compute", *models, *SMALL, "--adversaries", "--out", out)
         assert done.returncode == 0, done.stderr
 
     return measure
@@ -81,8 +84,8 @@ def curves_workplace(script, shell):
 def test_the_command_runs(command, workplace, script, colour_folder):
     name, *flags = shlex.split(command)[1:]
     if "theirs.pt" in flags:
-        mine = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10))
-        torch.save((mine if "net.py:Net" in flags else build_model("small_cnn", 10, 1)).state_dict(), "theirs.pt")
+        network = build_model("net.py:Net" if "net.py:Net" in flags else "small_cnn", 10, 1)
+        torch.save(network.state_dict(), "theirs.pt")
     script(name.removesuffix(".py"), *flags, *quick(name, flags, colour_folder))
 
 
@@ -96,7 +99,7 @@ def test_the_command_on_robustness_curves_runs(command, curves_workplace, shell)
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("command", [line for line in COMMANDS if "benchmarks/" in line or line.startswith("torchrun")])
+@pytest.mark.parametrize("command", [line for line in COMMANDS if re.search("benchmarks/|^torchrun", line)])
 def test_the_flags_of_a_command_that_takes_long_are_real(command):
     words = shlex.split(command)
     at = next(k for k, word in enumerate(words) if word.endswith(".py"))
@@ -121,8 +124,8 @@ def test_no_command_is_left_out():
 
 def test_the_quickstart_is_two_commands_and_the_second_is_what_ci_runs():
     first, second = re.findall(r"```bash\n(.*?)\n```", README, re.DOTALL)[:2]
-    assert first.endswith("train_at_mnist.py --recipe digits && .venv/bin/python eval_mnist.py") and "\n" not in first
-    assert second.endswith("-m pytest -q") and "\n" not in second
+    assert first.endswith("train_at_mnist.py --recipe digits && .venv/bin/python eval_mnist.py")
+    assert second.endswith("-m pytest -q") and "\n" not in first + second
     assert "grep -m1 -F -e '-m pytest' README.md" in (ROOT / ".ci/run").read_text()
     assert "bash .ci/run" in (ROOT / ".github/workflows/ci.yml").read_text()
 
@@ -190,12 +193,14 @@ def test_the_figures_about_margin_weights_are_those_of_their_files():
         "small_cnn-at", "small_cnn-at-alpha0.5", "small_cnn-trades", "small_cnn-trades-alpha2", "lenet-at",
         "lenet-at-alpha0.5", "lenet-trades", "lenet-trades-alpha2")}
     rob = {name: result["A_rob"] for name, result in found.items()}
-    sa, tr = ({name: f"{result[metric]['2.0']:.1f}" for name, result in found.items()} for metric in ("A_sa", "A_tr"))
+    sa, tr = ({name: f"{result[metric]['2.0']:.1f}" for name, result in found.items()}
+              for metric in ("A_sa", "A_tr"))
     at, trades = "small_cnn-at", "small_cnn-trades"
     assert_says("results",
                 f"A_rob is {rob[at + '-alpha0.5']:.1f} against {rob[at]:.1f}, A_sa(2) rises from {sa[at]} to "
                 f"{sa[at + '-alpha0.5']} and A_tr(2) from {tr[at]} to {tr[at + '-alpha0.5']}",
-                f"(A_sa(2) {sa[trades]} to {sa[trades + '-alpha2']}, A_tr(2) {tr[trades]} to {tr[trades + '-alpha2']})",
+                f"(A_sa(2) {sa[trades]} to {sa[trades + '-alpha2']}, "
+                f"A_tr(2) {tr[trades]} to {tr[trades + '-alpha2']})",
                 f"({rob[trades]:.1f} to {rob[trades + '-alpha2']:.1f})",
                 f"AT loses {rob['lenet-at'] - rob['lenet-at-alpha0.5']:.1f} points of A_rob",
                 f"(A_sa(2) {sa['lenet-at']} to {sa['lenet-at-alpha0.5']})",
@@ -204,8 +209,9 @@ def test_the_figures_about_margin_weights_are_those_of_their_files():
 
 
 def test_the_figures_about_the_family_are_those_of_its_files():
-    size = {name: load(f"vir/{name}/seed0/eval.json")["effective_size"]["A_sa"]["2.0"] for name in ("gairat", "at")}
-    assert_says("results", f"{size['gairat']:,.0f} for GAIRAT and {size['at']:,.0f} for AT (seed 0)")
+    gairat, at = (load(f"vir/{name}/seed0/eval.json")["effective_size"]["A_sa"]["2.0"]
+                  for name in ("gairat", "at"))
+    assert_says("results", f"{gairat:,.0f} for GAIRAT and {at:,.0f} for AT (seed 0)")
 
 
 def test_the_figures_about_strong_attacks_are_those_of_their_files():
@@ -225,8 +231,9 @@ def test_the_figures_about_strong_attacks_are_those_of_their_files():
         assert result["command"].startswith("python ") and result["environment"]["hardware"]
 
 
-def theirs(row):
-    return row.get("published") or row["reference"]
+def robust(row):
+    """How many images our attack leaves, and how many theirs does."""
+    return row["ours"]["robust"], (row.get("published") or row["reference"])["robust"]
 
 
 def test_the_figures_beside_other_implementations_are_those_of_their_files():
@@ -238,17 +245,17 @@ def test_the_figures_beside_other_implementations_are_those_of_their_files():
     for column in columns:  # what the text says of one seed and of several
         assert all(row["num_examples"] == 1000 for row in column.values())
         for attack in {row["attack"] for row in column.values()} - {"square"}:
-            pairs = [(row["ours"]["robust"], theirs(row)["robust"]) for row in column.values() if row["attack"] == attack]
-            assert mean(ours for ours, _ in pairs) <= mean(other for _, other in pairs) + 2, attack
-        rows = [column["autoattack", seed] for seed in range(3)]
-        means.append((mean(row["ours"]["robust"] for row in rows), mean(theirs(row)["robust"] for row in rows)))
-        assert means[-1][0] <= means[-1][1] + 1
-    shown = [f"{ours / 10:.2f} and {other / 10:.2f}" for ours, other in means]
-    assert_says("results", "Over three seeds AutoAttack leaves AT {}, TRADES {}, no attack {} %".format(*shown))
+            ours, theirs = zip(*(robust(row) for row in column.values() if row["attack"] == attack))
+            assert mean(ours) <= mean(theirs) + 2, attack
+        ours, theirs = zip(*(robust(column["autoattack", seed]) for seed in range(3)))
+        means.append(f"{mean(ours) / 10:.2f} and {mean(theirs) / 10:.2f}")
+        assert mean(ours) <= mean(theirs) + 1
+    at, trades, plain = means
+    assert_says("results", f"Over three seeds AutoAttack leaves AT {at}, TRADES {trades}, no attack {plain} %")
     for name in ("plain", "trades"):
         row = load(f"attacks/lenet-{name}-idle.json")["results"][0]["rows"][0]
-        ours, other = row["ours"]["cpu_seconds"], row["published"]["cpu_seconds"]
-        assert_says("results", f"{ours:.0f} s against {other:.0f} ({other / ours:.1f} times)")
+        ours, theirs = row["ours"]["cpu_seconds"], row["published"]["cpu_seconds"]
+        assert_says("results", f"{ours:.0f} s against {theirs:.0f} ({theirs / ours:.1f} times)")
 
 
 def test_the_figures_about_robustness_curves_are_those_of_their_files():
@@ -265,10 +272,11 @@ def test_the_figures_about_speed_are_those_of_their_files():
     rob = {name: [load(f"proof/{name}-seed{seed}/eval.json")["A_rob"] for seed in range(3)]
            for name in ("fast", "rounding", "sixteen-bits", "float32")}
     lower = mean(rob["float32"]) - mean(rob["fast"] + rob["rounding"] + rob["sixteen-bits"])
-    step = {file: next(row["ours_seconds"] for row in load(f"speed/train_step_{file}.json")["rows"]
-                       if (row["model"], row["method"]) == ("lenet", "at")) for file in ("lenet_float32", "mnist")}
+    steps = [{(row["model"], row["method"]): row["ours_seconds"] for row in load(f"speed/{file}.json")["rows"]}
+             for file in ("train_step_lenet_float32", "train_step_mnist")]
+    slow, fast = (step["lenet", "at"] for step in steps)
     assert_says("speed", f"together lie {lower:.1f} points below the three in float32",
-                f"takes {step['lenet_float32']:.2f} s instead of {step['mnist']:.2f}")
+                f"takes {slow:.2f} s instead of {fast:.2f}")
     rows = [row for name in ("evaluation", "evaluation_pgd") for row in load(f"speed/{name}.json")["rows"]]
     assert len(rows) == 3 and all(row["verdicts_equal"] for row in rows)
 
@@ -279,8 +287,9 @@ FOLDERS = sorted(file.parent for runs in WHOLE_RUNS for file in (ROOT / "results
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_a_result_names_command_seed_hardware_and_versions(folder):
-    result, config = json.loads((folder / "eval.json").read_text()), json.loads((folder / "config.json").read_text())
+    result, config = load(folder / "eval.json"), load(folder / "config.json")
     for source in (result, config):
         assert source["command"].startswith("python ") and isinstance(source["seed"], int)
         assert {"hardware", "torch", "python", "device"} <= source["environment"].keys()
-    assert result["num_examples"] == 10_000 and result["certificate"]["ok"] and len(result["checkpoint_sha256"]) == 64
+    assert result["num_examples"] == 10_000 and result["certificate"]["ok"]
+    assert len(result["checkpoint_sha256"]) == 64
