@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from itertools import takewhile
@@ -51,49 +52,60 @@ def quick(name, flags, colour_folder):
         return (*TINY[:4], *TINY[6:], "--model", "lenet", "--val_size", 4)
     network = () if "--model" in flags else ("--model", "lenet")
     short = (*network, "--num_steps", 1, "--val_size", 4)
-    if name.startswith("train_vir"):  # CIFAR-10 recipes crop and flip; one batch for each of several seeds
+    if name.startswith("train_vir"):  # CIFAR-10 recipes crop and flip
         return (*TINY[2:], "--dataset", "digits", *short, "--crop_padding", 0)
     return (*TINY[2:], *data, *short)
 
 
 @pytest.fixture
 def workplace(script, colour_folder):
-    """What the commands' file names stand for: a network of one's own, two foreign checkpoints, two runs."""
-    Path("net.py").write_text(NETWORK)
-    script("train_at_mnist", *TINY, "--out_dir", "runs/train_at_mnist/2026-01-31_12-00-00")
-    script("train_at_cifar10", *TINY[2:], "--dataset", colour_folder, "--val_size", 4, "--model", "lenet")
+    """Make what a command's file names stand for: a network of one's own, a foreign checkpoint, a run."""
+
+    def prepare(name, flags):
+        Path("net.py").write_text(NETWORK)
+        if "theirs.pt" in flags:
+            network = build_model("net.py:Net" if "net.py:Net" in flags else "small_cnn", 10, 1)
+            torch.save(network.state_dict(), "theirs.pt")
+        elif name == "eval_cifar10.py":
+            flags = (*TINY[2:], "--val_size", 4, "--model", "lenet")
+            script("train_at_cifar10", "--dataset", colour_folder, *flags)
+        elif name == "eval_mnist.py" or "--resume" in flags:
+            script("train_at_mnist", *TINY, "--out_dir", "runs/train_at_mnist/2026-01-31_12-00-00")
+
+    return prepare
 
 
-@pytest.fixture
-def curves_workplace(script, shell):
-    """Two runs of a network whose distances can be proved, and their curves."""
-    Path("net.py").write_text(NETWORK)
+@pytest.fixture(scope="module")
+def curves_workplace(tmp_path_factory):
+    """A folder with two runs of a network whose distances can be proved, and their curves, made once."""
+    folder = tmp_path_factory.mktemp("curves")
+    (folder / "net.py").write_text(NETWORK)
+
+    def run(name, *flags):
+        words = [sys.executable, ROOT / name, *map(str, flags)]
+        subprocess.run(words, cwd=folder, check=True, capture_output=True)
+
     for name in ("at", "trades"):
-        script(f"train_{name}_mnist", *TINY, "--model", "net.py:Net", "--lr", 0.1, "--max_batches", 6,
-               "--out_dir", f"runs/{name}")
-
-    def measure(out):
-        models = ("--model", "runs/at", "runs/trades")
-        done = shell(CURVES, "compute", *models, *SMALL, "--adversaries", "--out", out)
-        assert done.returncode == 0, done.stderr
-
-    return measure
+        run(f"train_{name}_mnist.py", *TINY, "--model", "net.py:Net", "--lr", 0.1, "--max_batches", 6,
+            "--out_dir", f"runs/{name}")
+    models = ("--model", "runs/at", "runs/trades")
+    run(CURVES, "compute", *models, *SMALL, "--adversaries", "--out", "runs/measured")
+    return folder
 
 
 @pytest.mark.parametrize("command", SCRIPTS)
 def test_the_command_runs(command, workplace, script, colour_folder):
     name, *flags = shlex.split(command)[1:]
-    if "theirs.pt" in flags:
-        network = build_model("net.py:Net" if "net.py:Net" in flags else "small_cnn", 10, 1)
-        torch.save(network.state_dict(), "theirs.pt")
+    workplace(name, flags)
     script(name.removesuffix(".py"), *flags, *quick(name, flags, colour_folder))
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if CURVES in command])
-def test_the_command_on_robustness_curves_runs(command, curves_workplace, shell):
+def test_the_command_on_robustness_curves_runs(command, curves_workplace, shell, tmp_path):
     _, name, *flags = shlex.split(command)
+    shutil.copytree(curves_workplace, tmp_path, dirs_exist_ok=True)
     if "--results" in flags:
-        curves_workplace("runs/curves")
+        (tmp_path / "runs/measured").rename(tmp_path / "runs/curves")
     quick_flags = {"compute": SMALL, "surface": ("--num_steps", 2), "distances": ("--dataset", "digits")}
     done = shell(name, *flags, *quick_flags.get(flags[0], ()))
     assert done.returncode == 0, done.stderr
@@ -251,7 +263,7 @@ def test_the_figures_beside_other_implementations_are_those_of_their_files():
         means.append(f"{mean(ours) / 10:.2f} and {mean(theirs) / 10:.2f}")
         assert mean(ours) <= mean(theirs) + 1
     at, trades, plain = means
-    assert_says("results", f"Over three seeds AutoAttack leaves AT {at}, TRADES {trades}, no attack {plain} %")
+    assert_says("results", f"three seeds AutoAttack leaves AT {at}, TRADES {trades}, no attack {plain} %")
     for name in ("plain", "trades"):
         row = load(f"attacks/lenet-{name}-idle.json")["results"][0]["rows"][0]
         ours, theirs = row["ours"]["cpu_seconds"], row["published"]["cpu_seconds"]
@@ -272,8 +284,8 @@ def test_the_figures_about_speed_are_those_of_their_files():
     rob = {name: [load(f"proof/{name}-seed{seed}/eval.json")["A_rob"] for seed in range(3)]
            for name in ("fast", "rounding", "sixteen-bits", "float32")}
     lower = mean(rob["float32"]) - mean(rob["fast"] + rob["rounding"] + rob["sixteen-bits"])
-    steps = [{(row["model"], row["method"]): row["ours_seconds"] for row in load(f"speed/{file}.json")["rows"]}
-             for file in ("train_step_lenet_float32", "train_step_mnist")]
+    files = [load(f"speed/train_step_{name}.json") for name in ("lenet_float32", "mnist")]
+    steps = [{(row["model"], row["method"]): row["ours_seconds"] for row in file["rows"]} for file in files]
     slow, fast = (step["lenet", "at"] for step in steps)
     assert_says("speed", f"together lie {lower:.1f} points below the three in float32",
                 f"takes {slow:.2f} s instead of {fast:.2f}")
