@@ -13,7 +13,6 @@ instruction sets are those of this environment: ATEN_CPU_CAPABILITY and ONEDNN_M
 import csv
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -34,14 +33,13 @@ from harness.config import run_script
 from harness.device import ROOT, choose_device, command_line, environment
 from harness.errors import RunError, UserError
 from harness.folder import write_text
-from harness.reporting.tables import markdown
+from harness.reporting.docs import stability_table
 
 ZENG = {"AT": ("train_at_mnist", {}), "AT, alpha 0.5": ("train_at_mnist", {"alpha": 0.5}),
         "TRADES": ("train_trades_mnist", {}), "TRADES, alpha 2": ("train_trades_mnist", {"alpha": 2})}
 VIR = ("at", "trades", "mart", "gairat", "mail-at", "mail-trades", "vir-at", "vir-trades")
 FAST = {"Free AT": "train_free", "YOPO": "train_yopo", "IAAT": "train_iaat"}
 VARIABLES = {"aten": "ATEN_CPU_CAPABILITY", "onednn": "ONEDNN_MAX_CPU_ISA"}  # what chooses instruction sets
-METRICS = {"A_nat": "A_nat", "A_rob": "A_rob", "test_A_nat": "A_nat, test set", "test_A_rob": "A_rob, test set"}
 
 
 @dataclass(frozen=True)
@@ -119,23 +117,6 @@ def train(command: tuple[str, ...], folder: Path, facts: dict, evaluate: bool) -
                     "command": " ".join(("python", f"{command[0]}.py", *command[1:]))} | (on_the_test_set(folder) if evaluate else {})
 
 
-def spread_of(values: list[float]) -> str:
-    return f"{min(values):.1f} / {statistics.median(values):.1f} / {max(values):.1f}" if values else ""
-
-
-def table(rows: list[dict]) -> str:
-    """The rows as Markdown: one line a defense and precision, with minimum, median and maximum over the runs."""
-    lines = []
-    for name, precision in dict.fromkeys((row["defense"], row["precision"]) for row in rows):
-        runs = [row for row in rows if (row["defense"], row["precision"]) == (name, precision)]
-        spread = [spread_of([row[metric] for row in runs if metric in row]) for metric in METRICS]
-        sets = dict.fromkeys("native" if row["onednn"] == row["aten"] == "all" else f"{row['aten']}, {row['onednn']}" for row in runs)
-        chance = sum(row["epochs_at_chance"] > 0 for row in runs)
-        lines.append([name, precision, "; ".join(sets), str(len(runs)), str(chance), *spread])
-    head = ["defense", "precision", "instruction sets", "runs", "at chance", *(f"{name}, min / median / max" for name in METRICS.values())]
-    return markdown(head, lines, left=3)
-
-
 def read_file(path: str) -> dict:
     """A file that this script has written: setting, calls (command, date, environment) and rows.  Raises UserError for any other."""
     try:
@@ -147,7 +128,7 @@ def read_file(path: str) -> dict:
 
 def main(cfg: Config) -> None:
     if cfg.table:
-        print(table(read_file(cfg.table)["rows"]))
+        print(stability_table(read_file(cfg.table)["rows"]))
         return
     if not cfg.out:
         raise UserError("name the file to write: --out runs/stability.json")
@@ -178,7 +159,7 @@ def main(cfg: Config) -> None:
             except BaseException:
                 pool.shutdown(cancel_futures=True)  # what was not begun is left for the next call
                 raise
-    print(table(rows))
+    print(stability_table(rows))
 
 
 if __name__ == "__main__":

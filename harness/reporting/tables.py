@@ -171,7 +171,7 @@ def _once(results: list[Result], notes: list[str]) -> list[Result]:
             first.measured.update(other.measured | first.measured)
         if others:
             files = ", ".join(str(one.file) for one in (first, *others))
-            notes.append(f"one checkpoint, measured by one protocol, counts once, with the first file's numbers: {files}")
+            notes.append(f"these files measure one checkpoint by one protocol; it counts once, by the first file: {files}")
     return [first for first, *_ in groups.values()]
 
 
@@ -241,7 +241,7 @@ def group(results: Iterable[Result]) -> tuple[list[Row], list[str]]:
         for column in dict.fromkeys(name for result in row.results for name in result.measured):
             left = sum(column in result.measured for result in row.results) - len(row.values(column))
             if left:
-                notes.append(f"{row.label}: {left} of the values of {column} were measured in another way than the rest: left out")
+                notes.append(f"{row.label}: {left} values of {column} were measured in another way than the others: left out")
     return sorted(rows.values(), key=lambda row: (not row.settings.get("script"), row.label, str(row.settings.get("model")))), notes
 
 

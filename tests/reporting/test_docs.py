@@ -1,0 +1,83 @@
+"""harness/reporting/docs.py: every table on the pages is that of its files; one that is not is named."""
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from harness.errors import UserError
+from harness.reporting import docs
+
+
+def test_every_table_on_the_pages_is_that_of_its_files():
+    texts = {page: page.read_text(encoding="utf-8") for page in docs.pages()}
+    stale = {page.name: names for page, text in texts.items() if (names := docs.fill(text)[1])}
+    assert not stale, "write them with: python -m harness.reporting.docs"
+    used = {name for text in texts.values() for name, _ in docs.BLOCK.findall(text)}
+    assert used == docs.TABLES.keys() and len(texts) == 8
+
+
+@pytest.fixture
+def page(tmp_path, monkeypatch):
+    """A page with one table in which a number is wrong."""
+    monkeypatch.setattr(docs, "ROOT", tmp_path)
+    path = tmp_path / "README.md"
+    right, _ = docs.fill("before\n<!-- table: recipes -->\n<!-- end -->\nafter\n")
+    path.write_text(right.replace("0.0441", "0.0442", 1))
+    return path
+
+
+def run(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["docs.py", *flags])
+    with pytest.raises(SystemExit) as ended:
+        docs.main()
+    return int(ended.value.code)
+
+
+def test_a_stale_table_is_named_by_check_and_mended_without(page, monkeypatch, capsys):
+    wrong = page.read_text()
+    assert run(monkeypatch, "--check") == 1 and page.read_text() == wrong
+    assert "README.md: table recipes is stale" in capsys.readouterr().out
+    assert run(monkeypatch) == 0 and page.read_text() == wrong.replace("0.0442", "0.0441", 1)
+    assert run(monkeypatch, "--check") == 0 and capsys.readouterr().out.count("recipes") == 1
+
+
+@pytest.mark.parametrize(("text", "says"), [
+    ("<!-- table: none -->\n<!-- end -->\n", "there is no table 'none'"),
+    ("<!-- table: recipes -->\n| a |\n", "has no line"),
+])
+def test_a_block_that_cannot_be_filled_is_refused(text, says):
+    with pytest.raises(UserError, match=says):
+        docs.fill(text)
+
+
+def test_an_example_of_a_block_is_left_alone():
+    text = "    <!-- table: NAME -->\n    <!-- end -->\n"
+    assert docs.fill(text) == (text, [])
+
+
+def test_runs_that_differ_in_the_seed_are_one_row_beside_the_ones_before(tmp_path, monkeypatch):
+    def write(folder, seed, A_rob, **fields):
+        (tmp_path / folder).mkdir(parents=True)
+        config = {"script": "train_at_mnist", "alpha": 0.5, "model": "lenet", "precision": "auto",
+                  "training_images": 59_000}
+        result = {"A_nat": 99.0, "A_rob": A_rob, "A_sa": {"2.0": 50.0}, "A_tr": {"2.0": 49.0}}
+        (tmp_path / folder / "config.json").write_text(json.dumps(config | fields | {"seed": seed}))
+        (tmp_path / folder / "eval.json").write_text(json.dumps(result))
+
+    write("stability/full/a", 3, 91.0)
+    write("stability/full/b", 2, 90.0)
+    write("mnist/old", 1, 88.0, training_images=60_000)
+    write("mnist/other", 1, 87.0, alpha=0.0)
+    (tmp_path / "stability/full/unfinished").mkdir()
+    monkeypatch.setattr(docs, "RESULTS", tmp_path)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in docs.full().splitlines()[2:]]
+    assert [row[:6] for row in rows] == [["AT, alpha 0.5", "LeNet", "today's", "auto", "59,000", "2, 3"],
+                                         ["AT, alpha 0.5", "LeNet", "before", "auto", "60,000", "1"]]
+    assert [row[7] for row in rows] == ["90.50 ± 0.71", "88.00"]
+
+
+def test_the_tables_need_neither_torch_nor_numpy():
+    code = "import sys, harness.reporting.docs; sys.exit(bool({'torch', 'numpy'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
