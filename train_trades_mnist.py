@@ -72,7 +72,7 @@ class Config:
     resume: str | None = None                             # run folder to go on with
     device: str = "auto"                                  # auto, cpu, or an accelerator by its name in torch
     precision: Literal["auto", "bf16", "float32"] = "auto"  # of training; auto is bf16 where it is faster (harness/device.py)
-    fuse: bool = True                                     # fold BatchNorm and fuse layers of the attacked network, where a CPU gains by it
+    attack_view: bool = True                              # run a faster form of the network where one is recognised and checked
     compile: Literal["auto", "on", "off"] = "auto"        # torch.compile attack step and network; auto: on a GPU, if a trial is faster
     graphs: bool = True                                   # with compile, on a GPU: replay each compiled piece as one CUDA graph
     max_batches: int | None = None                        # stop every epoch after this many batches, for a trial run

@@ -29,9 +29,9 @@ from attacks.yopo import yopo_inner
 from harness.config import run_script
 from harness.datasets.batches import load_dataset
 from harness.evaluation.predictions import held_out_accuracy
+from harness.training.first_layer import FirstLayer
 from harness.training.run import Run
 from models import build_model
-from models.split import split_first_layer
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Config:
     resume: str | None = None                             # run folder to go on with
     device: str = "auto"                                  # auto, cpu, or an accelerator by its name in torch
     precision: Literal["auto", "bf16", "float32"] = "auto"  # of training; auto is bf16 where it is faster (harness/device.py)
-    fuse: bool = True                                     # fold BatchNorm and fuse layers of the attacked network, where a CPU gains by it
+    attack_view: bool = True                              # run a faster form of the network where one is recognised and checked
     compile: Literal["auto", "on", "off"] = "auto"        # no effect here, where the network is passed in two parts
     graphs: bool = True                                   # no effect here, as compile
     max_batches: int | None = None                        # stop every epoch after this many batches, for a trial run
@@ -88,16 +88,14 @@ RECIPES = {
 }
 
 
-def train_one_epoch(model: nn.Module, f0: nn.Module, rest: nn.Module, optimizer: Optimizer, run: Run, epoch: int, cfg: Config) -> None:
+def train_one_epoch(model: nn.Module, f0: FirstLayer, optimizer: Optimizer, run: Run, epoch: int, cfg: Config) -> None:
     model.train()
     for x, y, index in run.batches(epoch):                                     # [B, C, H, W] in [0, 1], [B], [B]
         ramp = run.ramp(epoch, cfg.epsilon_warmup_epochs)
         x_adv = first_iterate(x, ramp * cfg.epsilon, "uniform", example_keys(index, cfg.seed, epoch))
         optimizer.zero_grad(set_to_none=True)
         for _ in range(cfg.num_passes):
-            features = f0(x_adv) if cfg.layer_one_grad == "both" else f0(x_adv).detach()
-            features.requires_grad_().retain_grad()
-            logits_adv = rest(features)                                        # [B, K]
+            features, logits_adv = f0.with_logits(x_adv, cut=cfg.layer_one_grad == "hamiltonian")  # f0(x_adv), [B, K]
             losses = cross_entropy(logits_adv, y)                              # [B]
             (losses.mean() * run.share).backward()
             p = -features.grad                                                 # as features, a constant from here on
@@ -111,11 +109,11 @@ def main(cfg: Config) -> None:
     attack = partial(pgd_by_index, seed=cfg.seed, epsilon=cfg.epsilon, step_size=cfg.val_step_size, num_steps=cfg.val_num_steps)
     with Run(cfg, data) as run:
         model = run.build(build_model)
-        f0, rest = run.split(model, split_first_layer)
+        f0 = run.first_layer(model)
         optimizer = SGD(model.parameters(), lr=cfg.lr / cfg.num_passes, momentum=cfg.momentum, weight_decay=cfg.weight_decay)
         scheduler = MultiStepLR(optimizer, cfg.lr_drop_after, cfg.lr_drop_factor)
         for epoch in run.epochs(model, optimizer, scheduler):
-            train_one_epoch(model, f0, rest, optimizer, run, epoch, cfg)
+            train_one_epoch(model, f0, optimizer, run, epoch, cfg)
             scheduler.step()
             run.end_epoch(model, partial(held_out_accuracy, attack=attack, loss_fn=cross_entropy))
 

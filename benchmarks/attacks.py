@@ -21,8 +21,7 @@ one on the network as a checkpoint is loaded elsewhere: contiguous, layer by lay
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,7 +39,7 @@ from attacks.frozen import frozen, predict
 from attacks.noise import example_keys
 from attacks.reference import autoattack_reference
 from attacks.spsa import spsa
-from benchmarks.forms import published_model, published_pooling
+from benchmarks.forms import published_model
 from benchmarks.others import RELEASED, SHORT, others, require_released
 from harness.checkpoint import model_from
 from harness.config import run_script
@@ -49,7 +48,7 @@ from harness.device import choose_device, command_line, environment
 from harness.errors import UserError
 from harness.evaluation.report import Protocol, open_subject, output_path
 from harness.folder import write_text
-from harness.training.precision import to_device
+from harness.training.precision import TrainingPrecision, to_device
 from losses.margin import cw_loss
 from models import build_model
 
@@ -107,14 +106,9 @@ def reference(known: dict[str, Callable], name: str, seed: int, batch_size: int,
     return autoattack_reference(model, x, y, seed=seed, batch_size=batch_size, **members, **task)
 
 
-@contextmanager
-def network_of(side: str, model: nn.Module) -> Iterator[nn.Module]:
+def network_of(side: str, model: nn.Module) -> nn.Module:
     """The network as a side sees it."""
-    if side != "published":
-        yield model
-        return
-    with published_pooling():
-        yield published_model(model)
+    return published_model(model) if side == "published" else model
 
 
 def measure(attack: Callable, model: nn.Module, x: Tensor, y: Tensor, correct: Tensor, **task: object) -> tuple[dict, Tensor]:
@@ -136,8 +130,7 @@ def compare(model: nn.Module, x: Tensor, y: Tensor, seed: int, cfg: Config, epsi
         row = {"attack": name, "seed": seed}
         for side in cfg.sides:
             attack = partial(ours if side == "ours" else theirs, name, seed, cfg.batch_size)
-            with network_of(side, model) as network:
-                row[side], robust = measure(attack, network, x, y, correct, **task)
+            row[side], robust = measure(attack, network_of(side, model), x, y, correct, **task)
             if len(cfg.sides) > 1:
                 show(row, side)  # the next one may take an hour
             if name == "autoattack":
@@ -177,7 +170,7 @@ def main(cfg: Config) -> None:
         subject = open_subject(path.stem, path, cfg, PROTOCOL)
         data = subject.data
         model = model_from(subject.contents, path, cfg.arch, data.num_classes, data.image_shape[0], build=build_model, report=print)
-        model = to_device(model, device)
+        model = TrainingPrecision(to_device(model, device), torch.float32).eval()
         test = first_examples(data.test, cfg.num_examples).to(device)
         x, y = to_unit(test.images), test.labels
         print(f"{path}: {len(x):,} test images of {data.name}, {cfg.norm} {subject.epsilon:g}", flush=True)

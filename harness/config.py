@@ -253,6 +253,8 @@ def _resumed(cls: type, folder: Path):
     script = Path(inspect.getsourcefile(cls)).stem
     if saved.get("script") != script:
         raise UserError(f"--resume {folder}: that run belongs to {saved.get('script')}.py, not to {script}.py")
+    if "fuse" in saved:
+        saved.setdefault("attack_view", saved["fuse"])  # its name before it was one for any network
     fields = [field for field in dataclasses.fields(cls) if field.name in saved]
     if newer := [field for field in dataclasses.fields(cls) if field not in fields]:
         print(f"note: {path} lacks {', '.join(f'{field.name}, here {field.default}' for field in newer)}", file=sys.stderr)

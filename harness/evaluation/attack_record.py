@@ -24,6 +24,7 @@ from harness.datasets.batches import Split, to_unit
 from harness.errors import UserError
 from harness.evaluation.predictions import Record, observe
 from harness.folder import write_text
+from harness.training.attack_view import AttackView
 
 POOL = 8       # batches that an attack is given at once which refills its batch: what it does is written down after so many
 MULTIPLE = 32  # rows: a matrix product takes other kernels for its last few rows, whose rounding differs
@@ -36,16 +37,18 @@ class Steady(nn.Module):
     """A network as attacks see it: an example's logits do not depend on how many others are in its batch.
 
     Batches are padded to a multiple of MULTIPLE rows. An output that has no gradient with respect to the input gets one of zeros, so
-    that an attack on a network that hides its gradient goes on and fails, instead of raising.
+    that an attack on a network that hides its gradient goes on and fails, instead of raising. The network is passed in a faster form
+    where one is recognised and checked (`harness.training.attack_view`).
     """
 
     def __init__(self, network: nn.Module):
         super().__init__()
         self.network = network
+        self.view = AttackView(network)
 
     def forward(self, x: Tensor) -> Tensor:
         spare = -len(x) % MULTIPLE
-        logits = self.network(F.pad(x, (0, 0, 0, 0, 0, 0, 0, spare)) if spare else x)[:len(x)]
+        logits = self.view(F.pad(x, (0, 0, 0, 0, 0, 0, 0, spare)) if spare else x)[:len(x)]
         if x.requires_grad and not logits.requires_grad:
             logits = logits + 0.0 * x.flatten(1).sum(1, keepdim=True)
         return logits

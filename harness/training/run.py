@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from harness import checkpoint, distributed
-from harness.datasets.batches import Dataset, training_batches
+from harness.datasets.batches import Dataset, to_unit, training_batches
 from harness.device import choose_device, choose_dtype, command_line, environment, why_not_compile
 from harness.errors import Collapsed, RunError, UserError
 from harness.evaluation.chance import ClassCounts, collapsed_since
@@ -23,6 +23,7 @@ from harness.evaluation.metrics import Means, WeightStatistics
 from harness.folder import claim_folder, write_csv, write_text
 from harness.reporting import figures as plots
 from harness.training.compilation import Compilation
+from harness.training.first_layer import FirstLayer
 from harness.training.precision import TrainingPrecision, bare, to_device
 from harness.training.rows import Memory
 
@@ -102,12 +103,11 @@ class Run:
             model = build_model(self.cfg.model, self.data.num_classes, channels, mean, std)
         except ValueError as error:
             raise UserError(str(error)) from error
-        for module in model.modules():
-            module.fuse = self.cfg.fuse
         self.architecture = {"name": self.cfg.model, "num_classes": self.data.num_classes, "in_channels": channels,
                              "mean": mean, "std": std}
         self.dtype = choose_dtype(self.cfg.precision, self.device, model)
-        return distributed.parallel(TrainingPrecision(to_device(model, self.device), self.dtype, self._compilation()))
+        model = TrainingPrecision(to_device(model, self.device), self.dtype, self._compilation(), self.cfg.attack_view)
+        return distributed.parallel(model)
 
     def _compilation(self) -> Compilation | None:
         """What the run is to try torch.compile with; None for not at all."""
@@ -122,13 +122,9 @@ class Run:
         return Compilation(self.cfg.compile == "on", self.cfg.graphs and self.device.type == "cuda", self.say,
                            partial(self.say, "torch.compile is tried on the first batch, which takes about a minute"))
 
-    def split(self, model: nn.Module, split_first_layer: Callable[[nn.Module], tuple]) -> tuple[nn.Module, nn.Module]:
-        """(f0, rest) of a model from `build`, rest(f0(x)) = model(x), in the training precision; their gradients wait for `update`."""
-        try:
-            first, rest = split_first_layer(bare(model))
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        return TrainingPrecision(first, self.dtype), TrainingPrecision(rest, self.dtype)
+    def first_layer(self, model: nn.Module) -> FirstLayer:
+        """The first layer f0 of a model from `build`, in the training precision; its gradients wait for `update`."""
+        return FirstLayer(TrainingPrecision(bare(model), self.dtype, None, False), to_unit(self.train.images[:1]))
 
     def remember(self, name: str, count: int, shape: tuple[int, ...] = ()) -> Memory:
         """`count` rows of `shape`, zeros at first, that the checkpoint holds under `name` and the processes share after every epoch."""
@@ -270,8 +266,8 @@ class Run:
             memory.share()
         self.epoch += 1
         if self.rank == 0:
-            measured = validate(bare(model), self.val) if len(self.val) else {}
-            averaged = validate(self.average.module, self.val) if len(self.val) and self.average else {}
+            networks = [bare(model), *([self.average.module] if self.average else [])]
+            measured, averaged = self._validate(networks, validate)
             images = min(len(self.train), self.batches_per_epoch * self.cfg.batch_size)
             row = {"epoch": self.epoch, "lr": self.lr}
             row |= {f"train_{name}": 100 * value if name.startswith("A_") else value for name, value in averages.items()}
@@ -283,6 +279,13 @@ class Run:
             self._save({"best": measured.get("A_rob", float(self.epoch)), "best_ema": averaged.get("A_rob", float(self.epoch))})
             self._report(row)
         self._judge()
+
+    def _validate(self, networks: list[nn.Module], validate: Callable[[nn.Module, object], dict[str, float]]) -> list[dict[str, float]]:
+        """The measures of up to two networks on the held-out images, in float32."""
+        if not len(self.val):
+            return [{}, {}]
+        found = [validate(TrainingPrecision(network, torch.float32, None, self.cfg.attack_view), self.val) for network in networks]
+        return [*found, {}][:2]
 
     def _draw(self) -> None:
         if self.rows and self.rank == 0:
