@@ -21,8 +21,7 @@ one on the network as a checkpoint is loaded elsewhere: contiguous, layer by lay
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,7 +39,7 @@ from attacks.frozen import frozen, predict
 from attacks.noise import example_keys
 from attacks.reference import autoattack_reference
 from attacks.spsa import spsa
-from benchmarks.forms import published_model, published_pooling
+from benchmarks.forms import published_model
 from benchmarks.others import RELEASED, SHORT, others, require_released
 from harness.config import run_script
 from harness.datasets.batches import first_examples, to_unit
@@ -49,7 +48,7 @@ from harness.errors import UserError
 from harness.evaluation.report import output_path
 from harness.evaluation.subject import Protocol, open_subject, radius_of
 from harness.folder import write_text
-from harness.training.precision import to_device
+from harness.training.precision import TrainingPrecision, to_device
 from losses.margin import cw_loss
 from models import build_model
 
@@ -106,14 +105,9 @@ def reference(known: dict[str, Callable], name: str, seed: int, batch_size: int,
     return autoattack_reference(model, x, y, seed=seed, batch_size=batch_size, **members, **task)
 
 
-@contextmanager
-def network_of(side: str, model: nn.Module) -> Iterator[nn.Module]:
+def network_of(side: str, model: nn.Module) -> nn.Module:
     """The network as a side sees it."""
-    if side != "published":
-        yield model
-        return
-    with published_pooling():
-        yield published_model(model)
+    return published_model(model) if side == "published" else model
 
 
 def measure(attack: Callable, model: nn.Module, x: Tensor, y: Tensor, correct: Tensor, **task: object) -> tuple[dict, Tensor]:
@@ -135,8 +129,7 @@ def compare(model: nn.Module, x: Tensor, y: Tensor, seed: int, cfg: Config, epsi
         row = {"attack": name, "seed": seed}
         for side in cfg.sides:
             attack = partial(ours if side == "ours" else theirs, name, seed, cfg.batch_size)
-            with network_of(side, model) as network:
-                row[side], robust = measure(attack, network, x, y, correct, **task)
+            row[side], robust = measure(attack, network_of(side, model), x, y, correct, **task)
             if len(cfg.sides) > 1:
                 show(row, side)  # the next one may take an hour
             if name == "autoattack":
@@ -176,7 +169,7 @@ def main(cfg: Config) -> None:
         subject = open_subject(path.stem, path, build_model, arch=cfg.arch, dataset=cfg.dataset, data_dir=cfg.data_dir,
                                default=PROTOCOL.dataset)
         epsilon = radius_of(subject, PROTOCOL, cfg.epsilon)
-        model = to_device(subject.model, device)
+        model = TrainingPrecision(to_device(subject.model, device), torch.float32).eval()
         test = first_examples(subject.split, cfg.num_examples).to(device)
         x, y = to_unit(test.images), test.labels
         print(f"{path}: {len(x):,} test images of {subject.dataset}, {cfg.norm} {epsilon:g}", flush=True)
