@@ -11,8 +11,9 @@ from losses.margin import logit_margin, misclassified
 LAST_STEP = 0.01            # the last step's size over the first's
 FIRST_DISTANCE = {"l2": 0.1, "l1": 0.5}  # how far the first step goes at most
 MULTIPLIER = (1e-6, 1e12)   # range of the multiplier mu
-# every so many steps rho grows where the constraint has not come closer
-CHECK_EVERY, SHRINKS, GROWTH = 10, 0.95, 1.2
+CHECK_EVERY = 10            # steps between two looks at whether the constraint has come closer
+SHRINKS = 0.95              # closer: its value falls below this share
+GROWTH = 1.2                # of rho where it has not
 
 
 def alma(model: nn.Module, x: Tensor, y: Tensor, *, norm: str = "l2", num_steps: int = 500,
@@ -84,8 +85,9 @@ def alma(model: nn.Module, x: Tensor, y: Tensor, *, norm: str = "l2", num_steps:
 
 def _norm_gradient(delta: Tensor, norm: str) -> Tensor:
     """A subgradient of ||delta||_p: 0 at 0.  [B, ...] -> [B, ...]."""
-    return delta.sign() if norm == "l1" else delta / per_example(norm_of(delta, norm).clamp_(min=1e-12),
-                                                                 delta)
+    if norm == "l1":
+        return delta.sign()
+    return delta / per_example(norm_of(delta, norm).clamp_(min=1e-12), delta)
 
 
 def _penalty_slope(constraint: Tensor, rho: Tensor, mu: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ def apgd(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float | Tensor, nor
     check_at_least(0, num_steps=num_steps)
     if isinstance(loss, str) and loss not in LOSSES:
         names = ", ".join(LOSSES)
-        raise ValueError(f"unknown loss {loss!r}: choose one of {names}, or give a function of logits and labels")
+        raise ValueError(f"unknown loss {loss!r}: choose one of {names}, or a function of logits and labels")
     first = _start(x, radius, norm, start, keys)
     with frozen(model) as bare:
         return _attack_standing(bare, x, y, predict(bare, x), radius, norm, num_steps, first,
@@ -60,7 +60,7 @@ def apgd(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float | Tensor, nor
 
 def apgd_targeted(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float | Tensor, norm: str = "linf",
                   num_steps: int = 100, num_targets: int = 9, keys: Tensor | None = None) -> Tensor:
-    """APGD on the targeted DLR loss towards min(num_targets, K - 1) classes in turn, by descending clean logit.
+    """APGD on the targeted DLR loss towards min(num_targets, K - 1) classes, by descending clean logit.
 
     Arguments, errors and result as in `apgd`; an example that one target fools is not attacked again, and one
     that none fools comes back as the last target's best point. Each target has a random start of its own. For
@@ -175,7 +175,7 @@ def _step(model, walk: _Walk, norm: str, momentum: float, loss_fn) -> None:
 
 
 def _check(walk: _Walk, num_steps: int) -> None:
-    """Halve the step size of examples without progress and return them to their best point (conditions 1, 2)."""
+    """Halve the step size of examples without progress and go back to their best point."""
     stuck = (walk.rises < RISE_SHARE * num_steps) | (~walk.halved & (walk.best_loss <= walk.checked_loss))
     walk.step_size = (walk.step_size / 2.0).where(per_example(stuck, walk.x), walk.step_size)
     walk.x_adv = choose(stuck, walk.x_best, walk.x_adv)
@@ -187,7 +187,7 @@ def _check(walk: _Walk, num_steps: int) -> None:
 
 
 def _evaluate(model, x_adv: Tensor, y: Tensor, target: Tensor, loss_fn) -> tuple[Tensor, Tensor]:
-    """The loss [B] and its gradient; the loss is inf where x_adv is misclassified, so that it stays the best."""
+    """The loss [B], inf where x_adv is misclassified, so that it stays the best; and its gradient."""
     with torch.enable_grad():
         point = x_adv.detach().requires_grad_()
         logits = model(point)

@@ -24,8 +24,9 @@ Member = tuple[str, Callable[..., Tensor]]  # name, attack(model, x, y, *, epsil
 STANDARD: tuple[Member, ...] = (("apgd-ce", apgd), ("apgd-t", apgd_targeted), ("fab-t", fab_targeted),
                                 ("square", square))
 NORMS = ("linf", "l2")  # those of every member
-# in place of the member that broke an example: none did; it is wrong without a perturbation
-STANDING, MISCLASSIFIED = -1, -2
+# In place of the member that broke an example:
+STANDING = -1       # none did
+MISCLASSIFIED = -2  # it is misclassified without a perturbation
 
 
 def autoattack(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float | Tensor, norm: str = "linf",
@@ -67,7 +68,7 @@ def run_ensemble(model: nn.Module, x: Tensor, y: Tensor, members: Sequence[Membe
 
 def confirmed(model: nn.Module, x_adv: Tensor, x: Tensor, y: Tensor, *, epsilon: float | Tensor,
               norm: str = "linf") -> Tensor:
-    """Whether a plain float32 pass misclassifies each x_adv, and it lies in its ball and in [0, 1].  -> [B] bool."""
+    """Whether a float32 pass misclassifies each x_adv, and it lies in its ball and in [0, 1]: [B] bool."""
     with torch.autocast(x.device.type, enabled=False):
         logits = predict(model, x_adv)
     return misclassified(logits, y) & inside(x_adv, x, radii(epsilon, x), norm)

@@ -1,4 +1,4 @@
-"""The attacks of a report by name, with the settings of the papers' tables, and the ensembles made of them."""
+"""The attacks of a report by name, with the settings of the papers' tables, and the ensembles."""
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -42,7 +42,7 @@ class Attack:
 
 
 def members_of(columns: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-    """Column -> its attacks, for columns, ensembles and sets by name.  Raises ValueError for an unknown name."""
+    """Column -> its attacks, from columns, ensembles and sets.  Raises ValueError for an unknown name."""
     names = dict.fromkeys(name for column in columns for name in SETS.get(column, (column,)))
     known = {**dict.fromkeys(_attacks(0.0, "linf", cross_entropy, None)), **ENSEMBLES}
     if unknown := [name for name in names if name not in known]:
@@ -72,7 +72,7 @@ def strong_attacks(columns: dict[str, tuple[str, ...]], *, epsilon: float, norm:
 
 def weighted_attacks(attack: Callable, cross_entropy: Callable, weighted: Callable, alphas: tuple[float, ...],
                      num_restarts: int) -> dict[str, Attack]:
-    """A_rob and A_tr_ALPHA on every example: attack(model, x, y, index, restart, loss_fn) on each one's objective."""
+    """A_rob and A_tr_ALPHA on every example, by attack(model, x, y, index, restart, loss_fn)."""
     losses = {"A_rob": cross_entropy}
     losses |= {f"A_tr_{alpha:g}": weighted(alpha) for alpha in dict.fromkeys(alphas)}
     return {name: Attack(lambda *args, loss_fn=loss_fn: attack(*args, loss_fn), everyone=True,

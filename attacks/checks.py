@@ -22,7 +22,7 @@ def check_norm(norm: str, norms: tuple[str, ...]) -> None:
 
 
 def check_keys(keys: Tensor | None, x: Tensor) -> Tensor:
-    """The keys [B], those of the positions 0 .. B-1 for None.  Raises ValueError for another number of keys."""
+    """The keys [B], those of the positions 0 .. B-1 for None.  Raises ValueError if there are not B."""
     if keys is None:
         return example_keys(torch.arange(len(x), device=x.device))
     if keys.shape != x.shape[:1]:
@@ -39,7 +39,7 @@ def check_start(start: Tensor, x: Tensor) -> None:
 
 def check_batch(x: Tensor, y: Tensor, norm: str, norms: tuple[str, ...],
                 keys: Tensor | None = None) -> Tensor:
-    """`check_images`, `check_norm` and `check_keys`, whose keys it returns, and that labels are [B] integers."""
+    """`check_images`, `check_norm`, integer labels [B], and `check_keys`, whose keys it returns."""
     check_images(x)
     check_norm(norm, norms)
     if y.shape != x.shape[:1] or y.is_floating_point():

@@ -17,8 +17,8 @@ def ddn(model: nn.Module, x: Tensor, y: Tensor, *, norm: str = "l2", num_steps: 
     """Step along the normalised gradient of the cross-entropy, at an l_2 distance that shrinks or grows.
 
         delta  <- delta + step * g / ||g||_2,    g = grad CE(f(x + delta), y), step from 1 to 0.01 by a cosine
-        radius <- radius * (1 - gamma) where x + delta is adversarial, radius * (1 + gamma) elsewhere  (Alg. 1)
-        delta  <- clip( radius * delta / ||delta||_2 )
+        radius <- radius * (1 - gamma) where x + delta is adversarial, radius * (1 + gamma) elsewhere
+        delta  <- clip( radius * delta / ||delta||_2 )        (Algorithm 1)
 
     x: [B, C, H, W] in [0, 1]; y: [B]; target: [B] classes whose cross-entropy is minimised instead (any
     misclassification counts). num_steps gradients an example and one forward pass more. Returns the closest

@@ -25,7 +25,7 @@ def dlr_loss(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def targeted_dlr_loss(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
-    """-(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2), Eq. 7 there.  logits [B, K], y, target [B] -> [B], in the graph.
+    """-(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2), Eq. 7 there.  [B, K], [B], [B] -> [B], in the graph.
 
     With three classes z_(3) stands for the mean of z_(3) and z_(4); with two the numerator alone is returned.
     """

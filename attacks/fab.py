@@ -24,15 +24,14 @@ ALPHA_MAX = 0.1         # largest pull towards the hyperplane's point nearest to
 OVERSHOOT = 1.05        # eta: how far beyond the hyperplane a step goes
 BACKWARD = 0.9          # beta: what is left of the perturbation after a misclassified iterate
 SEARCH_STEPS = 3        # of the final search on the segment to x
-# share of the way to the crossing that a step of it goes: on the crossing itself, rounding would decide
-SHORT = 0.99
+SHORT = 0.99            # share of the way to the crossing that a step goes: on it, rounding would decide
 COMPACT_EVERY = 5       # steps between two removals of the examples that are done
 
 
 def fab_targeted(model: nn.Module, x: Tensor, y: Tensor, *, norm: str = "linf", num_steps: int = 100,
                  num_targets: int = 9, epsilon: float | Tensor | None = None,
                  keys: Tensor | None = None) -> Tensor:
-    """The closest misclassified point found towards min(num_targets, K - 1) classes, by descending clean logit.
+    """The closest misclassified point found towards min(num_targets, K - 1) classes, those of largest logit.
 
     x: [B, C, H, W] in [0, 1]; y: [B]; norm: "linf", "l2" or "l1". With `epsilon`, a number or one per example
     [B], an example is done with at its first misclassified point within epsilon. `keys` are accepted as by
@@ -47,8 +46,9 @@ def fab_targeted(model: nn.Module, x: Tensor, y: Tensor, *, norm: str = "linf", 
     check_at_least(0, num_steps=num_steps)
     check_at_least(1, num_targets=num_targets)
     x = x.detach()
-    # [B]; -1: never
-    enough = torch.full_like(x[:, 0, 0, 0], -1.0) if epsilon is None else radii(epsilon, x).flatten()
+    enough = torch.full_like(x[:, 0, 0, 0], -1.0)  # [B]; -1: never
+    if epsilon is not None:
+        enough = radii(epsilon, x).flatten()
     with frozen(model) as bare:
         logits = predict(bare, x)
         margin = logit_margin(logits, y)
@@ -85,7 +85,7 @@ def project_box(x: Tensor, w: Tensor, c: Tensor, norm: str) -> Tensor:
 
 
 def _fill_evenly(room: Tensor, rate: Tensor, amount: Tensor, norm: str) -> Tensor:
-    """min(room, lambda * g), g = 1 ("linf") or rate ("l2"), such that sum(rate * min(room, lambda * g)) = amount.
+    """min(room, lambda * g), g = 1 ("linf") or rate ("l2"), where sum(rate * min(room, lambda * g)) = amount.
 
     The sum is concave and piecewise linear in lambda, so Newton's method from 0 approaches the root from
     below, and is there as soon as no further coordinate fills its room. An amount beyond reach leads to
@@ -96,8 +96,7 @@ def _fill_evenly(room: Tensor, rate: Tensor, amount: Tensor, norm: str) -> Tenso
     gain, scale = rate * room, slope.sum(1)
     level = torch.zeros_like(amount)
     count = torch.full_like(amount, -1.0)
-    # 0 or 1: what arithmetic on a bool would cast to anew each time
-    full = torch.empty_like(knee)
+    full = torch.empty_like(knee)  # 0 or 1: arithmetic on a bool would cast it anew each time
     open_ = torch.empty_like(knee)
     while True:
         filled = torch.le(knee, level[:, None], out=full).sum(1)
@@ -139,7 +138,7 @@ class _Walk:
 
 def _walk_to(model, x: Tensor, y: Tensor, target: Tensor, enough: Tensor, norm: str,
              num_steps: int) -> tuple[Tensor, Tensor]:
-    """The nearest misclassified point on the walk towards one class and its distance [B]; x and inf for none."""
+    """The nearest misclassified point on a walk towards one class and its distance [B]; x, inf for none."""
     walk = _Walk(torch.arange(len(x), device=x.device), x, y, target, enough, x, x,
                  torch.full_like(enough, torch.inf))
     found, distance = x.clone(), walk.distance.clone()

@@ -26,7 +26,7 @@ def per_example(values: Tensor, x: Tensor) -> Tensor:
 
 
 def radii(epsilon: float | Tensor, x: Tensor) -> Tensor:
-    """One radius per example, [B, 1, 1, 1], from a number or [B]; ValueError unless all are finite and >= 0."""
+    """One radius per example, [B, 1, 1, 1], from a number or [B]; ValueError unless finite and >= 0."""
     radius = torch.as_tensor(check_size("epsilon", epsilon, x), dtype=x.dtype, device=x.device)
     return radius.expand(len(x), *[1] * (x.ndim - 1))
 
@@ -61,7 +61,7 @@ def dual_norm_of(gradient: Tensor, norm: str) -> Tensor:
 
 
 def steepest(gradient: Tensor, norm: str) -> Tensor:
-    """Steepest ascent of unit norm: the sign for "linf", gradient / ||gradient||_2 for "l2"; 0 for a zero gradient."""
+    """Steepest ascent: sign(gradient) in "linf", gradient / ||gradient||_2 in "l2"; 0 for a zero gradient."""
     if norm == "linf":
         return gradient.sign()
     largest = per_example(norm_of(gradient, "linf"), gradient)
@@ -85,7 +85,7 @@ def projection(x: Tensor, radius: float | Tensor, norm: str) -> Callable[[Tensor
 
 
 def project_ball(delta: Tensor, radius: float | Tensor, norm: str) -> Tensor:
-    """The point of the ball of `radius` around 0 that is nearest to delta in l_2; in l_1 radius is [B, 1, 1, 1]."""
+    """The point nearest to delta, in l_2, of the ball around 0; in l_1 radius is a tensor [B, 1, 1, 1]."""
     if norm == "linf":
         return torch.clamp(delta, -radius, radius)
     if norm == "l2":
@@ -99,7 +99,7 @@ def shrink(delta: Tensor, threshold: Tensor) -> Tensor:
 
 
 def _l1_threshold(magnitude: Tensor, radius: Tensor) -> Tensor:
-    """theta >= 0 [B], sum_i max(magnitude_i - theta, 0) = radius, 0 inside the ball (Duchi et al., ICML 2008)."""
+    """theta [B], sum_i max(magnitude_i - theta, 0) = radius, 0 inside the ball (Duchi et al., ICML 2008)."""
     ranked = magnitude.sort(dim=1, descending=True).values  # [B, D]
     count = torch.arange(1, ranked.shape[1] + 1, device=ranked.device, dtype=ranked.dtype)
     theta = (ranked.cumsum(dim=1) - radius[:, None]) / count  # [B, D]

@@ -22,5 +22,5 @@ def iaat_epsilon(epsilon: Tensor, correct: Tensor, correct_at_epsilon: Tensor, c
 
 
 def iaat_step_size(epsilon: Tensor, num_steps: int, smallest: float) -> Tensor:
-    """The step for every radius, max(2 * epsilon / num_steps, smallest): [B] -> [B], in the units of epsilon."""
+    """The step for every radius, max(2 * epsilon / num_steps, smallest): [B] -> [B], in units of epsilon."""
     return (epsilon / (0.5 * num_steps)).clamp_min(smallest)

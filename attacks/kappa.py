@@ -13,7 +13,7 @@ KAPPAS = ("count", "first")
 def pgd_kappa(model: nn.Module, x: Tensor, y: Tensor, target: object | None = None, *, kappa: str = "count",
               loss_fn: Callable[[Tensor, object], Tensor] = cross_entropy,
               **options: object) -> tuple[Tensor, Tensor]:
-    """The result of `pgd`, with its arguments (`target` is y by default), and kappa [B] int64 in 0..num_steps.
+    """`pgd`, with its arguments (`target` is y by default), and kappa [B] int64 in 0..num_steps.
 
     kappa  "count": at how many of the iterates x_0 .. x_{K-1}, each before its step, the prediction is y: the
            released code's kappa, in which an example that is lost and regained keeps counting; "first": the

@@ -87,7 +87,7 @@ class _Hunt:
 
 def _descend(bare: nn.Module, hunt: _Hunt, target: Tensor | None, run: int, epsilon: float, norm: str,
              num_steps: int, change_step: int, keys: Tensor) -> None:
-    """One run over both stages for the examples that stand; `target` [B] in place of the largest other logit."""
+    """One run over both stages for the examples that stand, on the logit of `target` [B] if it is given."""
     rows = hunt.standing.nonzero().squeeze(1)
     x_adv = first_iterate(hunt.x, epsilon, "clipped", keys, norm)[rows]
     for step in range(num_steps + 1):
@@ -121,7 +121,7 @@ def _objective(logits: Tensor, y: Tensor, target: Tensor | None, run: int, step:
 
 
 def step_length(step: int, epsilon: float, num_steps: int, change_step: int) -> float:
-    """epsilon * (1 + cos(pi * k / (num_steps - change_step))), k = step - 1 up to the change, then from it."""
+    """epsilon * (1 + cos(pi * k / (num_steps - change_step))), k as at the top of this file."""
     k = step - 1 if step <= change_step else step - change_step - 1
     return epsilon * (1 + math.cos(math.pi * k / (num_steps - change_step)))
 

@@ -14,14 +14,14 @@ from losses.margin import logit_margin, misclassified
 
 
 def check_arguments(x: Tensor, y: Tensor, norm: str, num_steps: int, norms: tuple[str, ...] = NORMS) -> None:
-    """Raise ValueError for images outside [0, 1], labels that do not fit, an unknown norm and num_steps < 0."""
+    """Raise ValueError for images outside [0, 1], other labels, an unknown norm and num_steps < 0."""
     check_batch(x, y, norm, norms)
     check_at_least(0, num_steps=num_steps)
 
 
 def descend(bare: nn.Module, x_adv: Tensor, y: Tensor,
             target: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """At `x_adv`, without a graph: the margin [B], to `target` [B] if given, whether misclassified, its gradient."""
+    """The margin at `x_adv` (to `target` if given), whether it is misclassified, the margin's gradient."""
     x_adv = x_adv.detach().requires_grad_()
     logits = bare(x_adv)
     margin = logit_margin(logits, y, target)
@@ -37,7 +37,7 @@ class Closest:
         self.distance = torch.full(x.shape[:1], torch.inf, device=x.device, dtype=x.dtype)
 
     def offer(self, x_adv: Tensor, wrong: Tensor) -> Tensor:
-        """Keep those of `x_adv` [B, ...] that are `wrong` [B] and closer than before; returns which these are [B]."""
+        """Keep those of `x_adv` [B, ...] that are `wrong` [B] and closer than before; returns which, [B]."""
         distance = norm_of(x_adv - self.x, self.norm)
         better = wrong & (distance < self.distance)
         self.distance = torch.where(better, distance, self.distance)

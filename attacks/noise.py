@@ -12,7 +12,7 @@ _MIX2 = 0x94D049BB133111EB - 2**64
 
 
 def example_keys(index: Tensor, *stream: int) -> Tensor:
-    """One int64 key per example, [B], from its index in the data set and a stream, such as (seed, restart)."""
+    """One int64 key per example, [B], from its index in the data set and a stream like (seed, restart)."""
     keys = index.to(torch.int64)
     for number in stream:
         keys = _mix(keys ^ _signed(_GAMMA * (number + 1)))
@@ -20,7 +20,7 @@ def example_keys(index: Tensor, *stream: int) -> Tensor:
 
 
 def keyed_uniform(keys: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Uniform float32 numbers in [0, 1) with 24 random bits, [B, *shape], row i determined by keys[i] alone."""
+    """Uniform float32 numbers in [0, 1) of 24 random bits, [B, *shape], row i determined by keys[i] alone."""
     count = math.prod(shape)
     counter = torch.arange(1, count + 1, device=keys.device) * _GAMMA
     bits = _mix(keys[:, None] + counter)  # [B, count], wraps modulo 2**64

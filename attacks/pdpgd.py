@@ -20,7 +20,7 @@ FIRST_RATIO = {"linf": 1.0, "l2": 1.0, "l1": 10.0}
 def pdpgd(model: nn.Module, x: Tensor, y: Tensor, *, norm: str = "linf", num_steps: int = 500,
           start: Tensor | None = None, target: Tensor | None = None, step_size: float | None = None,
           dual_step: float = 0.1, mode: str | None = "eval") -> Tensor:
-    """Find a saddle of ||delta||_p + ratio * m(x + delta): proximal steps in delta, exponential ones in ratio.
+    """Find a saddle of ||delta||_p + ratio * m(x + delta) by proximal steps in delta.
 
         delta  <- clip( prox_{||.||_p / ratio, H}( delta - step * g / H ) ),    g, H: Adam's moments of grad m
         ratio  <- ratio * exp(+-dual_step), + where x + delta is correct, - where it is misclassified
@@ -72,7 +72,7 @@ def _square(gradient: Tensor, norm: str) -> Tensor:
 
 
 def _prox(point: Tensor, metric: Tensor, weight: Tensor, norm: str) -> Tensor:
-    """argmin_r weight ||r||_p + 1/2 sum_i metric_i (r_i - point_i)^2, [B, ...]; metric > 0: [B, ...]; weight: [B]."""
+    """argmin_r weight ||r||_p + 1/2 sum_i metric_i (r_i - point_i)^2, [B, ...]; metric > 0; weight [B]."""
     if norm == "l1":
         return shrink(point, per_example(weight, point) / metric)
     if norm == "l2":

@@ -20,13 +20,13 @@ STALLED = 1e-4     # an example is left alone after a step that gains less than 
 
 def polish(model: nn.Module, x: Tensor, y: Tensor, x_adv: Tensor, *, norm: str, num_steps: int = 20,
            mode: str | None = "eval") -> Tensor:
-    """Move each misclassified `x_adv`, of class t, towards the nearest point where z_y - z_t, linearised, is <= 0.
+    """Move each misclassified `x_adv`, of class t, towards the nearest point of linearised z_y - z_t <= 0.
 
         delta = argmin { ||delta||_p : m(x_adv) + grad m . (x + delta - x_adv) <= 0, x + delta in [0, 1] }
 
-    by `nearest_loss`, and then x_adv <- x_adv + s (x + delta - x_adv) with the first s = 1, 1/2, 1/4, ... that is misclassified.
-    Between two points of a ball everything is inside it, so the distance never grows. For a network of ReLUs
-    m is linear as long as no unit switches.
+    by `nearest_loss`, and then x_adv <- x_adv + s (x + delta - x_adv) with the first s = 1, 1/2, 1/4, ...
+    that is misclassified. Between two points of a ball everything is inside it, so the distance never grows.
+    For a network of ReLUs m is linear as long as no unit switches.
 
     x, x_adv: [B, C, H, W] in [0, 1]; y: [B]. At most num_steps gradients and 6 num_steps forward passes;
     examples that gain nothing more drop out. Returns the adversaries, those not misclassified as they were

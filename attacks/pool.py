@@ -39,16 +39,16 @@ class Budget:
 
 
 BUDGETS = {
-    "fast": Budget(num_steps=100, target_steps=0, num_targets=0, num_rounds=6, round_steps=20, polish_steps=20,
-                   fab_steps=20, fab_targets=3),
+    "fast": Budget(num_steps=100, target_steps=0, num_targets=0, num_rounds=6, round_steps=20,
+                   polish_steps=20, fab_steps=20, fab_targets=3),
     "standard": Budget(num_steps=200, target_steps=100, num_targets=4, num_rounds=8, round_steps=40,
                        polish_steps=40, fab_steps=50, fab_targets=9),
     "strong": Budget(num_steps=1000, target_steps=300, num_targets=9, num_rounds=10, round_steps=100,
                      polish_steps=100, fab_steps=100, fab_targets=9, thorough=True),
 }
 
-# The attacks of each norm, which begin at the closest adversary there is, those of the thorough budget, and the one
-# aimed at classes. l_2 comes first: what is found there is a good start in the other norms.
+# The attacks of each norm, which begin at the closest adversary there is, those of the thorough budget, and
+# the one aimed at classes. l_2 comes first: what is found there is a good start in the other norms.
 PLAN = {"l2": (alma,), "linf": (pdpgd,), "l1": (pdpgd, alma)}
 THOROUGH = {"l2": (pdpgd, fmn), "linf": (fmn,), "l1": (fmn,)}
 TARGETED = {"l2": alma, "linf": pdpgd, "l1": pdpgd}
@@ -185,7 +185,7 @@ class _Pool:
                     num_targets=targets)
 
     def attack_targets(self, name: str, attack: Callable, starts: Tensor | None, **options: object) -> Tensor:
-        """Run one attack on every example and each of its targets, offer what it finds, and return that: [B * T, ...]."""
+        """Run one attack on every example and target, offer what it finds, and return that: [B * T, ...]."""
         started, count = time.monotonic(), self.targets.shape[1]
         x = self.x.repeat_interleave(count, dim=0)
         y = self.y.repeat_interleave(count)

@@ -90,7 +90,7 @@ class _Search:
             setattr(self, field.name, getattr(self, field.name)[rows])
 
     def accept(self, point: Tensor, logits: Tensor, always: bool = False) -> None:
-        """Go on from `point` where its margin is lower; everywhere if always: the first one is a corner of the ball."""
+        """Go on from `point` where its margin is lower, or always, as from the first one, a corner."""
         margin = logit_margin(logits, self.y)
         fooled = misclassified(logits, self.y)
         better = ((margin < self.margin) | fooled) & ~self.fooled | always
@@ -111,8 +111,8 @@ def _propose_linf(search: _Search, draws: Tensor, share: float) -> Tensor:
     side = min(max(round(math.sqrt(share * height * width)), 1), height, width)
     top, left = _corner(draws[:, :2], side, height, width)
     pixels = _pixels(top, left, side, width)[:, None].expand(-1, channels, -1)
-    # [B, C, side * side]
-    x, x_adv = (images.flatten(2).gather(2, pixels) for images in (search.x, search.x_adv))
+    x = search.x.flatten(2).gather(2, pixels)  # [B, C, side * side]
+    x_adv = search.x_adv.flatten(2).gather(2, pixels)
     step = search.radius.flatten(2) * _signs(draws[:, 5:5 + channels]).to(x.dtype)[:, :, None]
     point = (x + step).clamp_(0.0, 1.0)
     still = (point == x_adv).flatten(1).all(1)
@@ -121,7 +121,7 @@ def _propose_linf(search: _Search, draws: Tensor, share: float) -> Tensor:
 
 
 def _tiles(x: Tensor, radius: Tensor, keys: Tensor) -> Tensor:
-    """The first l_2 point: a grid of `_pattern` tiles, each with a random sign a channel; its norm is epsilon."""
+    """The first l_2 point: a grid of `_pattern` tiles with a random sign each and channel, norm epsilon."""
     channels, height, width = x.shape[1:]
     side = max(min(height, width) // L2_TILES, 1)
     rows, columns = -(-height // side), -(-width // side)
@@ -170,7 +170,7 @@ def _pixels(top: Tensor, left: Tensor, side: int, width: int) -> Tensor:
 
 
 def _offsets(place: Tensor, side: int, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Row [B, H, 1] and column [B, 1, W] of every pixel from the corner of a square of `side` at a place [B, 2]."""
+    """Row [B, H, 1] and column [B, 1, W] of every pixel from the corner of a square at a place [B, 2]."""
     top, left = _corner(place, side, height, width)
     row, column = (torch.arange(n, device=place.device) for n in (height, width))
     return (row - top[:, None])[:, :, None], (column - left[:, None])[:, None, :]
@@ -183,7 +183,7 @@ def _window(place: Tensor, side: int, height: int, width: int) -> Tensor:
 
 
 def _placed_pattern(place: Tensor, turned: Tensor, side: int, x: Tensor) -> Tensor:
-    """The pattern of unit norm at a place [B, 2], turned where `turned` [B], continued outside.  [B, 1, H, W]"""
+    """The pattern of unit norm at a place [B, 2], on its side where turned [B].  [B, 1, H, W]"""
     row, column = (offset.clamp(0, side - 1) for offset in _offsets(place, side, *x.shape[2:]))
     pattern = _pattern(side, x)
     return torch.where(turned[:, None, None], pattern[column, row], pattern[row, column])[:, None]

@@ -16,7 +16,7 @@ def pgd_until_broken(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float, 
                      num_steps: int, loss_fn: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
                      start: str = "uniform", norm: str = "linf", keys: Tensor | None = None,
                      batch_size: int | None = None) -> Tensor:
-    """Each image's first misclassified iterate of `attacks.pgd.pgd`, its last one where none is misclassified.
+    """Each image's first misclassified iterate of `attacks.pgd.pgd`, its last one where there is none.
 
     x: [N, C, H, W] in [0, 1]; y: [N]; epsilon, step_size, num_steps >= 1, loss_fn(logits, y) -> [B], start
     (by name), norm and keys as in `pgd`. The random start x_0 does not count: it may lie outside [0, 1].

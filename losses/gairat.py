@@ -21,9 +21,9 @@ def gairat_weights(kappa: Tensor, num_steps: int, lam: float, *, function: str =
     normalization  "batch" rescales to mean 1, as the released code does (without it the step falls with the
                    weights); "none".
 
-    Computed from log w, with (1 + tanh(t)) / 2 as sigmoid(2 t), the same function without its cancellation: in
-    float32 that costs 8e-4 of a small weight at lam = -1, and gives 0 / 0 at lam = -5 for a batch that no step
-    moves. (h - kappa) / h is the paper's 1 - 2 kappa / K for even K.
+    Computed from log w, with (1 + tanh(t)) / 2 as sigmoid(2 t), the same function without its cancellation,
+    which in float32 costs 8e-4 of a small weight at lam = -1, and gives 0 / 0 at lam = -5 for a batch that no
+    step moves. (h - kappa) / h is the paper's 1 - 2 kappa / K for even K.
     """
     dtype = torch.promote_types(kappa.dtype, torch.float32) if kappa.is_floating_point() else torch.float32
     kappa = kappa.detach().to(dtype)

@@ -7,8 +7,8 @@ from torch import Tensor
 from losses import at_least_float32
 from losses.margin import largest_other
 
-# Constants of the released code. MISS keeps the loss finite where another class has probability 1, FLOOR caps the
-# divergence of an example near 27.6, ABOVE_ONE keeps the factor of the divergence above 0.
+# Constants of the released code. MISS keeps the loss finite where another class has probability 1, FLOOR caps
+# the divergence of an example near 27.6, ABOVE_ONE keeps the factor of the divergence above 0.
 MISS, FLOOR, ABOVE_ONE = 1.0001, 1e-12, 1.0000001
 
 

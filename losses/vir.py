@@ -18,8 +18,8 @@ def vir_weights(logits: Tensor, logits_adv: Tensor, y: Tensor, alpha: float, bet
 
     logits, logits_adv: [B, K], y: [B]. Returns [B] in [beta, inf), float32 or wider, a constant: the paper
     says so of S_d only, but a differentiable S_v would reward a higher p_y through the weight.
-    terms          "both", or the ablations of Tables 6 and 7: "sv" for w = S_v alone, "sd" for w = S_d alone (no
-                   beta in either).
+    terms          "both", or the ablations of Tables 6 and 7: "sv" for w = S_v alone, "sd" for w = S_d alone,
+                   no beta in either.
     normalization  "none" as the paper writes it: a typical weight is about beta, so after the burn-in VIR-AT
                    takes far smaller steps; "batch" rescales to mean 1.
     """

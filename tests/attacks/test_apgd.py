@@ -6,7 +6,7 @@ import torch
 
 from attacks.apgd import apgd, apgd_targeted, checkpoints
 from attacks.dlr import dlr_loss, targeted_dlr_loss
-from attacks.geometry import inside, norm_of, projection, radii, random_point, steepest
+from attacks.geometry import inside, norm_of, projection, radii, random_point, steepest, unit_noise
 from attacks.noise import example_keys
 from losses.margin import ranked_targets
 from tests.attack_models import (
@@ -73,6 +73,23 @@ def test_projection_direction_and_random_points(norm):
     outside = far.clone()
     outside[0, 0, 0, 0] = float("nan")
     assert not inside(outside, x, radius, norm)[0] and not inside(x + 1.5, x, radius + 9, norm).any()
+
+
+def test_steepest_ascent_in_l2_of_gradients_whose_squares_underflow():
+    gradient = torch.full((2, 1, 2, 2), 1e-30)
+    gradient[1] = 0.0
+    assert torch.equal(steepest(gradient, "l2"), torch.tensor([0.5, 0.0]).view(2, 1, 1, 1).expand(2, 1, 2, 2))
+
+
+@every_norm
+@pytest.mark.parametrize("keyed", (True, False))
+def test_noise_in_the_unit_ball(norm, keyed):
+    torch.manual_seed(0)
+    x = torch.zeros(500, 1, 3, 3, dtype=torch.float64)
+    noise = unit_noise(x, norm, example_keys(torch.arange(500)) if keyed else None)
+    length = norm_of(noise, norm)
+    assert length.max() <= 1 + 1e-6 and noise.dtype == x.dtype and noise.mean().abs() < 0.03
+    assert (length > 1 - 1e-6).all() == (norm == "l2")
 
 
 # Closed forms

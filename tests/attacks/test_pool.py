@@ -93,7 +93,7 @@ def test_a_network_that_cannot_be_fooled_is_censored():
     assert torch.equal(result.x_adv["l2"], x)
 
 
-def test_a_tie_is_no_adversary():
+def test_a_tie_with_a_later_class_is_no_adversary():
     model = linear(2)
     model[1].weight.data.zero_()
     model[1].bias.data.zero_()

@@ -1,5 +1,6 @@
 """Losses and weights against the reference implementations' values, an independent NumPy computation, and their limits."""
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from losses.divergence import kl_divergence
-from losses.margin import cw_loss, margin_weights, probability_margin
+from losses.margin import cw_loss, logit_margin, margin_weights, misclassified, probability_margin, ranked_targets
 from losses.trades import trades_loss
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -288,3 +289,32 @@ def test_half_precision_logits_give_the_float32_loss(loss_fn, half):
     losses = loss_fn(logits, logits_adv, y)
     assert losses.dtype == torch.float32
     torch.testing.assert_close(losses, loss_fn(logits.float(), logits_adv.float(), y), rtol=1e-6, atol=1e-7)
+
+
+# What is misclassified
+
+@pytest.mark.parametrize("logits", (torch.tensor([2.0, 2.0, 1.0]), torch.tensor([1.0, 2.0, 2.0]), torch.zeros(3)))
+def test_misclassified_is_what_the_accuracy_counts_as_wrong_at_ties_too(logits):
+    logits, y = logits.expand(3, 3), torch.arange(3)
+    assert torch.equal(misclassified(logits, y), logits.argmax(dim=1) != y)
+    assert misclassified(logits, y).sum() == 2
+    assert misclassified(logits, y)[logit_margin(logits, y) < 0].all()
+    assert not misclassified(logits, y)[logit_margin(logits, y) > 0].any()
+
+
+@pytest.mark.parametrize("value", (math.nan, math.inf, -math.inf))
+@pytest.mark.parametrize("place", (0, 1, 2))
+def test_logits_that_are_not_finite_are_no_adversary(value, place):
+    logits = torch.tensor([[0.0, 1.0, 2.0]])
+    assert misclassified(logits, torch.tensor([0])).all()
+    logits[0, place] = value
+    assert not misclassified(logits, torch.tensor([0])).any()
+
+
+def test_the_margin_to_a_target_and_the_shared_gradient_of_tied_rivals():
+    logits = torch.tensor([[3.0, 1.0, 1.0, 0.0]], requires_grad=True)
+    y = torch.tensor([0])
+    assert logit_margin(logits, y, torch.tensor([3])).item() == 3.0
+    gradient, = torch.autograd.grad(logit_margin(logits, y).sum(), logits)
+    assert gradient.tolist() == [[1.0, -0.5, -0.5, 0.0]]
+    assert ranked_targets(logits, y, 2).tolist() == [[1, 2]]
