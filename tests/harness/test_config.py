@@ -1,6 +1,7 @@
 """The command line: what it accepts, what it refuses and how, recipes, resumption, help, exit codes."""
 import dataclasses
 import importlib
+import inspect
 import json
 import os
 import re
@@ -276,10 +277,12 @@ def test_help_shows_each_comment_and_default(capsys):
 def test_help_of_every_script_is_the_comments_beside_its_fields(script, capsys):
     module = importlib.import_module(script)
     shown = "".join(help_of(module.Config, capsys, getattr(module, "RECIPES", None)).split())
-    source = (ROOT / f"{script}.py").read_text().split("class Config:\n")[1].split("\n\n")[0]
-    comments = [line.rpartition("  # ")[2].strip() for line in source.splitlines()]
-    assert len(comments) == len(dataclasses.fields(module.Config)) and all(comments)
-    for comment in comments:
+    comments = {}  # of inherited fields too
+    for part in reversed(module.Config.__mro__[:-1]):
+        fields = [line for line in inspect.getsource(part).splitlines() if re.match(r"    \w+: ", line)]
+        comments |= {line.split(":")[0].strip(): line.rpartition("  # ")[2].strip() for line in fields}
+    assert comments.keys() == {field.name for field in dataclasses.fields(module.Config)} and all(comments.values())
+    for comment in comments.values():
         assert comment.replace(" ", "") in shown
 
 
