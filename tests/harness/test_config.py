@@ -1,6 +1,7 @@
 """The command line: what it accepts, what it refuses and how, recipes, resumption, help, exit codes."""
 import dataclasses
 import importlib
+import inspect
 import json
 import os
 import re
@@ -15,7 +16,6 @@ import pytest
 
 from harness.config import LIMITS, parse_config
 from harness.errors import UserError
-from harness.training.options import CompileOptions, RunOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted(path.stem for kind in ("train", "eval") for path in ROOT.glob(f"{kind}_*.py"))
@@ -273,22 +273,24 @@ def test_help_shows_each_comment_and_default(capsys):
         assert text in shown
 
 
-def comments_of(cls, path):
-    """The trailing comments of a class's own fields, as they stand in the file."""
-    body = re.split(rf"^class {cls.__name__}\b.*:\n", path.read_text(), flags=re.MULTILINE)[1].split("\n\n\n")[0]
-    return [line.rpartition("  # ")[2].strip() for line in body.splitlines() if re.match(r"    \w+: ", line)]
+def comments_of(cls):
+    """Field -> trailing comment, of a class's own fields."""
+    fields = [line for line in inspect.getsource(cls).splitlines() if re.match(r"    \w+: ", line)]
+    return {line.split(":")[0].strip(): line.rpartition("  # ")[2].strip() if "  # " in line else "" for line in fields}
 
 
 @every_script
 def test_help_of_every_script_is_the_comments_beside_its_fields(script, capsys):
     module = importlib.import_module(script)
     shown = "".join(help_of(module.Config, capsys, getattr(module, "RECIPES", None)).split())
-    comments = comments_of(module.Config, ROOT / f"{script}.py")
-    options = [part for part in (RunOptions, CompileOptions) if issubclass(module.Config, part)]
-    inherited = [comment for part in options for comment in comments_of(part, ROOT / "harness/training/options.py")]
-    assert len(comments + inherited) == len(dataclasses.fields(module.Config)) and all(comments + inherited)
-    places = [shown.index(f"{comment}(default:".replace(" ", "")) for comment in comments + inherited]
-    assert max(places[:len(comments)]) < min(places[len(comments):], default=len(shown))  # a script's own fields come first
+    comments = {}  # of inherited fields too
+    for part in reversed(module.Config.__mro__[:-1]):
+        comments |= comments_of(part)
+    assert comments.keys() == {field.name for field in dataclasses.fields(module.Config)} and all(comments.values())
+    places = {name: shown.index(f"{comment}(default:".replace(" ", "")) for name, comment in comments.items()}
+    own = comments_of(module.Config).keys()
+    inherited = [place for name, place in places.items() if name not in own]
+    assert max(places[name] for name in own) < min(inherited, default=len(shown))  # a script's own fields come first
 
 
 # Exit codes
