@@ -48,7 +48,7 @@ from curves.models import names_of, open_subject, reopen
 from curves.points import choose, load_split, pick
 from harness.config import run_script
 from harness.datasets.batches import to_unit
-from harness.datasets.sources import Split
+from harness.datasets.split import Split
 from harness.device import choose_device
 from harness.errors import UserError
 from harness.evaluation.attack_record import Steady

@@ -2,43 +2,55 @@
 import torch
 from torch import Tensor, nn
 
-from attacks.ball import norm_of, per_example
+from attacks.checks import check_start
 from attacks.frozen import frozen
-from attacks.minimal import Closest, check_arguments, descend, dual_norm_of, is_wrong, logit_margin
+from attacks.geometry import dual_norm_of, norm_of, per_example
+from attacks.minimal import Closest, check_arguments, descend
+from losses.margin import logit_margin, misclassified
 
 LAST_STEP = 0.01            # the last step's size over the first's
 FIRST_DISTANCE = {"l2": 0.1, "l1": 0.5}  # how far the first step goes at most
 MULTIPLIER = (1e-6, 1e12)   # range of the multiplier mu
-CHECK_EVERY, SHRINKS, GROWTH = 10, 0.95, 1.2  # every so many steps rho grows where the constraint has not come closer
+# every so many steps rho grows where the constraint has not come closer
+CHECK_EVERY, SHRINKS, GROWTH = 10, 0.95, 1.2
 
 
-def alma(model: nn.Module, x: Tensor, y: Tensor, *, norm: str = "l2", num_steps: int = 500, start: Tensor | None = None,
-         target: Tensor | None = None, momentum: float = 0.9, mode: str | None = "eval") -> Tensor:
-    """Descend an augmented Lagrangian of the distance and the constraint, with a penalty multiplier of each example's own.
+def alma(model: nn.Module, x: Tensor, y: Tensor, *, norm: str = "l2", num_steps: int = 500,
+         start: Tensor | None = None, target: Tensor | None = None, momentum: float = 0.9,
+         mode: str | None = "eval") -> Tensor:
+    """Descend an augmented Lagrangian of distance and constraint, with one penalty multiplier per example.
 
-        x_{t+1} = clip( x_t - step * momentum of g / rms(||g||_2) ),    g = grad [ ||x_t - x||_p + P(c(x_t), rho, mu) ]
+        x_{t+1} = clip( x_t - step * momentum of g / rms(||g||_2) )
+        g = grad [ ||x_t - x||_p + P(c(x_t), rho, mu) ]
         c(x') = m(x') / |m(x)|
-        P(c, rho, mu) = mu c + mu rho c^2 + rho^2 c^3 / 6 for c >= 0,   mu c / (1 - rho c) for c < 0              (penalty P2)
-        mu <- 0.9 mu + 0.1 dP/dc,     rho <- 1.2 rho every 10 steps where no adversary was met and c did not fall by 5 %
+        P(c, rho, mu) = mu c + mu rho c^2 + rho^2 c^3 / 6 for c >= 0,   mu c / (1 - rho c) for c < 0   (P2)
+        mu  <- 0.9 mu + 0.1 dP/dc
+        rho <- 1.2 rho every 10 steps where no adversary was met and c did not fall by 5 %
 
-    x: [B, C, H, W] in [0, 1]; y: [B]; m is the margin z_y - max_{k != y} z_k, or z_y - z_target with target [B]; start: the first
-    iterate, x by default (an adversary helps where m is flat around x). The first step goes as far as the boundary would be if m were
-    linear, |m| / ||grad m||_q, and at most to a distance of 0.1 (l2) or 0.5 (l1); the step falls to 1 % of that. num_steps gradients and
-    two forward passes an example.
-    Returns the closest adversary found, x itself where none was, without a graph. Raises ValueError as `check_arguments` does; the
-    norms are l_2 and l_1.
+    x: [B, C, H, W] in [0, 1]; y: [B]; m is the margin z_y - max_{k != y} z_k, or z_y - z_target with target
+    [B]; start: the first iterate, x by default (an adversary helps where m is flat around x). The first step
+    goes to a distance of 0.1 (l2) or 0.5 (l1), from x itself no farther than the boundary would be if m were
+    linear, |m| / ||grad m||_q; the step falls to 1 % of that. num_steps gradients and two forward passes an
+    example. Returns the closest adversary found, x itself where none was, without a graph. Raises ValueError
+    as `check_arguments` does; the norms are l_2 and l_1.
 
-    Differs from the paper: the margin is divided by its value at x instead of by a difference of ranked logits, which needs three
-    classes (both make the attack independent of the scale of the logits); the gradient is scaled by its length, not pixel by pixel.
+    Differs from the paper: the margin is divided by its value at x instead of by a difference of ranked
+    logits, which needs three classes (both make the attack independent of the scale of the logits); the
+    gradient is scaled by its length, not pixel by pixel.
     """
     check_arguments(x, y, norm, num_steps, tuple(FIRST_DISTANCE))
-    if start is not None and start.shape != x.shape:
-        raise ValueError(f"a start of shape {tuple(start.shape)} does not fit images of shape {tuple(x.shape)}")
+    if start is not None:
+        check_start(start, x)
     x = x.detach()
-    closest, x_adv = Closest(x, norm), x if start is None else start.detach()
-    rho, mu = torch.ones_like(closest.distance), torch.ones_like(closest.distance)
-    velocity, square, step_size = torch.zeros_like(x), None, None
-    met, before = torch.zeros_like(y, dtype=torch.bool), torch.full_like(rho, torch.inf)
+    closest = Closest(x, norm)
+    x_adv = x if start is None else start.detach()
+    rho = torch.ones_like(closest.distance)
+    mu = torch.ones_like(closest.distance)
+    velocity = torch.zeros_like(x)
+    square = None
+    step_size = None
+    met = torch.zeros_like(y, dtype=torch.bool)
+    before = torch.full_like(rho, torch.inf)
     with frozen(model, mode) as bare, torch.enable_grad():
         with torch.no_grad():
             scale = logit_margin(bare(x), y, target).abs().clamp_(min=1e-12)
@@ -52,23 +64,28 @@ def alma(model: nn.Module, x: Tensor, y: Tensor, *, norm: str = "l2", num_steps:
             if step and step % CHECK_EVERY == 0:
                 rho = torch.where(~met & (constraint > SHRINKS * before), rho * GROWTH, rho)
                 met, before = torch.zeros_like(met), constraint
-            pull = _norm_gradient(x_adv - x, norm) + gradient * per_example(_penalty_slope(constraint, rho, mu) / scale, x)
+            slope = per_example(_penalty_slope(constraint, rho, mu) / scale, x)
+            pull = _norm_gradient(x_adv - x, norm) + gradient * slope
             length = norm_of(pull, "l2").clamp_(min=1e-12)
             if step_size is None:  # one beyond the boundary may end at another class's, which is farther
-                distance = (margin.abs() / dual_norm_of(gradient, norm).clamp_(min=1e-12)).clamp_(max=FIRST_DISTANCE[norm])
+                boundary = margin.abs() / dual_norm_of(gradient, norm).clamp_(min=1e-12)
+                begun = (x_adv != x).flatten(1).any(1)  # at an adversary, which may lie on the boundary
+                distance = torch.where(begun, FIRST_DISTANCE[norm], boundary.clamp_(max=FIRST_DISTANCE[norm]))
                 step_size = _first_step(x, pull / per_example(length, x), norm, distance)
             decay = 0.9 + 0.09 * step / num_steps
             square = decay * square + (1 - decay) * length.square() if step else length.square()
-            velocity = momentum * velocity + pull * per_example(step_size * LAST_STEP ** (step / num_steps) / square.sqrt(), x)
+            size = step_size * LAST_STEP ** (step / num_steps) / square.sqrt()
+            velocity = momentum * velocity + pull * per_example(size, x)
             x_adv = (x_adv - velocity).clamp_(0, 1)
         with torch.no_grad():
-            closest.offer(x_adv, is_wrong(bare(x_adv), y))
+            closest.offer(x_adv, misclassified(bare(x_adv), y))
     return closest.x_adv
 
 
 def _norm_gradient(delta: Tensor, norm: str) -> Tensor:
     """A subgradient of ||delta||_p: 0 at 0.  [B, ...] -> [B, ...]."""
-    return delta.sign() if norm == "l1" else delta / per_example(norm_of(delta, norm).clamp_(min=1e-12), delta)
+    return delta.sign() if norm == "l1" else delta / per_example(norm_of(delta, norm).clamp_(min=1e-12),
+                                                                 delta)
 
 
 def _penalty_slope(constraint: Tensor, rho: Tensor, mu: Tensor) -> Tensor:
@@ -79,9 +96,11 @@ def _penalty_slope(constraint: Tensor, rho: Tensor, mu: Tensor) -> Tensor:
 
 def _first_step(x: Tensor, direction: Tensor, norm: str, distance: Tensor) -> Tensor:
     """How far along -direction, within the box, the distance [B] is reached: [B, ...] twice -> [B]."""
-    lower, upper = torch.zeros(len(x), device=x.device, dtype=x.dtype), torch.full((len(x),), 10.0, device=x.device, dtype=x.dtype)
+    lower = torch.zeros(len(x), device=x.device, dtype=x.dtype)
+    upper = torch.full((len(x),), 10.0, device=x.device, dtype=x.dtype)
     for _ in range(20):
         middle = (lower + upper) / 2
         far = norm_of((x - direction * per_example(middle, x)).clamp_(0, 1) - x, norm) > distance
-        lower, upper = torch.where(far, lower, middle), torch.where(far, middle, upper)
+        lower = torch.where(far, lower, middle)
+        upper = torch.where(far, middle, upper)
     return upper

@@ -1,8 +1,9 @@
-"""FAB, the fast adaptive boundary attack, in its targeted form (Croce & Hein, "Minimally distorted adversarial examples with a fast
-adaptive boundary attack", ICML 2020, Alg. 1; targeted as in AutoAttack, ICML 2020).
+"""FAB, the fast adaptive boundary attack, in its targeted form (Croce & Hein, "Minimally distorted
+adversarial examples with a fast adaptive boundary attack", ICML 2020, Alg. 1; targeted as in AutoAttack, ICML
+2020).
 
-The boundary towards class t is linearised at x_k: w = grad(z_t - z_y), c = (z_t - z_y)(x_k). With P the projection onto that hyperplane
-within the box [0, 1],
+The boundary towards class t is linearised at x_k: w = grad(z_t - z_y), c = (z_t - z_y)(x_k). With P the
+projection onto that hyperplane within the box [0, 1],
 
     alpha   = min( |P(x_k) - x_k| / (|P(x_k) - x_k| + |P(x) - x|), 0.1 )
     x_{k+1} = clip( (1 - alpha) (x_k + 1.05 (P(x_k) - x_k)) + alpha (x + 1.05 (P(x) - x)) )
@@ -14,71 +15,90 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 
-from attacks.ball import TINY, check_batch, check_steps, choose, norm_of, per_example, radii, ranked_targets
-from attacks.frozen import frozen
+from attacks.checks import check_at_least, check_batch
+from attacks.frozen import frozen, predict
+from attacks.geometry import NORMS, TINY, choose, norm_of, per_example, radii
+from losses.margin import logit_margin, misclassified, ranked_targets
 
 ALPHA_MAX = 0.1         # largest pull towards the hyperplane's point nearest to x
 OVERSHOOT = 1.05        # eta: how far beyond the hyperplane a step goes
 BACKWARD = 0.9          # beta: what is left of the perturbation after a misclassified iterate
 SEARCH_STEPS = 3        # of the final search on the segment to x
-SHORT = 0.99            # share of the way to the crossing that a step of it goes: on the crossing itself, rounding would decide
+# share of the way to the crossing that a step of it goes: on the crossing itself, rounding would decide
+SHORT = 0.99
 COMPACT_EVERY = 5       # steps between two removals of the examples that are done
-NORMS = ("linf", "l2", "l1")
 
 
-def fab_targeted(model: nn.Module, x: Tensor, y: Tensor, *, norm: str = "linf", num_steps: int = 100, num_targets: int = 9,
-                 epsilon: float | Tensor | None = None, keys: Tensor | None = None) -> Tensor:
-    """The closest misclassified point found on the way to each of min(num_targets, K - 1) classes, by descending clean logit.
+def fab_targeted(model: nn.Module, x: Tensor, y: Tensor, *, norm: str = "linf", num_steps: int = 100,
+                 num_targets: int = 9, epsilon: float | Tensor | None = None,
+                 keys: Tensor | None = None) -> Tensor:
+    """The closest misclassified point found towards min(num_targets, K - 1) classes, by descending clean logit.
 
-    x: [B, C, H, W] in [0, 1]; y: [B]; norm: "linf", "l2" or "l1". With `epsilon`, a number or one per example [B], an example is done
-    with at its first misclassified point within epsilon. `keys` are accepted as by every attack of an ensemble; nothing here is random.
+    x: [B, C, H, W] in [0, 1]; y: [B]; norm: "linf", "l2" or "l1". With `epsilon`, a number or one per example
+    [B], an example is done with at its first misclassified point within epsilon. `keys` are accepted as by
+    every attack of an ensemble; nothing here is random.
 
-    Returns x_adv, shaped as x, in [0, 1], without a graph: x itself where x is misclassified, and where nothing was found. A point found
-    farther than epsilon is returned too: it is an upper bound on the distance. The model is in eval mode and as before afterwards.
-    Raises ValueError for images outside [0, 1], a negative epsilon or num_steps, and an unknown norm.
+    Returns x_adv, shaped as x, in [0, 1], without a graph: x itself where x is misclassified, and where
+    nothing was found. A point found farther than epsilon is returned too: it is an upper bound on the
+    distance. The model is in eval mode and as before afterwards. Raises ValueError for images outside [0, 1],
+    a negative epsilon or num_steps, and an unknown norm.
     """
     check_batch(x, y, norm, NORMS, keys)
-    check_steps(num_steps, num_targets)
+    check_at_least(0, num_steps=num_steps)
+    check_at_least(1, num_targets=num_targets)
     x = x.detach()
-    enough = torch.full_like(x[:, 0, 0, 0], -1.0) if epsilon is None else radii(epsilon, x).flatten()  # [B]; -1: never
+    # [B]; -1: never
+    enough = torch.full_like(x[:, 0, 0, 0], -1.0) if epsilon is None else radii(epsilon, x).flatten()
     with frozen(model) as bare:
-        gap, targets = _clean(bare, x, y, num_targets)
-        x_adv, distance = x.clone(), torch.full_like(enough, torch.inf).masked_fill_(gap > 0, 0.0)
+        logits = predict(bare, x)
+        margin = logit_margin(logits, y)
+        standing = ~misclassified(logits, y)
+        targets = ranked_targets(logits, y, num_targets)
+        x_adv = x.clone()
+        distance = torch.zeros_like(enough).masked_fill_(standing, torch.inf)
         for rank in range(targets.shape[1]):
-            rows = ((gap <= 0) & (distance > enough)).nonzero().squeeze(1)
+            rows = (standing & (distance > enough)).nonzero().squeeze(1)
             if not len(rows):
                 break
-            found, reached = _walk_to(bare, x[rows], y[rows], targets[rows, rank], enough[rows], norm, num_steps)
-            found, reached = _search(bare, x[rows], y[rows], found, reached, gap[rows], norm)
-            nearer = rows[reached < distance[rows]]
-            x_adv[nearer], distance[nearer] = found[reached < distance[rows]], reached[reached < distance[rows]]
+            found, reached = _walk_to(bare, x[rows], y[rows], targets[rows, rank], enough[rows], norm,
+                                      num_steps)
+            found, reached = _search(bare, x[rows], y[rows], found, reached, margin[rows], norm)
+            nearer = reached < distance[rows]
+            x_adv[rows[nearer]] = found[nearer]
+            distance[rows[nearer]] = reached[nearer]
         return x_adv
 
 
 def project_box(x: Tensor, w: Tensor, c: Tensor, norm: str) -> Tensor:
     """The nearest point to x in [0, 1] on the hyperplane {x + d: <w, d> + c = 0}, batched.
 
-    x, w: [B, D] with x in [0, 1]; c: [B]; returns [B, D]. Where the hyperplane misses the box: the box's point nearest to it in which every
-    coordinate with w_i != 0 lies on its bound. Towards the hyperplane coordinate i has room m_i and contributes |w_i| per unit; the
-    optimum moves it by min(m_i, lambda) in l_inf and min(m_i, lambda |w_i|) in l_2, and in l_1 fills the rooms by descending |w_i|.
+    x, w: [B, D] with x in [0, 1]; c: [B]; returns [B, D]. Where the hyperplane misses the box: the box's
+    point nearest to it in which every coordinate with w_i != 0 lies on its bound. Towards the hyperplane
+    coordinate i has room m_i and contributes |w_i| per unit; the optimum moves it by min(m_i, lambda) in
+    l_inf and min(m_i, lambda |w_i|) in l_2, and in l_1 fills the rooms by descending |w_i|.
     """
     sign = -torch.sign(c)[:, None] * w.sign()
-    room, rate = (sign.clamp_min(0.0) - x).abs_() * sign.abs(), w.abs()  # the way to 1 or to 0
+    room = (sign.clamp_min(0.0) - x).abs_() * sign.abs()  # the way to 1 or to 0
+    rate = w.abs()
     step = _fill_by_rate(room, rate, c.abs()) if norm == "l1" else _fill_evenly(room, rate, c.abs(), norm)
     return (x + sign * step).clamp_(0.0, 1.0)
 
 
 def _fill_evenly(room: Tensor, rate: Tensor, amount: Tensor, norm: str) -> Tensor:
-    """min(room, lambda * g) with g = 1 ("linf") or rate ("l2") and lambda such that sum(rate * min(room, lambda * g)) = amount.
+    """min(room, lambda * g), g = 1 ("linf") or rate ("l2"), such that sum(rate * min(room, lambda * g)) = amount.
 
-    The sum is concave and piecewise linear in lambda, so Newton's method from 0 approaches the root from below, and is there as soon as
-    no further coordinate fills its room. An amount beyond reach leads to lambda = inf, hence to room.
+    The sum is concave and piecewise linear in lambda, so Newton's method from 0 approaches the root from
+    below, and is there as soon as no further coordinate fills its room. An amount beyond reach leads to
+    lambda = inf, hence to room.
     """
     slope = rate if norm == "linf" else rate.square()
     knee = room if norm == "linf" else room / rate.clamp_min(TINY)
     gain, scale = rate * room, slope.sum(1)
-    level, count = torch.zeros_like(amount), torch.full_like(amount, -1.0)
-    full, open_ = torch.empty_like(knee), torch.empty_like(knee)  # 0 or 1: what arithmetic on a bool would cast to anew each time
+    level = torch.zeros_like(amount)
+    count = torch.full_like(amount, -1.0)
+    # 0 or 1: what arithmetic on a bool would cast to anew each time
+    full = torch.empty_like(knee)
+    open_ = torch.empty_like(knee)
     while True:
         filled = torch.le(knee, level[:, None], out=full).sum(1)
         if bool((filled == count).all()):
@@ -117,18 +137,22 @@ class _Walk:
             setattr(self, field.name, getattr(self, field.name)[rows])
 
 
-def _walk_to(model, x: Tensor, y: Tensor, target: Tensor, enough: Tensor, norm: str, num_steps: int) -> tuple[Tensor, Tensor]:
-    """Walk along the boundary towards one class: the nearest misclassified point and its distance [B], x and infinity for none."""
-    walk = _Walk(torch.arange(len(x), device=x.device), x, y, target, enough, x, x, torch.full_like(enough, torch.inf))
+def _walk_to(model, x: Tensor, y: Tensor, target: Tensor, enough: Tensor, norm: str,
+             num_steps: int) -> tuple[Tensor, Tensor]:
+    """The nearest misclassified point on the walk towards one class and its distance [B]; x and inf for none."""
+    walk = _Walk(torch.arange(len(x), device=x.device), x, y, target, enough, x, x,
+                 torch.full_like(enough, torch.inf))
     found, distance = x.clone(), walk.distance.clone()
     for k in range(num_steps):
         if k % COMPACT_EVERY == 0 and bool((done := walk.distance <= walk.enough).any()):
-            found[walk.row], distance[walk.row] = walk.found, walk.distance
+            found[walk.row] = walk.found
+            distance[walk.row] = walk.distance
             walk.keep(~done)
             if not len(walk.row):
                 return found, distance
         _step(model, walk, norm)
-    found[walk.row], distance[walk.row] = walk.found, walk.distance
+    found[walk.row] = walk.found
+    distance[walk.row] = walk.distance
     return found, distance
 
 
@@ -140,8 +164,9 @@ def _step(model, walk: _Walk, norm: str) -> None:
     d = project_box(x, w, at_x, norm) - x
     length_k, length = norm_of(d_k, norm), norm_of(d, norm)
     alpha = (length_k / (length_k + length).clamp_min(TINY)).clamp_max(ALPHA_MAX)[:, None]
-    point = ((1 - alpha) * (x_k + OVERSHOOT * d_k) + alpha * (x + OVERSHOOT * d)).clamp_(0.0, 1.0).view_as(walk.x)
-    hit = _gap(model, point, walk.y) > 0
+    point = (1 - alpha) * (x_k + OVERSHOOT * d_k) + alpha * (x + OVERSHOOT * d)
+    point = point.clamp_(0.0, 1.0).view_as(walk.x)
+    hit = misclassified(predict(model, point), walk.y)
     reached = norm_of(point - walk.x, norm)
     nearer = hit & (reached < walk.distance) & ~(walk.distance <= walk.enough)
     walk.found = choose(nearer, point, walk.found)
@@ -149,34 +174,26 @@ def _step(model, walk: _Walk, norm: str) -> None:
     walk.x_adv = choose(hit, torch.lerp(walk.x, point, BACKWARD), point)
 
 
-def _search(model, x: Tensor, y: Tensor, found: Tensor, distance: Tensor, gap: Tensor, norm: str) -> tuple[Tensor, Tensor]:
-    """Draw the points found nearer to x: a few steps of the secant method on the gap, just short, along the segment between the two."""
-    near, gap_near, gap_far = x, gap, _gap(model, found, y)
+def _search(model, x: Tensor, y: Tensor, found: Tensor, distance: Tensor, margin: Tensor,
+            norm: str) -> tuple[Tensor, Tensor]:
+    """Draw the points found nearer to x, whose margin is given, along the segment between the two.
+
+    A few steps of the secant method on the margin, each a little short.
+    """
+    near, margin_near = x, margin
+    margin_far = logit_margin(predict(model, found), y)
     for _ in range(SEARCH_STEPS):
-        share = SHORT * (gap_far / (gap_far - gap_near).clamp_min(TINY)).nan_to_num(0.0).clamp_(0.0, 1.0)
+        crossing = -margin_far / (margin_near - margin_far).clamp_min(TINY)
+        share = SHORT * crossing.nan_to_num(0.0).clamp_(0.0, 1.0)
         point = torch.lerp(found, near, per_example(share, x))
-        gap_point = _gap(model, point, y)
-        hit = distance.isfinite() & (gap_point > 0)
-        found, near = choose(hit, point, found), choose(hit, near, point)
-        gap_far, gap_near = gap_point.where(hit, gap_far), gap_near.where(hit, gap_point)
+        logits = predict(model, point)
+        margin_point = logit_margin(logits, y)
+        hit = distance.isfinite() & misclassified(logits, y)
+        found = choose(hit, point, found)
+        near = choose(hit, near, point)
+        margin_far = margin_point.where(hit, margin_far)
+        margin_near = margin_near.where(hit, margin_point)
     return found, norm_of(found - x, norm).where(distance.isfinite(), distance)
-
-
-def _clean(model, x: Tensor, y: Tensor, num_targets: int) -> tuple[Tensor, Tensor]:
-    with torch.no_grad():
-        logits = model(x)
-    return gap_to_rival(logits, y), ranked_targets(logits, y, num_targets)
-
-
-def gap_to_rival(logits: Tensor, y: Tensor) -> Tensor:
-    """max_{k != y} z_k - z_y: positive where misclassified.  logits [B, K], y [B] -> [B]."""
-    others = logits.scatter(1, y[:, None], -torch.inf)
-    return others.amax(1) - logits.gather(1, y[:, None]).squeeze(1)
-
-
-def _gap(model, x_adv: Tensor, y: Tensor) -> Tensor:
-    with torch.no_grad():
-        return gap_to_rival(model(x_adv), y)
 
 
 def _linearise(model, x_adv: Tensor, y: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,6 +201,6 @@ def _linearise(model, x_adv: Tensor, y: Tensor, target: Tensor) -> tuple[Tensor,
     with torch.enable_grad():
         point = x_adv.detach().requires_grad_()
         logits = model(point)
-        difference = (logits.gather(1, target[:, None]) - logits.gather(1, y[:, None])).squeeze(1)
+        difference = -logit_margin(logits, y, target)
         w, = torch.autograd.grad(difference.sum(), point)
     return w.nan_to_num(0.0, 0.0, 0.0), difference.detach()

@@ -1,4 +1,5 @@
-"""The context in which a model is attacked: parameters frozen, mode chosen, everything as before on the way out."""
+"""The context in which a model is attacked: parameters frozen, mode chosen, everything as before on the way
+out."""
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,12 +10,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 @contextmanager
 def frozen(model: nn.Module, mode: str | None = "eval") -> Iterator[nn.Module]:
-    """Yield the bare module with its parameters frozen, so that no pass through it computes a weight gradient.
+    """Yield the bare module with its parameters frozen: no pass through it computes a weight gradient.
 
-    mode "eval" or "train" sets every submodule for the duration, None leaves the modes alone. In train mode BatchNorm takes
-    batch statistics, moves its running statistics at every forward, and dropout is active. The bare module is what
-    DistributedDataParallel wraps: its hooks do not support autograd.grad. The mode of every submodule and the flag of every
-    parameter come back on exit, exceptions included; gradients are not touched.
+    mode "eval" or "train" sets every submodule for the duration, None leaves the modes alone. In train mode
+    BatchNorm takes batch statistics, moves its running statistics at every forward, and dropout is active.
+    The bare module is what DistributedDataParallel wraps: its hooks do not support autograd.grad. The mode of
+    every submodule and the flag of every parameter come back on exit, exceptions included; gradients are not
+    touched.
     """
     if mode not in ("eval", "train", None):
         raise ValueError(f"mode is 'eval', 'train' or None, not {mode!r}")
@@ -35,6 +37,6 @@ def frozen(model: nn.Module, mode: str | None = "eval") -> Iterator[nn.Module]:
 
 
 def predict(model: nn.Module, x: Tensor, mode: str | None = "eval") -> Tensor:
-    """Logits [B, K] of `x` without a graph, in the mode of the attack: the constant a KL attack moves away from."""
+    """Logits [B, K] of `x` without a graph, in the mode of the attack: what a KL attack moves away from."""
     with frozen(model, mode) as bare, torch.no_grad():
         return bare(x)

@@ -1,15 +1,18 @@
-"""Random numbers that belong to an example: the same key gives the same numbers on every device, in any batch or order."""
+"""Random numbers that belong to an example: the same key gives the same numbers on every device, in any batch
+or order."""
 import math
 
 import torch
 from torch import Tensor
 
-# Multipliers and shifts of the SplitMix64 generator (Steele, Lea & Flood, OOPSLA 2014), as signed 64-bit integers.
-_GAMMA, _MIX1, _MIX2 = (value - 2**64 for value in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+# Multipliers of the SplitMix64 generator (Steele, Lea & Flood, OOPSLA 2014), as signed 64-bit integers.
+_GAMMA = 0x9E3779B97F4A7C15 - 2**64
+_MIX1 = 0xBF58476D1CE4E5B9 - 2**64
+_MIX2 = 0x94D049BB133111EB - 2**64
 
 
 def example_keys(index: Tensor, *stream: int) -> Tensor:
-    """One int64 key per example from its index in the data set and a stream, such as (seed, restart).  index: [B] -> [B]."""
+    """One int64 key per example, [B], from its index in the data set and a stream, such as (seed, restart)."""
     keys = index.to(torch.int64)
     for number in stream:
         keys = _mix(keys ^ _signed(_GAMMA * (number + 1)))
@@ -17,7 +20,7 @@ def example_keys(index: Tensor, *stream: int) -> Tensor:
 
 
 def keyed_uniform(keys: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Uniform numbers in [0, 1), float32 with 24 random bits, of shape [B, *shape], row i determined by keys[i] alone."""
+    """Uniform float32 numbers in [0, 1) with 24 random bits, [B, *shape], row i determined by keys[i] alone."""
     count = math.prod(shape)
     counter = torch.arange(1, count + 1, device=keys.device) * _GAMMA
     bits = _mix(keys[:, None] + counter)  # [B, count], wraps modulo 2**64
@@ -25,7 +28,7 @@ def keyed_uniform(keys: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def keyed_normal(keys: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Standard normal numbers, float32, of shape [B, *shape], row i determined by keys[i] alone (Box-Muller)."""
+    """Standard normal float32 numbers, [B, *shape], row i determined by keys[i] alone (Box-Muller)."""
     radius, angle = keyed_uniform(keys, (2, *shape)).unbind(dim=1)
     return (-2.0 * torch.log1p(-radius)).sqrt_() * torch.cos(2.0 * math.pi * angle)
 

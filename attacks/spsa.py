@@ -1,75 +1,91 @@
-"""SPSA: gradient-free optimisation by random finite differences (Uesato et al., "Adversarial Risk and the Dangers of Evaluating Against
-Weak Attacks", ICML 2018).
+"""SPSA: gradient-free optimisation by random finite differences (Uesato et al., "Adversarial Risk and the
+Dangers of Evaluating Against Weak Attacks", ICML 2018).
 
-    g = 1/S sum_s (gap(x' + delta v_s) - gap(x' - delta v_s)) / (2 delta) * v_s,    v_s uniform in {-1, 1}^(CHW)
+    g = 1/S sum_s (L(x' + delta v_s) - L(x' - delta v_s)) / (2 delta) * v_s,    v_s uniform in {-1, 1}^(CHW)
 
-estimates the gradient of gap = max_{k != y} z_k - z_y, which Adam ascends; after each step x' is projected onto the l_inf ball of radius
-epsilon and onto [0, 1]. 2 S forward passes an image and step, no gradient of the network.
+estimates the gradient of the CW loss L = max_{k != y} z_k - z_y, which Adam ascends; after each step x' is
+projected onto the l_inf ball of radius epsilon and onto [0, 1]. 2 S forward passes an image and step, no
+gradient of the network.
 
-Differs from the released codes: every example has directions of its own, which depend on its key alone; probes stay in [0, 1], as their
-centre is kept delta away from its faces; an example leaves once an iterate is misclassified.
+Differs from the released codes: every example has directions of its own, which depend on its key alone;
+probes stay in [0, 1], as their centre is kept delta away from its faces; an example leaves once an iterate is
+misclassified.
 """
 import torch
 from torch import Tensor, nn
 
+from attacks.checks import check_batch
 from attacks.frozen import frozen
-from attacks.margin_decomposition import rival_gap
+from attacks.geometry import projection
 from attacks.noise import example_keys, keyed_uniform
-from attacks.pgd import check_images, linf_projection
+from losses.margin import cw_loss, misclassified
 
 BETAS, TINY = (0.9, 0.999), 1e-8   # of Adam
-SAMPLES_AT_A_TIME = 32             # directions drawn at once: fixed, since the order of a sum shows in its last bits
+SAMPLES_AT_A_TIME = 32  # directions drawn at once: fixed, since the order of a sum shows in its last bits
 BITS = 24                          # random bits in one of keyed_uniform's numbers
 
 
-def spsa(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float, num_steps: int = 100, num_samples: int = 256, delta: float = 0.001,
-         lr: float = 0.01, max_probes: int = 4096, keys: Tensor | None = None) -> Tensor:
-    """Ascend the margin of the most probable other class within the l_inf ball by estimated gradients, from x.
+def spsa(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float, num_steps: int = 100,
+         num_samples: int = 256, delta: float = 0.001, lr: float = 0.01, max_probes: int = 4096,
+         keys: Tensor | None = None) -> Tensor:
+    """Ascend the CW loss within the l_inf ball by estimated gradients, from x.
 
-    x: [B, C, H, W] in [0, 1]; y: [B]; keys: [B] int64 from `attacks.noise.example_keys`, positions 0 .. B-1 by default; max_probes: images
-    in one forward pass, at least 64, which bounds the memory and changes no direction. Needs float32: in bfloat16 the differences of
-    the logits drown in rounding. Returns x_adv: misclassified where an iterate was, else the last one. Raises ValueError for images
-    outside [0, 1] and num_samples that is not a positive multiple of 32.
+    x: [B, C, H, W] in [0, 1]; y: [B]; keys: [B] int64 from `attacks.noise.example_keys`, those of the
+    positions by default; max_probes: images in one forward pass, at least 64, which bounds the memory and
+    changes no direction. Needs float32: in bfloat16 the differences of the logits drown in rounding. Returns
+    x_adv: misclassified where an iterate was, else the last one. Raises ValueError for images outside [0, 1],
+    labels or keys that do not fit, and num_samples that is not a positive multiple of 32.
     """
-    check_images(x)
+    keys = check_batch(x, y, "linf", ("linf",), keys)
     if num_samples < 1 or num_samples % SAMPLES_AT_A_TIME:
         raise ValueError(f"num_samples must be a positive multiple of {SAMPLES_AT_A_TIME}, not {num_samples}")
-    keys = example_keys(torch.arange(len(x), device=x.device)) if keys is None else keys
-    result, size = x.detach().clone(), max(1, max_probes // (2 * SAMPLES_AT_A_TIME))
+    result = x.detach().clone()
+    size = max(1, max_probes // (2 * SAMPLES_AT_A_TIME))
     with frozen(model) as bare, torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         for rows in torch.arange(len(x), device=x.device).split(size):
-            result[rows] = _ascend(bare, x[rows].detach(), y[rows], keys[rows], epsilon, num_steps, num_samples, delta, lr)
+            result[rows] = _ascend(bare, x[rows].detach(), y[rows], keys[rows], epsilon, num_steps,
+                                   num_samples, delta, lr)
     return result
 
 
-def _ascend(bare: nn.Module, x: Tensor, y: Tensor, keys: Tensor, epsilon: float, num_steps: int, num_samples: int, delta: float,
-            lr: float) -> Tensor:
+def _ascend(bare: nn.Module, x: Tensor, y: Tensor, keys: Tensor, epsilon: float, num_steps: int,
+            num_samples: int, delta: float, lr: float) -> Tensor:
     """Adam on the examples that are standing; the others keep their adversary."""
-    found, rows = x.clone(), torch.arange(len(x), device=x.device)
-    x_adv, mean, square = x, torch.zeros_like(x), torch.zeros_like(x)
+    found = x.clone()
+    rows = torch.arange(len(x), device=x.device)
+    x_adv = x
+    mean = torch.zeros_like(x)
+    square = torch.zeros_like(x)
     for step in range(num_steps + 1):
-        standing = bare(x_adv).argmax(dim=1) == y[rows]
+        standing = ~misclassified(bare(x_adv), y[rows])
         found[rows] = x_adv
-        rows, x_adv, mean, square = rows[standing], x_adv[standing], mean[standing], square[standing]
+        rows = rows[standing]
+        x_adv = x_adv[standing]
+        mean = mean[standing]
+        square = square[standing]
         if not len(rows) or step == num_steps:
             break
         gradient = estimate(bare, x_adv, y[rows], example_keys(keys[rows], step), num_samples, delta)
         mean = BETAS[0] * mean + (1 - BETAS[0]) * gradient
         square = BETAS[1] * square + (1 - BETAS[1]) * gradient**2
         corrected = (square / (1 - BETAS[1] ** (step + 1))).sqrt_().add_(TINY)
-        x_adv = linf_projection(x[rows], epsilon)(x_adv + lr * mean / (1 - BETAS[0] ** (step + 1)) / corrected)
+        moved = x_adv + lr * mean / (1 - BETAS[0] ** (step + 1)) / corrected
+        x_adv = projection(x[rows], epsilon, "linf")(moved)
     return found
 
 
 def estimate(model: nn.Module, x: Tensor, y: Tensor, keys: Tensor, num_samples: int, delta: float) -> Tensor:
-    """The SPSA estimate of the gradient of the margin at x, kept `delta` inside [0, 1]: [B, C, H, W] from num_samples directions."""
-    centre, shape = x.clamp(delta, 1 - delta), (SAMPLES_AT_A_TIME, *x.shape[1:])
-    total, labels = torch.zeros_like(x), y.repeat_interleave(2 * SAMPLES_AT_A_TIME)
+    """The gradient of the CW loss at x, kept `delta` inside [0, 1], estimated from num_samples directions."""
+    centre = x.clamp(delta, 1 - delta)
+    shape = (SAMPLES_AT_A_TIME, *x.shape[1:])
+    total = torch.zeros_like(x)
+    labels = y.repeat_interleave(2 * SAMPLES_AT_A_TIME)
     for number in range(num_samples // SAMPLES_AT_A_TIME):
         directions = keyed_signs(example_keys(keys, number), shape).to(x.dtype)  # [B, S, C, H, W]
-        probes = centre[:, None, None] + delta * torch.stack([directions, -directions], dim=2)  # [B, S, 2, C, H, W]
-        gaps = rival_gap(model(probes.flatten(0, 2)), labels).view(len(x), SAMPLES_AT_A_TIME, 2)
-        slopes = (gaps[..., 0] - gaps[..., 1]) / (2 * delta)  # [B, S]
+        # [B, S, 2, C, H, W]
+        probes = centre[:, None, None] + delta * torch.stack([directions, -directions], dim=2)
+        losses = cw_loss(model(probes.flatten(0, 2)), labels).view(len(x), SAMPLES_AT_A_TIME, 2)
+        slopes = (losses[..., 0] - losses[..., 1]) / (2 * delta)  # [B, S]
         total += torch.einsum("bs,bs...->b...", slopes, directions)
     return total / num_samples
 

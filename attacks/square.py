@@ -1,8 +1,9 @@
-"""The Square attack: random search with square windows, on scores alone (Andriushchenko et al., "Square Attack: a query-efficient
-black-box adversarial attack via random search", ECCV 2020, Alg. 1 to 3).
+"""The Square attack: random search with square windows, on scores alone (Andriushchenko et al., "Square
+Attack: a query-efficient black-box adversarial attack via random search", ECCV 2020, Alg. 1 to 3).
 
-Every proposal changes one window of the best point so far, and is kept if it lowers the margin z_y - max_{k != y} z_k. The window covers a
-share p of the image, which halves on a fixed schedule. Every random number of an image comes from its key.
+Every proposal changes one window of the best point so far, and is kept if it lowers the margin z_y - max_{k
+!= y} z_k. The window covers a share p of the image, which halves on a fixed schedule. Every random number of
+an image comes from its key.
 """
 import math
 from dataclasses import dataclass, fields
@@ -10,57 +11,65 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 
-from attacks.ball import TINY, check_batch, check_steps, choose, norm_of, per_example, radii
-from attacks.fab import gap_to_rival
+from attacks.checks import check_at_least, check_batch
 from attacks.frozen import frozen
+from attacks.geometry import TINY, choose, norm_of, per_example, radii
 from attacks.noise import example_keys, keyed_uniform
-from attacks.window import WindowPass, square_places, stem_of, window_pass
+from losses.margin import logit_margin, misclassified
 
-HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries after which the share halves (Sec. 4.2 there), not rescaled
-BLOCK = 50         # queries between two removals of the images that are fooled, and per draw of random numbers
+# queries after which the share halves (Sec. 4.2 there), not rescaled
+HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
+BLOCK = 50  # queries between two removals of the images that are fooled, and per draw of random numbers
 L2_TILES = 5       # tiles along a side of the first l_2 point
 NORMS = ("linf", "l2")
 
 
-def square(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float | Tensor, norm: str = "linf", num_queries: int = 5000,
-           p_init: float = 0.8, keys: Tensor | None = None) -> Tensor:
-    """Lower the margin over the epsilon ball around x within [0, 1], from logits alone; stop, per image, when it is misclassified.
+def square(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float | Tensor, norm: str = "linf",
+           num_queries: int = 5000, p_init: float = 0.8, keys: Tensor | None = None) -> Tensor:
+    """Lower the margin over the epsilon ball around x within [0, 1], from logits alone.
 
-    x: [B, C, H, W] in [0, 1]; y: [B]; epsilon: a number, or one per example as a tensor [B]; num_queries: forward passes an image,
-    the one at x not counted; p_init: the first share of the image that a window covers; keys: [B] int64 from
-    `attacks.noise.example_keys`, which alone determine what is proposed for an image (its position in the batch without them).
+    x: [B, C, H, W] in [0, 1]; y: [B]; epsilon: a number, or one per example as a tensor [B]; num_queries:
+    forward passes an image, the one at x not counted; p_init: the first share of the image that a window
+    covers; keys: [B] int64 from `attacks.noise.example_keys`, which alone determine what is proposed for an
+    image (its position without them).
 
-    Returns x_adv, shaped as x: x itself where x is misclassified, else the point of lowest margin. Model in eval mode, then as before.
-    Raises ValueError for images outside [0, 1], a negative epsilon or num_queries, p_init outside (0, 1], and an unknown norm.
+    Returns x_adv, shaped as x: x itself where x is misclassified, else the first misclassified point, else
+    the point of lowest margin. The model is in eval mode during the attack and as before after it. Raises
+    ValueError for images outside [0, 1], a negative epsilon or num_queries, p_init outside (0, 1], and an
+    unknown norm.
     """
-    keys, radius, x = check_batch(x, y, norm, NORMS, keys), radii(epsilon, x), x.detach()
-    check_steps(num_queries)
+    keys = check_batch(x, y, norm, NORMS, keys)
+    radius = radii(epsilon, x)
+    x = x.detach()
+    check_at_least(0, num_queries=num_queries)
     if not 0.0 < p_init <= 1.0:
         raise ValueError(f"p_init is a share in (0, 1], not {p_init}")
     propose = _propose_linf if norm == "linf" else _propose_l2
     with frozen(model) as bare, torch.no_grad():
         result = x.clone()
-        search = _Search(torch.arange(len(x), device=x.device), x, y, keys, radius, x, gap_to_rival(bare(x), y))
-        search.stem = stem_of(bare, x) if norm == "linf" else None
+        rows = torch.arange(len(x), device=x.device)
+        logits = bare(x)
+        search = _Search(rows, x, y, keys, radius, x, logit_margin(logits, y), misclassified(logits, y))
         for query in range(num_queries):
             if query % BLOCK == 0:
-                if bool((fooled := search.gap > 0).any()):
+                if bool(search.fooled.any()):
                     result[search.row] = search.x_adv
-                    search.keep(~fooled)
+                    search.keep(~search.fooled)
                 if not len(search.row):
                     return result
                 draws = keyed_uniform(example_keys(search.keys, query // BLOCK + 1), (BLOCK, 5 + x.shape[1]))
             if query == 0:
                 point = (_stripes if norm == "linf" else _tiles)(search.x, search.radius, search.keys)
-                search.accept(point, gap_to_rival(bare(point), search.y), always=True)
+                search.accept(point, bare(point), always=True)
             else:
-                propose(bare, search, draws[:, query % BLOCK], share_of_window(p_init, query))
+                point = propose(search, draws[:, query % BLOCK], share_of_window(p_init, query))
+                search.accept(point, bare(point))
         result[search.row] = search.x_adv
         return result
 
 
 def share_of_window(p_init: float, query: int) -> float:
-    """The share p of the image that the window of this query covers: p_init, halved after each number of queries in HALVINGS."""
+    """The share p of the image that this query's window covers: p_init, halved at each of HALVINGS."""
     return p_init / 2 ** sum(query > halving for halving in HALVINGS)
 
 
@@ -73,23 +82,21 @@ class _Search:
     keys: Tensor    # [B]
     radius: Tensor  # [B, 1, 1, 1]
     x_adv: Tensor   # best point
-    gap: Tensor     # [B] max_{k != y} z_k - z_y there: minus the margin
-    stem: object | None = None  # the network's first layers, where windows can be passed alone
-    windows: WindowPass | None = None  # of the best points, once windows are small
+    margin: Tensor  # [B] z_y - max_{k != y} z_k there
+    fooled: Tensor  # [B] whether it is misclassified
 
     def keep(self, rows: Tensor) -> None:
-        for name in (field.name for field in fields(self) if field.type is Tensor):
-            setattr(self, name, getattr(self, name)[rows])
-        if self.windows:
-            self.windows.keep(rows)
+        for field in fields(self):
+            setattr(self, field.name, getattr(self, field.name)[rows])
 
-    def accept(self, point: Tensor, gap: Tensor, always: bool = False) -> None:
-        """Go on from `point` where its gap is larger, and everywhere for the first one: the search runs over the ball's corners."""
-        better = (gap > self.gap) & ~(self.gap > 0) | always
+    def accept(self, point: Tensor, logits: Tensor, always: bool = False) -> None:
+        """Go on from `point` where its margin is lower; everywhere if always: the first one is a corner of the ball."""
+        margin = logit_margin(logits, self.y)
+        fooled = misclassified(logits, self.y)
+        better = ((margin < self.margin) | fooled) & ~self.fooled | always
         self.x_adv = choose(better, point, self.x_adv)
-        self.gap = gap.where(better, self.gap)
-        if self.windows:
-            self.windows.undo(~better)
+        self.margin = margin.where(better, self.margin)
+        self.fooled = fooled.where(better, self.fooled)
 
 
 def _stripes(x: Tensor, radius: Tensor, keys: Tensor) -> Tensor:
@@ -98,25 +105,23 @@ def _stripes(x: Tensor, radius: Tensor, keys: Tensor) -> Tensor:
     return (x + radius * sign).clamp_(0.0, 1.0)
 
 
-def _propose_linf(model: nn.Module, search: _Search, draws: Tensor, share: float) -> None:
+def _propose_linf(search: _Search, draws: Tensor, share: float) -> Tensor:
     """x +- epsilon in one window, one sign a channel; the other signs where these would change nothing."""
     channels, height, width = search.x.shape[1:]
     side = min(max(round(math.sqrt(share * height * width)), 1), height, width)
     top, left = _corner(draws[:, :2], side, height, width)
-    pixels = square_places(top, left, side, width)[:, None].expand(-1, channels, -1)
-    x, x_adv = (images.flatten(2).gather(2, pixels) for images in (search.x, search.x_adv))  # [B, C, side * side]
+    pixels = _pixels(top, left, side, width)[:, None].expand(-1, channels, -1)
+    # [B, C, side * side]
+    x, x_adv = (images.flatten(2).gather(2, pixels) for images in (search.x, search.x_adv))
     step = search.radius.flatten(2) * _signs(draws[:, 5:5 + channels]).to(x.dtype)[:, :, None]
     point = (x + step).clamp_(0.0, 1.0)
     still = (point == x_adv).flatten(1).all(1)
     point = choose(still, (x - step).clamp_(0.0, 1.0), point)
-    point = search.x_adv.flatten(2).scatter(2, pixels, point).view_as(search.x)
-    search.windows = search.windows or window_pass(search.stem, search.x_adv, side)
-    logits = search.windows.change(point, top, left, side) if search.windows else model(point)
-    search.accept(point, gap_to_rival(logits, search.y))
+    return search.x_adv.flatten(2).scatter(2, pixels, point).view_as(search.x)
 
 
 def _tiles(x: Tensor, radius: Tensor, keys: Tensor) -> Tensor:
-    """The first l_2 point: a grid of tiles, each the pattern of `_pattern` with a random sign a channel, of norm epsilon altogether."""
+    """The first l_2 point: a grid of `_pattern` tiles, each with a random sign a channel; its norm is epsilon."""
     channels, height, width = x.shape[1:]
     side = max(min(height, width) // L2_TILES, 1)
     rows, columns = -(-height // side), -(-width // side)
@@ -126,12 +131,13 @@ def _tiles(x: Tensor, radius: Tensor, keys: Tensor) -> Tensor:
     return _onto_sphere(delta, x, radius)
 
 
-def _propose_l2(model: nn.Module, search: _Search, draws: Tensor, share: float) -> None:
+def _propose_l2(search: _Search, draws: Tensor, share: float) -> Tensor:
     """Move the budget of one window, and what is unused, into another along a random pattern (Alg. 3)."""
     channels, height, width = search.x.shape[1:]
     side = min(max(round(math.sqrt(share * height * width)), 3), height, width)
     delta = search.x_adv - search.x
-    to, source = _window(draws[:, :2], side, height, width), _window(draws[:, 2:4], side, height, width)
+    to = _window(draws[:, :2], side, height, width)
+    source = _window(draws[:, 2:4], side, height, width)
     pattern = _placed_pattern(draws[:, :2], draws[:, 4] < 0.5, side, search.x)
     sign = _per_channel(_signs(draws[:, 5:5 + channels]).to(delta.dtype))
     unused = (search.radius.square() - per_example(norm_of(delta, "l2"), delta).square()).clamp_min_(0.0)
@@ -140,8 +146,7 @@ def _propose_l2(model: nn.Module, search: _Search, draws: Tensor, share: float) 
     budget = (_channel_norm(delta * (to | source)).square() + unused / channels).sqrt()
     new = new / _channel_norm(new).clamp_min(TINY) * budget
     moved = torch.where(to, new, delta.masked_fill(source, 0.0))
-    point = _onto_sphere(moved, search.x, search.radius)
-    search.accept(point, gap_to_rival(model(point), search.y))
+    return _onto_sphere(moved, search.x, search.radius)
 
 
 def _onto_sphere(delta: Tensor, x: Tensor, radius: Tensor) -> Tensor:
@@ -151,13 +156,21 @@ def _onto_sphere(delta: Tensor, x: Tensor, radius: Tensor) -> Tensor:
 def _corner(place: Tensor, side: int, height: int, width: int) -> tuple[Tensor, Tensor]:
     """First row and column [B] of a square of `side` pixels.
 
-    place [B, 2], uniform in [0, 1), makes every position of the square in the image equally likely, the last row and column included.
+    place [B, 2], uniform in [0, 1), makes every position of the square in the image equally likely, the last
+    row and column included.
     """
     return (place * place.new_tensor([height - side + 1, width - side + 1])).long().unbind(1)
 
 
+def _pixels(top: Tensor, left: Tensor, side: int, width: int) -> Tensor:
+    """The pixels, numbered row by row, of the square of `side` at (top, left) [B].  [B, side * side]"""
+    within = torch.arange(side, device=top.device)
+    corner = (top * width + left)[:, None, None]
+    return (corner + within[:, None] * width + within).flatten(1)
+
+
 def _offsets(place: Tensor, side: int, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Row and column of every pixel, [B, H, 1] and [B, 1, W], counted from the corner of a square of `side` pixels at a place [B, 2]."""
+    """Row [B, H, 1] and column [B, 1, W] of every pixel from the corner of a square of `side` at a place [B, 2]."""
     top, left = _corner(place, side, height, width)
     row, column = (torch.arange(n, device=place.device) for n in (height, width))
     return (row - top[:, None])[:, :, None], (column - left[:, None])[:, None, :]
@@ -170,7 +183,7 @@ def _window(place: Tensor, side: int, height: int, width: int) -> Tensor:
 
 
 def _placed_pattern(place: Tensor, turned: Tensor, side: int, x: Tensor) -> Tensor:
-    """The pattern of unit norm at a place [B, 2], on its side where turned [B], continued outside its square.  [B, 1, H, W]"""
+    """The pattern of unit norm at a place [B, 2], turned where `turned` [B], continued outside.  [B, 1, H, W]"""
     row, column = (offset.clamp(0, side - 1) for offset in _offsets(place, side, *x.shape[2:]))
     pattern = _pattern(side, x)
     return torch.where(turned[:, None, None], pattern[column, row], pattern[row, column])[:, None]
@@ -179,12 +192,14 @@ def _placed_pattern(place: Tensor, turned: Tensor, side: int, x: Tensor) -> Tens
 def _pattern(side: int, x: Tensor) -> Tensor:
     """Two bumps of opposite sign side by side, unit norm (Eq. 2 and 3 there).  [side, side]"""
     half = side // 2
-    pattern = torch.cat([_bump(half, side, x), -_bump(side - half, side, x)]) if half else _bump(side, side, x)
+    pattern = _bump(side, side, x)
+    if half:
+        pattern = torch.cat([_bump(half, side, x), -_bump(side - half, side, x)])
     return pattern / pattern.norm()
 
 
 def _bump(height: int, width: int, x: Tensor) -> Tensor:
-    """sum_{k=0}^{M(r,s)} (n + 1 - k)^-2 with n = max(h, w) // 2 and M(r,s) = n - max(|r - h // 2|, |s - w // 2|), r, s from 0."""
+    """sum_{k=0}^{M(r,s)} (n + 1 - k)^-2, n = max(h, w) // 2, M(r,s) = n - max(|r - h // 2|, |s - w // 2|)."""
     reach = max(height, width) // 2
     sums = torch.tensor([(reach + 1 - k) ** -2.0 for k in range(reach + 1)]).cumsum(0).to(x)
     row, column = (torch.arange(n, device=x.device) for n in (height, width))

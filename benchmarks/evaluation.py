@@ -30,12 +30,12 @@ import torch
 from torch import Tensor, nn
 
 from attacks import apgd, fab, square
-from attacks.active import pgd_until_broken
 from attacks.autoattack import STANDARD, STANDING, confirmed, run_ensemble
-from attacks.ball import radii, random_point, ranked_targets, wrong
 from attacks.frozen import frozen, predict
+from attacks.geometry import radii, random_point
 from attacks.noise import example_keys
 from attacks.pgd import cross_entropy, pgd
+from attacks.until_broken import pgd_until_broken
 from harness.checkpoint import model_from
 from harness.config import run_script
 from harness.datasets.batches import first_examples, to_unit
@@ -45,7 +45,7 @@ from harness.evaluation.attack_record import Steady
 from harness.evaluation.report import Protocol, open_subject, output_path
 from harness.folder import write_text
 from harness.training.precision import to_device
-from losses.margin import cw_loss
+from losses.margin import cw_loss, logit_margin, misclassified, ranked_targets
 from models import build_model
 
 PROTOCOL = Protocol(dataset="mnist", channels=1, epsilon=0.3, step_ratio=30)
@@ -102,7 +102,7 @@ def compacted_ensemble(model: nn.Module, x: Tensor, y: Tensor, keys: Tensor, bat
 
 def whole_wrong(model: nn.Module, x: Tensor, y: Tensor, batch_size: int) -> Tensor:
     """Which images are misclassified, [N] bool, `batch_size` at a time."""
-    parts = [wrong(predict(model, part), labels) for part, labels in zip(x.split(batch_size), y.split(batch_size)) if len(part)]
+    parts = [misclassified(predict(model, part), labels) for part, labels in zip(x.split(batch_size), y.split(batch_size)) if len(part)]
     return torch.cat(parts) if parts else torch.zeros_like(y, dtype=torch.bool)
 
 
@@ -116,11 +116,11 @@ def whole_steps(num_steps: int, loss_fn: Callable, model: nn.Module, x: Tensor, 
         seen = []
 
         def watched(logits: Tensor, target: Tensor, seen: list = seen) -> Tensor:
-            seen.append(wrong(logits.detach(), target))
+            seen.append(misclassified(logits.detach(), target))
             return loss_fn(logits, target)
 
         x_adv = pgd(model, x[rows], y[rows], **task, num_steps=num_steps, step_size=task["epsilon"] / 8, loss_fn=watched, keys=keys[rows])
-        seen.append(wrong(predict(model, x_adv), y[rows]))
+        seen.append(misclassified(predict(model, x_adv), y[rows]))
         robust[rows] &= ~torch.stack(seen[1:]).any(0)
     return robust
 
@@ -162,11 +162,11 @@ def every_apgd_target(model: nn.Module, x: Tensor, y: Tensor, *, keys: Tensor, e
     """`attacks.apgd.apgd_targeted`, going on with the images that a target has fooled."""
     with frozen(model) as bare:
         logits = bare(x)
-        targets, x_adv, standing = ranked_targets(logits, y, num_targets), x.clone(), ~wrong(logits, y)
+        targets, x_adv, standing = ranked_targets(logits, y, num_targets), x.clone(), ~misclassified(logits, y)
         for rank in range(targets.shape[1]):
             found = apgd._attack_towards(bare, x, y, targets[:, rank], radii(epsilon, x), norm, num_steps, example_keys(keys, rank))
             x_adv[standing] = found[standing]
-            standing &= ~wrong(predict(bare, found), y)
+            standing &= ~misclassified(predict(bare, found), y)
     return x_adv
 
 
@@ -175,11 +175,12 @@ def every_fab_target(model: nn.Module, x: Tensor, y: Tensor, *, keys: Tensor, ep
     """`attacks.fab.fab_targeted`, going on with the images for which a target has led to a point within epsilon."""
     enough = radii(epsilon, x).flatten()
     with frozen(model) as bare:
-        gap, targets = fab._clean(bare, x, y, num_targets)
+        logits = predict(bare, x)
+        margin, targets = logit_margin(logits, y), ranked_targets(logits, y, num_targets)
         x_adv, distance = x.clone(), torch.full_like(enough, torch.inf)
         for rank in range(targets.shape[1]):
             found, reached = fab._walk_to(bare, x, y, targets[:, rank], enough, norm, num_steps)
-            found, reached = fab._search(bare, x, y, found, reached, gap, norm)
+            found, reached = fab._search(bare, x, y, found, reached, margin, norm)
             nearer = (distance > enough) & (reached < distance)
             x_adv[nearer], distance[nearer] = found[nearer], reached[nearer]
     return x_adv

@@ -21,7 +21,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.optim import SGD
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script's own folder is on the path, the repository's root is not
@@ -29,11 +28,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script's ow
 import train_at_cifar10
 import train_at_mnist
 from harness.config import run_script
-from harness.datasets.batches import Dataset, Split, load_dataset
+from harness.datasets.batches import Dataset, load_dataset
+from harness.datasets.split import Split
 from harness.device import choose_device, command_line, environment, resident
 from harness.errors import UserError
 from harness.evaluation.report import output_path
 from harness.folder import write_text
+from harness.training.batch import Batch
+from harness.training.options import RunOptions
 from harness.training.run import Run
 from models import build_model
 
@@ -59,11 +61,11 @@ class Config:
 class Watched(Run):
     """A run that notes the resident memory after each of its batches."""
 
-    def __init__(self, cfg: object, data: Dataset):
+    def __init__(self, cfg: RunOptions, data: Dataset):
         super().__init__(cfg, data)
         self.resident: list[int] = []
 
-    def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def batches(self, epoch: int) -> Iterator[Batch]:
         """The batches of `Run.batches`."""
         for batch in super().batches(epoch):
             yield batch  # the training step happens here

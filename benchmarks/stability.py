@@ -39,6 +39,7 @@ ZENG = {"AT": ("train_at_mnist", {}), "AT, alpha 0.5": ("train_at_mnist", {"alph
         "TRADES": ("train_trades_mnist", {}), "TRADES, alpha 2": ("train_trades_mnist", {"alpha": 2})}
 VIR = ("at", "trades", "mart", "gairat", "mail-at", "mail-trades", "vir-at", "vir-trades")
 FAST = {"Free AT": "train_free", "YOPO": "train_yopo", "IAAT": "train_iaat"}
+VARIABLES = {"aten": "ATEN_CPU_CAPABILITY", "onednn": "ONEDNN_MAX_CPU_ISA"}  # what chooses instruction sets
 
 
 @dataclass(frozen=True)
@@ -70,17 +71,17 @@ def recipes(setting: str) -> dict[str, tuple[str, ...]]:
 
 def instruction_sets() -> dict[str, str]:
     """What the two libraries that compute were told to use; "all" is whatever the processor has."""
-    return {"aten": os.environ.get("ATEN_CPU_CAPABILITY", "all"), "onednn": os.environ.get("ONEDNN_MAX_CPU_ISA", "all")}
+    return {name: os.environ.get(variable, "all") for name, variable in VARIABLES.items()}
 
 
 def planned(cfg: Config, rows: list[dict]) -> Iterator[tuple[tuple[str, ...], dict]]:
     """(script and flags, the facts that name its row) of every run that `rows` lacks."""
-    done = {(row["defense"], row["seed"], row["precision"], row["aten"], row["onednn"]) for row in rows}
-    known = recipes(cfg.setting)
+    done = {(row["defense"], row["seed"], row["precision"], row["aten"], row["onednn"]) for row in rows
+            if cfg.epochs in (None, row["epochs"]) and ("test_A_nat" in row or not cfg.evaluate)}
+    known, sets = recipes(cfg.setting), instruction_sets()
     if unknown := [name for name in cfg.defenses if name not in known]:
         raise UserError(f"--defenses: there is no {unknown[0]!r}; choose among {', '.join(map(repr, known))}")
     for seed, precision, name in product(cfg.seeds, cfg.precisions, cfg.defenses or known):
-        sets = instruction_sets()
         if (name, seed, precision, *sets.values()) not in done:
             flags = ("--seed", str(seed), "--precision", precision, "--device", "cpu", "--data_dir", str(Path(cfg.data_dir).resolve()))
             flags += ("--val_size", "1000") if cfg.setting != "digits" else ()
@@ -93,7 +94,7 @@ def start(script: str, *flags: str) -> None:
     words = [sys.executable, str(ROOT / f"{script}.py"), *flags]
     done = subprocess.run(words, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     if done.returncode:
-        raise RunError(f"{script} {' '.join(flags)}: {done.stderr.strip().splitlines()[-1]}")
+        raise RunError(f"{script} {' '.join(flags)}: {(done.stderr.strip().splitlines() or [f'exit code {done.returncode}'])[-1]}")
 
 
 def on_the_test_set(folder: Path) -> dict[str, float]:
@@ -105,7 +106,8 @@ def on_the_test_set(folder: Path) -> dict[str, float]:
 
 def train(command: tuple[str, ...], folder: Path, facts: dict, evaluate: bool) -> dict:
     """The row of one run."""
-    start(*command, "--out_dir", str(folder))
+    begun = (folder / "config.json").exists()
+    start(command[0], *(("--resume", str(folder)) if begun else (*command[1:], "--out_dir", str(folder))))
     with (folder / "log.csv").open(encoding="utf-8") as file:
         log = list(csv.DictReader(file))
     last, at_chance = log[-1], [int(row["epochs_at_chance"]) for row in log]
@@ -115,39 +117,48 @@ def train(command: tuple[str, ...], folder: Path, facts: dict, evaluate: bool) -
                     "command": " ".join(("python", f"{command[0]}.py", *command[1:]))} | (on_the_test_set(folder) if evaluate else {})
 
 
-def read_rows(path: str) -> list[dict]:
-    """The rows of a file that this script has written.  Raises UserError for any other file."""
+def read_file(path: str) -> dict:
+    """A file that this script has written: setting, calls (command, date, environment) and rows.  Raises UserError for any other."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))["rows"]
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        return {"setting": found["setting"], "calls": found["calls"], "rows": found["rows"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is no file of this script ({error})") from error
 
 
 def main(cfg: Config) -> None:
     if cfg.table:
-        print(stability_table(read_rows(cfg.table)))
+        print(stability_table(read_file(cfg.table)["rows"]))
         return
     if not cfg.out:
         raise UserError("name the file to write: --out runs/stability.json")
-    out, rows, lock = Path(cfg.out), read_rows(cfg.out) if Path(cfg.out).exists() else [], threading.Lock()
+    out, lock = Path(cfg.out), threading.Lock()
+    contents = read_file(cfg.out) if out.exists() else {"setting": cfg.setting, "calls": [], "rows": []}
+    if contents["setting"] != cfg.setting:
+        raise UserError(f"{out} is about --setting {contents['setting']}: name another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
-    facts = {"setting": cfg.setting, "command": command_line(), "date": time.strftime("%Y-%m-%d"),
-             "environment": environment(choose_device("cpu")) | {"threads": 1}}
+    rows, hardware = contents["rows"], environment(choose_device("cpu")) | {"threads": 1}
+    variables = "".join(f"{name}={os.environ[name]} " for name in VARIABLES.values() if name in os.environ)
+    contents["calls"].append({"command": variables + command_line(), "date": time.strftime("%Y-%m-%d"), "environment": hardware})
     jobs = list(planned(cfg, rows))
     with tempfile.TemporaryDirectory() as temporary, tqdm(total=len(jobs), unit="run", disable=None) as bar:
 
         def work(job: tuple[tuple[str, ...], dict]) -> None:
             command, own = job
             folder = Path(cfg.runs or temporary, "-".join(map(str, own.values())).replace(" ", "").replace(",", "-"))
-            row = train(command, folder, own, cfg.evaluate)
+            row = train(command, folder, own, cfg.evaluate) | {"commit": hardware["commit"], "torch": hardware["torch"]}
             with lock:
-                rows.append(row)
-                write_text(out, json.dumps(facts | {"rows": rows}, indent=1) + "\n")
+                rows[:] = [other for other in rows if any(other[name] != value for name, value in own.items())] + [row]
+                write_text(out, json.dumps(contents, indent=1) + "\n")
                 bar.update()
 
         with ThreadPoolExecutor(cfg.num_processes) as pool:
-            for future in [pool.submit(work, job) for job in jobs]:
-                future.result()
+            try:
+                for future in [pool.submit(work, job) for job in jobs]:
+                    future.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)  # what was not begun is left for the next call
+                raise
     print(stability_table(rows))
 
 

@@ -2,9 +2,9 @@
 
     gradient     its length over all parameters, before it is cut
     silent       part of the units of a layer whose weights have no gradient at all in this step
-    spread       standard deviation of the logits over the images of the batch, averaged over the classes: 0 when all look the same
+    spread       standard deviation of the logits over the first 256 training images, averaged over the classes: 0 when all look the same
 
-    python benchmarks/trace.py                                     # the recipe of now
+    python benchmarks/trace.py                                     # the recipe `digits`
     python benchmarks/trace.py --lr 0.05 --max_grad_norm 0 --epsilon_warmup_epochs 10 --out results/stability/trace-seed2.csv
 """
 import sys
@@ -23,9 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_at_mnist
 from benchmarks import figures
 from harness.config import run_script
-from harness.datasets.batches import load_dataset
+from harness.datasets.batches import load_dataset, to_unit
 from harness.evaluation.report import output_path
 from harness.folder import write_csv
+from harness.training.batch import Batch
 from harness.training.precision import bare
 from harness.training.run import Run
 from models import build_model
@@ -49,16 +50,16 @@ class Traced(Run):
 
     trace: tuple[dict[str, float], ...] = ()
 
-    def _update(self, loss: Tensor, optimizer: Optimizer, metrics: dict[str, Tensor]) -> None:
+    def _update(self, loss: Tensor, optimizer: Optimizer, batch: Batch, metrics: dict[str, Tensor]) -> None:
         model = bare(self.state["model"])
         gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
         length = torch.cat([gradient.flatten() for gradient in gradients.values()]).norm()
         row = {"step": len(self.trace) + 1, "loss": float(loss.detach()), "gradient": float(length)}
         row |= {f"silent {name.removesuffix('.weight')}": float((gradient.flatten(1) == 0).all(1).float().mean())
                 for name, gradient in gradients.items() if gradient.ndim > 1}
-        super()._update(loss, optimizer, metrics)
+        super()._update(loss, optimizer, batch, metrics)
         with torch.no_grad():
-            spread = float(model(self.train.images[:256].float() / 255).std(0).mean())
+            spread = float(model(to_unit(self.train.images[:256])).std(0).mean())
         self.trace += ({**row, "spread": spread},)
 
 

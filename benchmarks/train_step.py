@@ -53,11 +53,14 @@ import train_vir
 from attacks.pgd import first_iterate
 from benchmarks.forms import BARE, NUM_CLASSES, PUBLISHED, count_flops, published_model
 from harness.config import run_script
-from harness.datasets.batches import Dataset, Split, to_unit
+from harness.datasets.batches import Dataset, to_unit
+from harness.datasets.split import Split
 from harness.device import choose_device, command_line, environment, peak_memory, resident
 from harness.errors import UserError
 from harness.evaluation.report import output_path
 from harness.folder import write_text
+from harness.training.batch import Batch
+from harness.training.options import RunOptions
 from harness.training.run import Run
 from models import MODELS, build_model
 
@@ -88,8 +91,8 @@ class Config:
     device: str = "auto"                                  # auto, cpu, or an accelerator by its name in torch
     precision: Literal["auto", "bf16", "float32"] = "auto"  # of our step; auto is bf16 where it is faster (harness/device.py)
     fuse: bool = True                                     # of our step: fold BatchNorm and fuse layers of the attacked network on a CPU
-    compile: Literal["auto", "on", "off"] = "auto"        # of our step: torch.compile; for auto the steps here are too few
-    graphs: bool = True                                   # with compile, on a GPU: replay each compiled piece as one CUDA graph
+    compile: bool = False                                 # of our step: torch.compile
+    graphs: bool = False                                  # with compile, on a GPU: replay each compiled piece as one CUDA graph
     json: bool = False                                    # print one line of JSON and nothing else
     sweep: bool = False                                   # then the cost against batch size and attack steps: OUT_sweep_METHOD.json, .png
     out: str | None = None                                # JSON file to write, never over another
@@ -108,7 +111,7 @@ class Rounds(Run):
     """A run that times each of its training steps, from asking for the batch to the end of the metering, and after each of them one
     call of every other form in `forms`; `times` holds the seconds of each."""
 
-    def __init__(self, cfg: object, data: Dataset):
+    def __init__(self, cfg: RunOptions, data: Dataset):
         super().__init__(cfg, data)
         self.forms: dict[str, Callable[[], object]] = {}
         self.times: dict[str, list[float]] = defaultdict(list)
@@ -116,7 +119,7 @@ class Rounds(Run):
     def say(self, text: str) -> None:
         """Nothing: the standard output is for the result."""
 
-    def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def batches(self, epoch: int) -> Iterator[Batch]:
         """The batches of `Run.batches`."""
         source = super().batches(epoch)
         while True:

@@ -10,7 +10,7 @@ from curves import mat
 from curves.points import load_split
 from curves.store import sha256
 from harness.checkpoint import model_from, own_architecture, read
-from harness.datasets.sources import Split
+from harness.datasets.split import Split
 from harness.errors import UserError
 
 

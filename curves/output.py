@@ -11,7 +11,7 @@ from curves import surface as surfaces
 from curves.class_distances import ClassDistances, summarize
 from curves.figures import Look
 from curves.store import Results, write_columns, write_json
-from harness.datasets.sources import Split
+from harness.datasets.split import Split
 from harness.device import command_line, environment
 
 Thresholds = dict[str, tuple[float, ...]]

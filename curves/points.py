@@ -7,7 +7,7 @@ import torch
 
 from curves.mat import image_split, read_images
 from harness.datasets.batches import load_dataset
-from harness.datasets.sources import Split
+from harness.datasets.split import Split
 from harness.errors import UserError
 
 FILES = {"gts": "gts_int_{split}.mat"}  # sets that are one file a split in the folder of the data sets

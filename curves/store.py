@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from harness.datasets.sources import Split
+from harness.datasets.split import Split
 from harness.device import command_line
 from harness.errors import UserError
 from harness.evaluation.report import dumps

@@ -14,46 +14,65 @@ import typing
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from typing import Any, ClassVar, NoReturn, Protocol, TypeVar
 
+from harness import distributed
 from harness.errors import Collapsed, RunError, UserError
+from harness.training.options import RunOptions
 from harness.training.seeds import one_a_seed
 
 MAY_CHANGE_ON_RESUME = {"resume", "epochs", "data_dir", "device", "compile", "graphs", "max_batches", "shard",
-                         "stop_on_collapse"}
+                        "stop_on_collapse"}
+
+OFF_BEFORE = {"max_grad_norm": 0.0}  # what a run did that is older than the field
 
 # What a field of this name may hold, in any Config: (smallest, largest).
 LIMITS = {
-    "epochs": (1, math.inf), "batch_size": (1, math.inf), "num_steps": (0, math.inf), "val_num_steps": (0, math.inf),
-    "num_restarts": (1, math.inf), "num_examples": (1, math.inf), "max_batches": (1, math.inf), "val_size": (0, math.inf),
-    "epsilon": (0, 1), "step_size": (0, 1), "val_step_size": (0, 1), "alpha": (0, math.inf), "alphas": (0, math.inf),
-    "beta": (0, math.inf), "lr": (0, math.inf), "momentum": (0, 1), "weight_decay": (0, math.inf), "lr_drop_factor": (0, 1),
-    "lr_drop_after": (0, math.inf), "epsilon_warmup_epochs": (0, math.inf),
-    "max_grad_norm": (0, math.inf), "lr_warmup_epochs": (0, math.inf), "crop_padding": (0, math.inf),
-    "seed": (0, 2**31 - 1), "seeds": (0, 2**31 - 1), "ema_decay": (0, 0.999999), "burn_in_epochs": (0, math.inf),
-    "inv_lambda": (0, math.inf), "gamma": (0, math.inf), "margin_alpha": (0, math.inf), "extra_fraction": (0, 1),
-    "batch_sizes": (1, math.inf), "eval_batch_sizes": (1, math.inf), "n_points": (1, math.inf), "num_starts": (1, math.inf),
-    "num_resamples": (100, 10**6), "rel_gap": (1e-6, 0.5), "time_limit": (0.1, math.inf),
-    "confidence": (0.5, 0.9999), "epsilons": (0, 1),
+    "epochs": (1, math.inf), "batch_size": (1, math.inf), "num_steps": (0, math.inf),
+    "val_num_steps": (0, math.inf), "num_restarts": (1, math.inf), "num_examples": (1, math.inf),
+    "max_batches": (1, math.inf), "val_size": (0, math.inf), "epsilon": (0, 1), "step_size": (0, 1),
+    "val_step_size": (0, 1), "alpha": (0, math.inf), "alphas": (0, math.inf), "beta": (0, math.inf),
+    "lr": (0, math.inf), "momentum": (0, 1), "weight_decay": (0, math.inf), "lr_drop_factor": (0, 1),
+    "lr_drop_after": (0, math.inf), "epsilon_warmup_epochs": (0, math.inf), "max_grad_norm": (0, math.inf),
+    "lr_warmup_epochs": (0, math.inf), "crop_padding": (0, math.inf), "seed": (0, 2**31 - 1),
+    "seeds": (0, 2**31 - 1), "ema_decay": (0, 0.999999), "burn_in_epochs": (0, math.inf),
+    "inv_lambda": (0, math.inf), "gamma": (0, math.inf), "margin_alpha": (0, math.inf),
+    "extra_fraction": (0, 1), "batch_sizes": (1, math.inf), "eval_batch_sizes": (1, math.inf),
+    "n_points": (1, math.inf), "num_starts": (1, math.inf), "num_resamples": (100, 10**6),
+    "rel_gap": (1e-6, 0.5), "time_limit": (0.1, math.inf), "confidence": (0.5, 0.9999), "epsilons": (0, 1),
     "thresholds_linf": (0, math.inf), "thresholds_l2": (0, math.inf), "thresholds_l1": (0, math.inf),
-    "lr_scales": (0, math.inf), "gairat_lambda": (-math.inf, math.inf), "mail_slope": (0, math.inf), "mail_bias": (-1, 1),
-    "num_replays": (1, math.inf), "num_passes": (1, math.inf), "num_spsa_examples": (1, math.inf),
+    "lr_scales": (0, math.inf), "gairat_lambda": (-math.inf, math.inf), "mail_slope": (0, math.inf),
+    "mail_bias": (-1, 1), "num_replays": (1, math.inf), "num_passes": (1, math.inf),
+    "num_spsa_examples": (1, math.inf),
 }
 
 
-def run_script(main: Callable, cls: type, recipes: dict | None = None, sources: dict | None = None) -> None:
-    """Parse the command line into `cls`, call main(config), and end with exit code 0, 1 (failed), 2 (refused) or 130 (Ctrl-C).
+class AnyConfig(Protocol):
+    """A dataclass whose fields are the flags of a script."""
 
-    `--seeds` calls main once with each seed, in a folder of its own. `--dry_run` prints every value and its source instead; sources:
-    recipe name -> field -> source, for the fields that the recipe sets.
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+C = TypeVar("C", bound=AnyConfig)
+R = TypeVar("R", bound=RunOptions)
+
+
+def run_script(main: Callable[[C], object], cls: type[C], recipes: dict[str, C] | None = None,
+               sources: dict[str, dict[str, str]] | None = None) -> None:
+    """Parse the command line into `cls`, call main(config), and end with an exit code.
+
+    0: well; 1: failed under way; 2: refused before the work; 130: Ctrl-C; 143: a signal. `--seeds` calls
+    main once with each seed, in a folder of its own. `--dry_run` prints every value and its source instead
+    of calling main. sources: recipe name -> field -> source, for the fields that the recipe sets.
     """
     name = Path(sys.argv[0]).name
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         config, given, recipe = _parse(cls, None, recipes)
         if getattr(config, "dry_run", False):
-            _print_values(config, given, (sources or {}).get(recipe, {}))
+            _print_values(config, given, (sources or {}).get(recipe or "", {}))
             return
-        if hasattr(config, "seed") and getattr(config, "seeds", ()):
+        if isinstance(config, RunOptions) and config.seeds:
             _each_seed(main, config, name)
         else:
             main(config)
@@ -61,8 +80,9 @@ def run_script(main: Callable, cls: type, recipes: dict | None = None, sources: 
         _fail(name, error, 2)
     except RunError as error:
         _fail(name, error, 1)
-    except OSError as error:  # a full disk, a folder that went away: the last complete checkpoint is still there
-        _fail(name, f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}; what was saved before is intact", 1)
+    except OSError as error:  # a full disk, or a folder that went away
+        place = f": {error.filename}" if error.filename else ""
+        _fail(name, f"{error.strerror or error}{place}; what was saved before is intact", 1)
     except KeyboardInterrupt:
         _fail(name, "interrupted", 130)
     except RuntimeError as error:
@@ -73,7 +93,7 @@ def run_script(main: Callable, cls: type, recipes: dict | None = None, sources: 
         _leave()
 
 
-def _each_seed(main: Callable, config: object, name: str) -> None:
+def _each_seed(main: Callable[[R], object], config: R, name: str) -> None:
     """main(config) with each of its seeds.  Raises Collapsed at the end if some of them collapsed."""
     collapsed = []
     for one in one_a_seed(config, Path(name).stem):
@@ -83,23 +103,23 @@ def _each_seed(main: Callable, config: object, name: str) -> None:
             print(f"{name}: {error}", file=sys.stderr, flush=True)
             collapsed.append(one.seed)
     if collapsed:
-        raise Collapsed(f"{len(collapsed)} of {len(config.seeds)} seeds collapsed: {' '.join(map(str, collapsed))}")
+        named = " ".join(map(str, collapsed))
+        raise Collapsed(f"{len(collapsed)} of {len(config.seeds)} seeds collapsed: {named}")
 
 
 def _leave() -> None:
     """End a process of torchrun, its work done, once all have come here.
 
-    Without the interpreter's own end: gloo's threads may still hold tensors, and freeing these then aborts the process once in some tens
-    of runs (pytorch pull request 179291).
+    Without the interpreter's own end: gloo's threads may still hold tensors. Freeing these aborts about one
+    process in some tens of runs (pytorch pull request 179291).
     """
-    from harness import distributed  # here, so that --help does not wait for torch
     distributed.wait()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
 
 
-def _fail(name: str, message: object, code: int) -> None:
+def _fail(name: str, message: object, code: int) -> NoReturn:
     print(f"{name}: error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
     if os.environ.get("TORCHELASTIC_RUN_ID"):
         os._exit(code)  # under torchrun the other processes may wait for this one in a collective
@@ -109,7 +129,7 @@ def _fail(name: str, message: object, code: int) -> None:
 class _Parser(argparse.ArgumentParser):
     """Errors become one line."""
 
-    def error(self, message: str) -> typing.NoReturn:
+    def error(self, message: str) -> NoReturn:
         """Raise UserError with the message, and for an unknown flag with those that come close."""
         unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
         if unknown:
@@ -118,60 +138,80 @@ class _Parser(argparse.ArgumentParser):
             message = f"unknown flag {unknown[1]}" + (f": did you mean {close[0]}?" if close else "")
         recipe = re.match(r"argument --recipe: invalid choice: '(.*?)' \(choose from (.*)\)", message)
         if recipe and len(names := re.findall(r"[\w-]+", recipe[2])) > 12:
-            message = f"unknown recipe '{recipe[1]}': did you mean {' or '.join(difflib.get_close_matches(recipe[1], names, 3, 0))}?"
+            close = difflib.get_close_matches(recipe[1], names, 3, 0)
+            message = f"unknown recipe '{recipe[1]}': did you mean {' or '.join(close)}?"
         raise UserError(f"{message} (--help lists the flags)")
 
 
-def parse_config(cls: type, argv: list[str] | None = None, recipes: dict | None = None):
+def parse_config(cls: type[C], argv: list[str] | None = None, recipes: dict[str, C] | None = None) -> C:
     """Build the dataclass `cls` from `--field value` flags over the recipe, the resumed run or the defaults.
 
-    A field's trailing comment is its help. Floats accept `8/255`; a tuple takes several values; a Literal lists its choices.
-    `--recipe NAME` picks an entry of `recipes`. With `--resume DIR` the values are those of DIR/config.json, and a flag that
-    would change them is refused. Raises UserError for whatever does not fit.
+    A field's trailing comment is its help. Floats accept `8/255`; a tuple takes several values; a Literal
+    lists its choices. `--recipe NAME` picks an entry of `recipes`. With `--resume DIR` the values are those
+    of DIR/config.json, and a flag that would change them is refused. Raises UserError for whatever does not
+    fit.
     """
     return _parse(cls, argv, recipes)[0]
 
 
-def _parse(cls: type, argv: list[str] | None, recipes: dict | None) -> tuple[object, dict[str, object], str | None]:
+def _parse(cls: type[C], argv: list[str] | None,
+           recipes: dict[str, C] | None) -> tuple[C, dict[str, Any], str | None]:
     """The config, the flags that were given, and the recipe's name."""
     parser = _build_parser(cls, recipes)
     given = vars(parser.parse_args([_spelling(word) for word in (sys.argv[1:] if argv is None else argv)]))
     recipe = given.pop("recipe", None)
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    base = recipes[recipe] if recipe else cls()
+    base = recipes[recipe] if recipes and recipe else cls()
     if given.get("resume"):
         if recipe:
             raise UserError("--resume continues a run with its own recipe: leave --recipe out")
         base = _resumed(cls, Path(given["resume"]))
-        changed = [name for name in given if name not in MAY_CHANGE_ON_RESUME and given[name] != getattr(base, name)]
+        fixed = [name for name in given if name not in MAY_CHANGE_ON_RESUME]
+        changed = [f"--{name}" for name in fixed if given[name] != getattr(base, name)]
         if changed:
-            raise UserError(f"--resume continues the run as it was: leave out {', '.join('--' + name for name in changed)}")
+            raise UserError(f"--resume continues the run as it was: leave out {', '.join(changed)}")
     config = dataclasses.replace(base, **given)
     check_limits(config)
     return config, given, recipe
 
 
-def compose(cls: type, layers: dict[str, tuple]) -> tuple[dict[str, object], dict[str, dict[str, str]]]:
-    """Recipes out of layers: name -> ((source, {field: value}), ...), a later layer over an earlier one.
+def layer(source: str, **values: Any) -> tuple[str, dict[str, Any]]:
+    """Values of a recipe and where they come from, for `compose`."""
+    return source, values
+
+
+def compose(cls: type[C], layers: dict[str, tuple]) -> tuple[dict[str, C], dict[str, dict[str, str]]]:
+    """Recipes out of layers: name -> (layer, ...), a later layer over an earlier one.
 
     Returns the recipes, name -> config, and where their values come from, name -> field -> source.
     """
-    recipes = {name: cls(**{field: value for _, values in parts for field, value in values.items()}) for name, parts in layers.items()}
-    return recipes, {name: {field: source for source, values in parts for field in values} for name, parts in layers.items()}
+    recipes, sources = {}, {}
+    for name, parts in layers.items():
+        recipes[name] = cls(**{field: value for _, values in parts for field, value in values.items()})
+        sources[name] = {field: source for source, values in parts for field in values}
+    return recipes, sources
 
 
-def _print_values(config: object, given: dict[str, object], sources: dict[str, str]) -> None:
-    """One line a field: name, value, and where it comes from (a flag, the recipe, or what stands in brackets in the field's comment)."""
+def _print_values(config: AnyConfig, given: dict[str, Any], sources: dict[str, str]) -> None:
+    """One line per field: name, value and source.
+
+    The source is the command line, the recipe, or what stands in brackets in the field's comment.
+    """
     comments = _comments(type(config))
-    for field in dataclasses.fields(config):
+    for field in _fields(type(config)):
         bracket = re.search(r"\[([^\[\]]+)\]$", comments.get(field.name, ""))
-        source = "command line" if field.name in given else sources.get(field.name) or (bracket[1] if bracket else "default")
+        default = bracket[1] if bracket else "default"
+        source = "command line" if field.name in given else sources.get(field.name, default)
         value = getattr(config, field.name)
-        shown = " ".join(map(str, value)) if isinstance(value, tuple) else f"{value:.6g}" if isinstance(value, float) else str(value)
+        shown = f"{value:.6g}" if isinstance(value, float) else _words(value)
         print(f"{field.name:<22} {shown:<14} {source}")
 
 
-def check_limits(config: object) -> None:
+def _words(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def check_limits(config: AnyConfig) -> None:
     """Raise UserError for the first field outside its LIMITS, or not finite."""
     for field in dataclasses.fields(config):
         low, high = LIMITS.get(field.name, (-math.inf, math.inf))
@@ -202,27 +242,41 @@ def _spelling(word: str) -> str:
     return "--" + re.sub("^no_", "no-", flag.replace("-", "_")) + equals + value
 
 
+def _fields(cls: type[AnyConfig]) -> list[dataclasses.Field]:
+    """The fields of `cls`, its own first, then those that it inherits, class by class."""
+    classes = [vars(part).get("__annotations__", {}) for part in cls.__mro__]
+    first = {field.name: next(k for k, names in enumerate(classes) if field.name in names)
+             for field in dataclasses.fields(cls)}
+    return sorted(dataclasses.fields(cls), key=lambda field: first[field.name])
+
+
 def _comments(cls: type) -> dict[str, str]:
-    """The trailing comment of each field."""
-    return dict(re.findall(r"^\s+(\w+):[^#\n]*#\s*(.+)$", inspect.getsource(cls), re.MULTILINE))
+    """The trailing comment of each field, of the inherited ones too."""
+    found: dict[str, str] = {}
+    for part in reversed(cls.__mro__):
+        if dataclasses.is_dataclass(part):
+            lines = re.findall(r"^\s+(\w+):[^#\n]*#\s*(.+)$", inspect.getsource(part), re.MULTILINE)
+            found |= dict(lines)
+    return found
 
 
-def _build_parser(cls: type, recipes: dict | None) -> _Parser:
+def _build_parser(cls: type[AnyConfig], recipes: dict | None) -> _Parser:
     comments = _comments(cls)
     parser = _Parser(description=sys.modules[cls.__module__].__doc__, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
     if recipes:
-        parser.add_argument("--recipe", choices=list(recipes), metavar="NAME", help="a named set of hyperparameters at the top of the "
-                            f"script, overridden by every other flag (default: the values below): {', '.join(recipes)}")
+        parser.add_argument("--recipe", choices=list(recipes), metavar="NAME",
+                            help="a named set of hyperparameters at the top of the script; any other flag "
+                                 f"overrides it (default: the values below): {', '.join(recipes)}")
     hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        shown = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
-        text = f"{comments.get(field.name, '')} (default: {'none' if shown in (None, '') else shown})".replace("%", "%%")
+    for field in _fields(cls):
+        default = _words(field.default) if field.default is not None else ""
+        text = f"{comments.get(field.name, '')} (default: {default or 'none'})".replace("%", "%%")
         parser.add_argument(f"--{field.name}", help=text, **_options(hints[field.name]))
     return parser
 
 
-def _options(kind: object) -> dict:
+def _options(kind: Any) -> dict[str, Any]:
     """argparse options for a type hint: a plain type, Literal, tuple[T, ...], bool or T | None."""
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
         kind = next(part for part in typing.get_args(kind) if part is not types.NoneType)
@@ -235,10 +289,11 @@ def _options(kind: object) -> dict:
     return {"type": number if kind is float else kind, "metavar": {float: "X", int: "N"}.get(kind, "NAME")}
 
 
-def _resumed(cls: type, folder: Path):
+def _resumed(cls: type[C], folder: Path) -> C:
     """The Config that the run in `folder` was started with; a result's name stands for the record beside it.
 
-    A field that is newer than the run has its default, and one line says so.
+    A field that is newer than the run has its default, and one line says so. A field that the script no
+    longer has is left out.
     """
     folder = folder.with_suffix(".record") if folder.suffix == ".json" else folder
     path = folder / "config.json"
@@ -250,28 +305,32 @@ def _resumed(cls: type, folder: Path):
         raise UserError(f"--resume {folder}: no run there (no config.json)") from None
     except (ValueError, OSError) as error:
         raise UserError(f"--resume {folder}: cannot read {path}: {error}") from None
-    script = Path(inspect.getsourcefile(cls)).stem
+    script = Path(inspect.getsourcefile(cls) or "").stem
     if saved.get("script") != script:
-        raise UserError(f"--resume {folder}: that run belongs to {saved.get('script')}.py, not to {script}.py")
-    fields = [field for field in dataclasses.fields(cls) if field.name in saved]
-    if newer := [field for field in dataclasses.fields(cls) if field not in fields]:
-        print(f"note: {path} lacks {', '.join(f'{field.name}, here {field.default}' for field in newer)}", file=sys.stderr)
-    if isinstance(saved.get("compile"), bool):
-        saved["compile"] = "on" if saved["compile"] else "off"  # as it was written when it was a switch
+        raise UserError(f"--resume {folder}: that run is of {saved.get('script')}.py, not of {script}.py")
+    fields = [field for field in _fields(cls) if field.name in saved]
+    newer = {field.name: OFF_BEFORE.get(field.name, field.default) for field in _fields(cls) if field not in fields}
+    if newer:
+        shown = ", ".join(f"{name}, here {value}" for name, value in newer.items())
+        print(f"note: {path} lacks {shown}", file=sys.stderr)
+    if isinstance(saved.get("compile"), str):
+        saved["compile"] = saved["compile"] == "on"  # as it was written when it had a third value, auto
     hints = typing.get_type_hints(cls)
+    values: dict[str, Any] = {name: newer[name] for name in OFF_BEFORE if name in newer}
     for field in fields:
         value = saved[field.name]
         if type(value) not in _json_types(hints[field.name]):
-            raise UserError(f"--resume {folder}: {field.name} in {path} is {json.dumps(value)}, which it cannot be")
-    values = {field.name: saved[field.name] for field in fields}
-    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+            shown = json.dumps(value)
+            raise UserError(f"--resume {folder}: {field.name} in {path} is {shown}, which it cannot be")
+        values[field.name] = tuple(value) if isinstance(value, list) else value
+    return cls(**values)
 
 
-def _json_types(hint: object) -> set[type]:
+def _json_types(hint: Any) -> set[type]:
     """The types that a value of this type hint may have in a JSON file."""
     origin = typing.get_origin(hint)
     if origin in (types.UnionType, typing.Union):
-        return set().union(*map(_json_types, typing.get_args(hint)))
+        return {kind for part in typing.get_args(hint) for kind in _json_types(part)}
     if origin is typing.Literal:
         return {type(choice) for choice in typing.get_args(hint)}
     return {float: {float, int}, tuple: {list}}.get(origin or hint, {hint})

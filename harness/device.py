@@ -1,6 +1,5 @@
 """The machine: its device, what that is good at, and its memory; what stands behind a number: hardware, versions, commit and command."""
 import ctypes
-import importlib.util
 import os
 import platform
 import shlex
@@ -13,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from harness.errors import UserError
-from harness.training.compilation import ENOUGH_STEPS
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDE = 32  # channels of a convolution from which bfloat16 pays without AMX, see choose_dtype
@@ -59,17 +57,6 @@ def choose_dtype(precision: str, device: torch.device, model: nn.Module) -> torc
 
 def _cpu_has(instructions: str) -> bool:
     return getattr(torch.cpu, f"_is_{instructions}_supported", lambda: False)()
-
-
-def why_not_compile(device: torch.device, attack_steps: int) -> str | None:
-    """Why torch.compile is not worth a try on `device` in a run of so many attack steps; None where it is."""
-    if device.type != "cuda":
-        return "it gains nothing there"  # as measured on a CPU
-    if torch.cuda.get_device_capability(device) < (7, 0):
-        return "this GPU is older than Triton's compiler supports"
-    if importlib.util.find_spec("triton") is None:
-        return "Triton, which compiles for the GPU, is not installed"
-    return f"{attack_steps:,} attack steps are too few for a minute of compiling" if attack_steps < ENOUGH_STEPS else None
 
 
 def free_memory(device: torch.device) -> int:

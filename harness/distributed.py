@@ -2,11 +2,15 @@
 import atexit
 import inspect
 import os
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+T = TypeVar("T")
 
 
 def start(device: torch.device) -> tuple[int, int, torch.device]:
@@ -17,14 +21,14 @@ def start(device: torch.device) -> tuple[int, int, torch.device]:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    if not dist.is_initialized():  # a second run in this process, as with --seeds, shares the group of the first
+    if not dist.is_initialized():  # with --seeds the runs of a process share its group
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         atexit.register(dist.destroy_process_group)
     return dist.get_rank(), world_size, device
 
 
 def wait() -> None:
-    """Go on once every process has come here: one that leaves while another still talks to it can be aborted."""
+    """Wait until every process has come here: leaving while another still talks to it can abort a process."""
     if dist.is_initialized():
         dist.barrier()
 
@@ -32,17 +36,19 @@ def wait() -> None:
 def parallel(model: nn.Module) -> nn.Module:
     """The model with its gradients averaged over all processes.
 
-    Buffers are not broadcast: each process keeps the BatchNorm statistics of its own share, and the first one's are saved.
+    Buffers are not broadcast: each process keeps the BatchNorm statistics of its own examples, and those of
+    the first process are saved.
     """
     if not dist.is_initialized():
         return model
     ids = [torch.cuda.current_device()] if next(model.parameters()).is_cuda else None
     newer = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
-    return DistributedDataParallel(model, device_ids=ids, **{"forward_sync_buffers" if newer else "broadcast_buffers": False})
+    options: dict[str, Any] = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
+    return DistributedDataParallel(model, device_ids=ids, **options)
 
 
 def average_gradients(model: nn.Module) -> None:
-    """The mean over all processes of every gradient, in every process: for backward passes that did not go through `parallel`'s model."""
+    """Average every gradient over all processes, after backward passes outside of `parallel`'s model."""
     if dist.is_initialized():
         for parameter in model.parameters():
             if parameter.grad is not None:
@@ -50,15 +56,16 @@ def average_gradients(model: nn.Module) -> None:
 
 
 def gather(values: torch.Tensor, count: int) -> tuple[torch.Tensor, slice]:
-    """The rows of all processes, rank by rank, [count, ...], and which of them are this process's: those keep their graph.
+    """The rows of all processes, rank by rank, [count, ...], and which of them are this process's.
 
-    Process r of W holds rows r, r + W, ... of the `count`, so that none has to ask another how many it has.
+    This process's rows keep their graph. Process r of W holds rows r, r + W, ... of the `count`, so that no
+    process has to ask another how many it has.
     """
     if not dist.is_initialized():
         return values, slice(None)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     sizes = [len(range(r, count, world_size)) for r in range(world_size)]
-    padded = values.new_zeros(sizes[0], *values.shape[1:])  # processes may hold one example less than the first
+    padded = values.new_zeros(sizes[0], *values.shape[1:])  # a process may hold one row less than the first
     padded[:len(values)] = values.detach()
     parts = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(parts, padded)
@@ -66,11 +73,22 @@ def gather(values: torch.Tensor, count: int) -> tuple[torch.Tensor, slice]:
     return torch.cat(rows), slice(sum(sizes[:rank]), sum(sizes[:rank + 1]))
 
 
-def from_first(value: object) -> object:
+def on_all_rows(function: Callable[..., torch.Tensor], count: int, *arguments: Any) -> torch.Tensor:
+    """This process's rows of function(*arguments) where the function sees the `count` rows of all processes.
+
+    Tensors among the arguments are gathered, everything else is handed on.
+    """
+    whole = [gather(value, count) if isinstance(value, torch.Tensor) else (value, None)
+             for value in arguments]
+    own = next(rows for _, rows in whole if rows is not None)
+    return function(*(value for value, _ in whole))[own]
+
+
+def from_first(value: T | None) -> T:
     """The first process's value, in every process."""
     if not dist.is_initialized():
-        return value
-    box = [value]
+        return cast(T, value)
+    box: list[Any] = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
 

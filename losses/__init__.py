@@ -4,7 +4,7 @@ from torch import Tensor
 
 
 def at_least_float32(logits: Tensor) -> Tensor:
-    """Half-precision logits in float32, wider ones unchanged: losses, weights and softmax are never computed in 16 bits."""
+    """Half-precision logits in float32, wider ones unchanged: nothing here is computed in 16 bits."""
     return logits if logits.itemsize >= 4 else logits.float()
 
 

@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from harness.datasets.downloads import DATASETS, SPLIT_SEED
 from harness.datasets.generated import Extra, load_extra
-from harness.datasets.sources import DATASETS, SPLIT_SEED, Split, load_image_folder
+from harness.datasets.image_folders import load_image_folder
+from harness.datasets.split import Split
 from harness.errors import UserError
 
 

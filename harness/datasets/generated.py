@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harness.datasets.sources import Split, copy_stream, reason, written
+from harness.datasets.files import copy_stream, reason, written
+from harness.datasets.split import Split
 from harness.errors import UserError
 
 

@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from harness.datasets.batches import Split, to_unit
+from harness.datasets.batches import to_unit
+from harness.datasets.split import Split
 from harness.errors import UserError
 from harness.evaluation.predictions import Record, observe
 from harness.folder import write_text

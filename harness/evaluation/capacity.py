@@ -4,7 +4,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from harness.datasets.batches import Split, to_unit
+from harness.datasets.batches import to_unit
+from harness.datasets.split import Split
 from harness.device import free_memory, peak_memory
 from harness.evaluation.attack_record import MULTIPLE, Steady
 from harness.evaluation.predictions import num_outputs

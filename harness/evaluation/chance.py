@@ -25,7 +25,7 @@ def at_chance(hits: Sequence[float], counts: Sequence[float]) -> bool:
     chance = 1 / len(pairs)
     accuracy = sum(hit / count for hit, count in pairs) / len(pairs)
     variance = sum(chance * (1 - chance) / count for _, count in pairs) / len(pairs) ** 2
-    return accuracy <= chance + Z95 * math.sqrt(variance)
+    return accuracy < 1 and accuracy <= chance + Z95 * math.sqrt(variance)
 
 
 def metrics_at_chance(confusions: dict[str, list[list[int]]]) -> list[str]:

@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from harness.datasets.batches import Split, to_unit
+from harness.datasets.batches import to_unit
+from harness.datasets.split import Split
 from harness.errors import RunError, UserError
 from harness.evaluation.chance import metrics_at_chance
 from harness.evaluation.metrics import weighted_accuracy
+from losses.margin import probability_margin
 
 
 @dataclass
@@ -62,9 +64,7 @@ def observe(model: nn.Module, x: Tensor, y: Tensor) -> Record:
         raise UserError(f"the network gives outputs of shape {tuple(logits.shape[1:])} where the data set has labels up to {int(y.max())}")
     if not bool(torch.isfinite(logits).all()):
         raise UserError("the network's outputs are not finite: this checkpoint cannot be evaluated")
-    true = F.softmax(logits, dim=1).gather(1, y[:, None]).squeeze(1)
-    other = F.softmax(logits, dim=1).scatter(1, y[:, None], -1.0).amax(dim=1)
-    return Record(logits.argmax(1), F.cross_entropy(logits, y, reduction="none"), true - other)
+    return Record(logits.argmax(1), F.cross_entropy(logits, y, reduction="none"), probability_margin(logits, y))
 
 
 def num_outputs(model: nn.Module, split: Split) -> int:

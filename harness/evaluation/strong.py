@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from harness import distributed
-from harness.datasets.batches import Split, to_unit
+from harness.datasets.batches import to_unit
+from harness.datasets.split import Split
 from harness.device import command_line
 from harness.errors import UserError
 from harness.evaluation import attack_record as ledger

@@ -1,196 +1,146 @@
-"""torch.compile on trial: what it makes of a piece of the training is used once it has been seen to do the same, and to be faster.
+"""torch.compile behind `--compile`: the attack's step as one graph, and the network's other passes.
 
-    the attack's step      forward pass, loss, gradient with respect to x alone, move and projection as one graph; for an attack that draws
-                           random numbers or moves statistics, and where torch.func or a single graph fails, the network's passes in it
+    the attack's step      forward pass, loss, gradient with respect to x alone, move and projection
     the network's pass     the others: the clean prediction, and the training step with its gradients
 
-Each is tried at its first call, on that batch; one line says what came of it. A trial leaves no trace but that line: it consumes no random
-number, and weights, gradients, running statistics and modes are as before. Whatever fails, then or later, is done without torch.compile,
-but for the backward pass of a training step, whose failure ends the run. What is compiled later for another case of the same shape, such
-as a clean prediction, is not tried again.
+Each is compiled for the shape of its first batch, and compared there with plain torch; batches of other shapes are plain. What cannot be
+compiled, fails later or does something else is done by plain torch from then on, and one line says so. An exception is the backward pass
+of a training step, whose failure ends the run.
 """
 import math
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-ENOUGH_STEPS = 30_000  # attack steps of a run over which a minute of compiling is 2 ms each, about what a ResNet-18 step can gain
-RADIUS = 0.1           # of the step's trial, pixels in [0, 1]: nearer to x, where a KL is flat, bfloat16's gradients are half rounding
-WARM_UP = 3            # calls before the first that counts: compile, record the CUDA graph, replay it
-ROUNDS, CALLS = 3, 4   # the best of so many rounds of so many calls is the time
-
-# How far a step's moves, and a pass's logits and gradients, may be from the plain ones, as a part of these: so many times as far as float32
-# is from them, and a little, for the TF32 that float32 may be on a GPU; but at most half. Float32 was seen to be 5 to 16 % away from
-# bfloat16 in a step (CE and KL: other signs for 3 to 8 % of the pixels) and up to 34 % in the gradients of ResNet-18; what has nothing to
-# do with the plain form is 100 % away.
-ROUNDING, LITTLE, MOST = 2.0, 0.05, 0.5
-
-
-@dataclass
-class Verdict:
-    """What is known of one piece: nothing yet (open), the kind of call that its compiled form is used for, or that it never is (None)."""
-
-    open: bool = True
-    kind: object = None
+RADIUS = 0.1  # of the comparison, pixels in [0, 1]: nearer to x, where a KL is flat, bfloat16's gradients are half rounding
+WARM_UP = 3   # calls before the comparison: compile, record the CUDA graph, replay it
+# How far from plain torch's moves, logits and gradients is still the same function, as a part of these. Rounding in bfloat16 alone
+# was seen to change 16 % of a step's moves and 34 % of ResNet-18's gradients; what has nothing to do with the plain form is 100 % away.
+FAR = 0.5
 
 
 class Compilation:
-    """The compiled forms of a run's attack step and network pass, and the verdicts on them; a copy of a model shares them.
+    """The compiled forms of a run's attack step and network pass; a copy of a model shares them.
 
-    always: use what agrees even where it is slower; graphs: replay each form as one CUDA graph, whose outputs are copied before the next
-    replay writes them again; say: prints a line; begin: called before the first trial.
+    graphs: replay each as one CUDA graph, whose outputs are copied before the next replay writes them again; say: prints a line.
     """
 
-    def __init__(self, always: bool, graphs: bool, say: Callable[[str], None], begin: Callable[[], None] = lambda: None):
-        self.always, self.graphs, self.say, self.begin = always, graphs, say, begin
-        inductor = {"fallback_random": True} | ({"triton.cudagraphs": True} if graphs else {})  # dropout's numbers are those of plain torch
+    def __init__(self, graphs: bool, say: Callable[[str], None]):
+        inductor = {"fallback_random": True} | ({"triton.cudagraphs": True} if graphs else {})  # dropout as in plain torch
         self.compile = partial(torch.compile, dynamic=False, options=inductor)
+        self.graphs = graphs
+        self.step = Piece("the attack's step", say)
+        self.passes = Piece("the network's pass", say)
+        self.whole_step: Callable | None = None
         self.network = self.compile(_network_pass)
-        self.whole: Callable | None = None  # the compiled step, once it is used
-        self.step, self.passes = Verdict(), Verdict()
 
     def __deepcopy__(self, memo: dict) -> "Compilation":
         return self
 
-    # ---- the attack's step -------------------------------------------------------------------------------------------------------
-
-    def pgd_step(self, model: nn.Module, steps: Callable, whole_step: Callable, x_adv: Tensor, settings: dict[str, object]) -> Callable:
-        """The steps of an attack: those of `steps` on the plain or on the compiled network, or whole_step compiled.
-
-        Batches of another shape than the first, as the last of an epoch may be, are left to plain torch.
-        """
-        plain = partial(steps, _logits_of(model.plain), **settings)
+    def pgd_step(self, model: nn.Module, steps: Callable, whole_step: Callable, x_adv: Tensor, settings: dict[str, object],
+                 ) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        """An attack's steps: whole_step compiled, or else those of `steps`, in which the network's passes may be."""
+        plain = steps(_logits_of(partial(self.run, model)), **settings)
         sizes = {name: settings[name] for name in ("epsilon", "step_size")}
         sizes = {name: value if isinstance(value, Tensor) else x_adv.new_full((), value) for name, value in sizes.items()}
         kind = (x_adv.shape, x_adv.dtype, settings["norm"], model.training, *(value.shape for value in sizes.values()))
-        if self.step.open:
-            self._begin_once()
-            self._try_step(model, steps, whole_step, settings | sizes, kind)
-        if self.step.kind != kind:
-            return plain()
-        fast = self._fast_step(model, steps, settings | sizes)
+        if self.whole_step is None:
+            self.whole_step = self.compile(whole_step, fullgraph=True)
 
-        def advance(x_adv: Tensor) -> tuple[Tensor, Tensor]:
-            """One step by the compiled form, by plain torch once that has failed: the next x_adv, and the logits of this one."""
-            if self.step.kind == kind:
-                try:
-                    return fast(x_adv)
-                except Exception as error:
-                    self._fail(self.step, "the attack's step", error)
-            return plain()(x_adv)
+        def compiled(x_adv: Tensor) -> tuple[Tensor, Tensor]:
+            moved, logits_adv = self.whole_step(model, x_adv, **settings | sizes)
+            return (moved.clone(), logits_adv.clone()) if self.graphs else (moved, logits_adv)
 
-        return advance
-
-    def _fast_step(self, model: nn.Module, steps: Callable, settings: dict[str, object]) -> Callable:
-        if self.whole is None:
-            return steps(_logits_of(partial(self.network, model)), **settings)
-        call = partial(self.whole, model, **settings)
-        return (lambda x_adv: tuple(out.clone() for out in call(x_adv))) if self.graphs else call
-
-    def _try_step(self, model: nn.Module, steps: Callable, whole_step: Callable, settings: dict[str, object], kind: object) -> None:
-        """Decide on the step, at a radius where gradients are more than rounding; a gradient of zeros leaves that to the next batch."""
-        x = settings["x"]
-        radius = RADIUS * (1.0 if settings["norm"] == "linf" else math.sqrt(x[0].numel()))  # of a ball that holds all of the noise
-        settings = settings | {"epsilon": torch.full_like(settings["epsilon"], radius),
-                               "step_size": torch.full_like(settings["step_size"], radius / 4)}
-        noise = torch.rand(x.shape, generator=torch.Generator(x.device).manual_seed(0), device=x.device).to(x.dtype)
-        points = [(x + RADIUS * sign * (1.98 * noise - 0.99)).clamp_(0.0, 1.0) for sign in (1, -1)]  # inside the ball, so no step: no move
-
-        def move(advance: Callable, k: int) -> list[list[Tensor]]:
-            moved, logits_adv = advance(points[k].clone())
-            return [[moved - points[k]], [logits_adv]]
-
-        try:
-            plain = partial(move, steps(_logits_of(model.plain), **settings))
-            with untouched(model, x.device) as touched:
-                if not any(bool(plain(k)[0][0].any()) for k in (0, 1)):
-                    return
-                forms = (None,) if touched() else (self.compile(whole_step, fullgraph=True), None)
-        except Exception as error:
-            return self._fail(self.step, "the attack's step", error)
-        for self.whole in forms:
-            name = "the attack's step" if self.whole else "the network's passes in the attack's step"
-            fast = partial(move, self._fast_step(model, steps, settings))
-            if self._prove(self.step, kind, name, model, plain, fast, x.device):
-                return
-
-    # ---- the network's pass ------------------------------------------------------------------------------------------------------
+        away = partial(self._step_distance, model, steps, settings | sizes)
+        return lambda x_adv: self.step.run(kind, partial(compiled, x_adv), partial(plain, x_adv), away)
 
     def run(self, model: nn.Module, x: Tensor) -> Tensor:
-        """model.plain(x), compiled if that has been proved for this shape: in the first pass with trainable parameters."""
-        if self.passes.open and torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters()):
-            self._begin_once()
-            self._try_pass(model, x)
-        if self.passes.kind == x.shape:
-            try:
-                return self.network(model, x)
-            except Exception as error:
-                self._fail(self.passes, "the network's pass", error)
-        return model.plain(x)
+        """model.plain(x), compiled for the shape of the first pass with trainable parameters."""
+        trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters())
+        if not trains and self.passes.kind is UNSEEN:
+            return model.plain(x)
+        return self.passes.run(x.shape, partial(self.network, model, x), partial(model.plain, x),
+                               partial(self._pass_distance, model, x))
 
-    def _try_pass(self, model: nn.Module, x: Tensor) -> None:
+    def _step_distance(self, model: nn.Module, steps: Callable, settings: dict[str, object]) -> float | None:
+        """How far the compiled step is from the plain one, at a radius of its own; None where no pixel moves."""
+        x = settings["x"]
+        radius = RADIUS * (1.0 if settings["norm"] == "linf" else math.sqrt(x[0].numel()))  # a ball that holds the noise
+        settings = settings | {"epsilon": torch.full_like(settings["epsilon"], radius),
+                               "step_size": torch.full_like(settings["step_size"], radius / 4)}
+        generator = torch.Generator(x.device).manual_seed(0)
+        noise = torch.rand(x.shape, generator=generator, device=x.device).to(x.dtype)
+        first, second = ((x + RADIUS * sign * (1.98 * noise - 0.99)).clamp_(0.0, 1.0) for sign in (1, -1))  # inside the ball
+        with untouched(model, x.device) as touched:
+            moved, logits = steps(_logits_of(model.plain), **settings)(second.clone())
+            if touched():
+                raise RuntimeError("it draws random numbers or moves statistics")
+            if torch.equal(moved, second):
+                return None
+            for _ in range(WARM_UP):
+                self.whole_step(model, first.clone(), **settings)
+            found, found_logits = self.whole_step(model, second.clone(), **settings)
+        return max(distance([moved - second], [found - second]), distance([logits], [found_logits]))
+
+    def _pass_distance(self, model: nn.Module, x: Tensor) -> float:
+        """How far the compiled pass is from the plain one: logits, gradients of the images where wanted, and of the parameters."""
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
-        def differentiate(run: Callable, k: int) -> list[list[Tensor]]:
-            """The logits of batch k, and the gradients with respect to its images, where they have one, and to the parameters."""
-            batch = (x, x.flip(0))[k].detach().requires_grad_(x.requires_grad)
-            logits = _logits_of(run)(batch)
-            slopes = torch.linspace(-1.0, 1.0, logits.numel(), device=x.device).view_as(logits)
-            images = [batch] if x.requires_grad else []
-            gradients = torch.autograd.grad(logits, images + parameters, slopes, allow_unused=True)
-            of_images, of_parameters = ([gradient.clone() for gradient in part if gradient is not None]
-                                        for part in (gradients[:len(images)], gradients[len(images):]))
-            return [[logits.detach()], of_images, of_parameters]
+        def differentiate(run: Callable[[Tensor], Tensor], images: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+            batch = images.detach().requires_grad_(x.requires_grad)
+            with untouched(model, x.device):
+                logits = _logits_of(run)(batch)
+                slopes = torch.linspace(-1.0, 1.0, logits.numel(), device=x.device).view_as(logits)
+                wanted = [batch] * x.requires_grad + parameters
+                gradients = torch.autograd.grad(logits, wanted, slopes, allow_unused=True)
+            gradients = [None if gradient is None else gradient.clone() for gradient in gradients]
+            of_images = gradients[:len(wanted) - len(parameters)]
+            of_parameters = [gradient for gradient in gradients[len(of_images):] if gradient is not None]
+            return [logits.detach()], of_images, of_parameters
 
-        self._prove(self.passes, x.shape, "the network's pass", model, partial(differentiate, model.plain),
-                    partial(differentiate, partial(self.network, model)), x.device)
+        for _ in range(WARM_UP):
+            differentiate(partial(self.network, model), x)
+        other = x.flip(0)  # than the batch that a CUDA graph was recorded with
+        plain = differentiate(model.plain, other)
+        compiled = differentiate(partial(self.network, model), other)
+        return max(map(distance, plain, compiled))
 
-    # ---- a trial -----------------------------------------------------------------------------------------------------------------
 
-    def _prove(self, verdict: Verdict, kind: object, name: str, model: nn.Module, plain: Callable, fast: Callable,
-               device: torch.device) -> bool:
-        """Close `verdict`, with `kind` where fast(k) gives the tensors of plain(k) for the batches k = 0 and 1, and sooner."""
-        try:
-            with untouched(model, device):
-                for _ in range(WARM_UP):
-                    fast(0)
-            forms = partial(_in_float32, model, plain), plain, fast
-            exact, expected, found = (self._isolated(form, model, device) for form in forms)
-            rounding, away = ([distance(*pair) for pair in zip(expected, results)] for results in (exact, found))
-            with untouched(model, device):
-                gain = speedup(plain, fast, device)
-        except Exception as error:
-            self._fail(verdict, name, error)
-            return False
-        agrees = all(d <= min(MOST, LITTLE + ROUNDING * r) for d, r in zip(away, rounding))
-        used = agrees and (self.always or gain > 1.0)
-        self._close(verdict, kind if used else None)
-        self.say(f"torch.compile, {name}: {gain:.2f} times as fast, {100 * max(away):.2g} % away where float32 is "
-                 f"{100 * max(rounding):.2g} %: {'used' if used else 'going on without it'}")
-        return used
+UNSEEN = object()
 
-    def _begin_once(self) -> None:
-        self.begin()
-        self.begin = lambda: None
 
-    def _close(self, verdict: Verdict, kind: object) -> None:
-        verdict.open, verdict.kind = False, kind
-        if self.step.kind is None and self.passes.kind is None:
-            torch.compiler.reset()  # gives back the memory of CUDA graphs that nobody replays
+class Piece:
+    """A piece of the training that may be compiled: `kind` is that of the calls it is compiled for, None once it is left out."""
 
-    def _isolated(self, function: Callable, model: nn.Module, device: torch.device) -> list[list[Tensor]]:
-        with untouched(model, device):
-            return function(1)  # another batch than the one that a CUDA graph was recorded with
+    def __init__(self, name: str, say: Callable[[str], None]):
+        self.name = name
+        self.say = say
+        self.kind: object = UNSEEN
 
-    def _fail(self, verdict: Verdict, name: str, error: Exception) -> None:
-        self._close(verdict, None)
-        reason = next(iter(str(error).strip().splitlines()), "")[:150]
-        self.say(f"torch.compile failed on {name} ({type(error).__name__}: {reason}): going on without it")
+    def run(self, kind: object, compiled: Callable, plain: Callable, away: Callable[[], float | None]) -> object:
+        """compiled() for calls of the first kind, else plain(), which the first failure leaves for good.
+
+        away() is how far the one is from the other, and None while that cannot be told: then the next call decides.
+        """
+        if self.kind is UNSEEN or self.kind == kind:
+            try:
+                if self.kind is UNSEEN:
+                    found = away()
+                    if found is None:
+                        return plain()
+                    if not found <= FAR:
+                        raise RuntimeError(f"it is {100 * found:.2g} % away from plain torch")
+                    self.kind = kind
+                    self.say(f"torch.compile: {self.name} is compiled, {100 * found:.2g} % away from plain torch")
+                return compiled()
+            except Exception as error:
+                self.kind = None
+                reason = next(iter(str(error).strip().splitlines()), "")[:150]
+                self.say(f"torch.compile: {self.name} goes on without it ({type(error).__name__}: {reason})")
+        return plain()
 
 
 def _network_pass(model: nn.Module, x: Tensor) -> Tensor:
@@ -200,14 +150,6 @@ def _network_pass(model: nn.Module, x: Tensor) -> Tensor:
 def _logits_of(run: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """The logits of a pass as a model gives them: in float32, and a copy that the next replay of a CUDA graph leaves alone."""
     return lambda x: run(x).to(torch.float32, copy=True)
-
-
-def _in_float32(model: nn.Module, function: Callable, k: int) -> list[list[Tensor]]:
-    dtype, model.dtype = model.dtype, torch.float32
-    try:
-        return function(k)
-    finally:
-        model.dtype = dtype
 
 
 def distance(plain: list[Tensor], other: list[Tensor]) -> float:
@@ -241,18 +183,3 @@ def untouched(model: nn.Module, device: torch.device) -> Iterator[Callable[[], b
 
 def _random_states(device: torch.device) -> list[Tensor]:
     return [torch.get_rng_state(), *([] if device.type == "cpu" else [getattr(torch, device.type).get_rng_state(device)])]
-
-
-def speedup(plain: Callable[[int], object], fast: Callable[[int], object], device: torch.device) -> float:
-    """The time of plain(0) over that of fast(0), taken in turns, on a GPU each with the end of its work."""
-    synchronize = partial(getattr(torch, device.type).synchronize, device)
-    times = {plain: [], fast: []}
-    for _ in range(ROUNDS):
-        for function in times:
-            synchronize()
-            started = time.perf_counter()
-            for _ in range(CALLS):
-                function(0)
-            synchronize()
-            times[function].append(time.perf_counter() - started)
-    return min(times[plain]) / min(times[fast])

@@ -1,31 +1,37 @@
-"""Several runs of one script, one a seed, in one folder."""
+"""Several runs of one script, one per seed, in one folder."""
 import dataclasses
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from harness.device import command_line
 from harness.errors import UserError
 from harness.folder import claim_folder, write_text
+from harness.training.options import RunOptions
+
+R = TypeVar("R", bound=RunOptions)
 
 
-def one_a_seed(config: object, script: str) -> Iterator[object]:
+def one_a_seed(config: R, script: str) -> Iterator[R]:
     """`config` with each of its `seeds` in turn, as a run of its own in <folder>/seed<k>.
 
-    The folder is out_dir, or runs/<script>/<time>; it holds a config.json, so that `--resume <folder>` goes on with the runs begun there
-    and starts those that are missing. A run that has come to its end is left as it is. Raises UserError for a folder in use.
+    The folder is out_dir, or runs/<script>/<time>. It holds a config.json, so that `--resume <folder>`
+    continues the runs begun there and starts those that are missing. A finished run is left as it is.
+    Raises UserError for a folder in use.
     """
     if len(set(config.seeds)) < len(config.seeds):
         raise UserError(f"--seeds {' '.join(map(str, config.seeds))} names a seed twice")
     folder = Path(config.resume or config.out_dir or "runs")
-    if os.environ.get("RANK", "0") == "0":  # under torchrun the first process alone has a say in the folder
+    if os.environ.get("RANK", "0") == "0":  # under torchrun the first process alone decides on the folder
         folder = claim_folder(config, script)
         folder.mkdir(parents=True, exist_ok=True)
         facts = {"script": script, "command": command_line()}
-        write_text(folder / "config.json", json.dumps(facts | dataclasses.asdict(config) | {"resume": None}, indent=2) + "\n")
+        settings = dataclasses.asdict(config) | {"resume": None}
+        write_text(folder / "config.json", json.dumps(facts | settings, indent=2) + "\n")
     for k, seed in enumerate(config.seeds, 1):
         own = folder / f"seed{seed}"
-        begun = config.resume and (own / "config.json").exists()
+        resume = str(own) if config.resume and (own / "config.json").exists() else None
         print(f"seed {seed}, {k} of {len(config.seeds)}", flush=True)
-        yield dataclasses.replace(config, seed=seed, seeds=(), out_dir=str(own), resume=str(own) if begun else None)
+        yield dataclasses.replace(config, seed=seed, seeds=(), out_dir=str(own), resume=resume)

@@ -4,9 +4,9 @@ import torch
 from nets import interior, linear, linear_distance, tiny_mlp
 
 from attacks.alma import _penalty_slope, alma
-from attacks.ball import norm_of
-from attacks.minimal import NORMS, is_wrong
+from attacks.geometry import NORMS, norm_of
 from attacks.polish import nearest_loss, polish
+from losses.margin import logit_margin, misclassified
 
 norms = pytest.mark.parametrize("norm", NORMS)
 
@@ -18,12 +18,12 @@ def test_alma_finds_the_distance_of_a_linear_model(norm, num_classes):
     x, y = interior(model)
     x_adv = alma(model, x, y, norm=norm, num_steps=500)
     expected = linear_distance(model, x, y, norm)
-    assert is_wrong(model(x_adv), y).all()
+    assert misclassified(model(x_adv), y).all()
     assert (norm_of(x_adv - x, norm) >= expected * (1 - 1e-9)).all()
     if norm == "l1":  # its last steps leave a little on pixels that should be still
         assert (norm_of(x_adv - x, norm) <= 1.05 * expected).all()
         x_adv = polish(model, x, y, x_adv, norm=norm)
-        assert is_wrong(model(x_adv), y).all()
+        assert misclassified(model(x_adv), y).all()
     torch.testing.assert_close(norm_of(x_adv - x, norm), expected, rtol=0.01, atol=0)
 
 
@@ -34,6 +34,23 @@ def test_rounding_does_not_decide_at_which_class_alma_ends():
     x = x + 1e-9 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype)
     x_adv = alma(model, x, y, norm="l1", num_steps=500)
     assert (norm_of(x_adv - x, "l1") <= 1.05 * linear_distance(model, x, y, "l1")).all()
+
+
+@pytest.mark.parametrize("norm", ("l2", "l1"))
+def test_alma_leaves_a_far_adversary_that_lies_on_the_boundary(norm):
+    model = linear(2)
+    x, y = interior(model)
+    away = torch.linspace(-0.2, 0.2, x[0].numel(), dtype=x.dtype).view_as(x[0])  # along the boundary, for the most part
+    normal = (model[1].weight[1] - model[1].weight[0]).view_as(x[0])
+    away = away - normal * (away * normal).sum() / normal.square().sum()
+    near = alma(model, x, y, norm=norm, num_steps=500)
+    start = (near + away).clamp(0, 1).detach()
+    margin = logit_margin(model(start), y)
+    step = torch.where(y == 0, 1.0, -1.0) * (margin + 1e-6) / normal.square().sum()
+    start = start + step[:, None, None, None] * normal  # the margin there is -1e-6
+    assert misclassified(model(start), y).all() and (logit_margin(model(start), y).abs() < 1e-5).all()
+    found = norm_of(alma(model, x, y, norm=norm, start=start, num_steps=200) - x, norm)
+    assert (found < 0.6 * norm_of(start - x, norm)).all()
 
 
 def test_the_penalty_slope_is_the_derivative_of_p2():
@@ -58,9 +75,9 @@ def test_one_step_of_the_polish_is_exact_on_a_linear_model(norm):
     model = linear(2)
     x, y = interior(model)
     far = (x + 0.45 * (model[1].weight[1 - y] - model[1].weight[y]).view_as(x).sign()).clamp(0, 1).detach()
-    assert is_wrong(model(far), y).all()
+    assert misclassified(model(far), y).all()
     x_adv = polish(model, x, y, far, norm=norm, num_steps=1)
-    assert is_wrong(model(x_adv), y).all()
+    assert misclassified(model(x_adv), y).all()
     torch.testing.assert_close(norm_of(x_adv - x, norm), linear_distance(model, x, y, norm), rtol=2e-4, atol=0)
 
 
@@ -70,8 +87,8 @@ def test_the_polish_never_makes_an_adversary_worse_and_leaves_the_rest_alone(nor
     x, y = torch.from_numpy(file["images"])[:, None] / 255, torch.from_numpy(file["labels"])
     far = torch.cat([x[4:], x[:4]])
     x_adv = polish(model, x, y, far, norm=norm)
-    wrong = is_wrong(model(far), y)
-    assert wrong.any() and is_wrong(model(x_adv), y)[wrong].all()
+    wrong = misclassified(model(far), y)
+    assert wrong.any() and misclassified(model(x_adv), y)[wrong].all()
     assert (norm_of(x_adv - x, norm) < norm_of(far - x, norm))[wrong].all()
     assert torch.equal(x_adv[~wrong], far[~wrong])
     still = polish(model, x, model(x).argmax(dim=1), x, norm=norm)

@@ -1,13 +1,14 @@
-"""attacks/apgd.py, attacks/dlr.py and attacks/ball.py: closed forms on linear models, the schedule, and what holds for every batch."""
+"""attacks/apgd.py, attacks/dlr.py and attacks/geometry.py: closed forms on linear models, the schedule, and what holds for every batch."""
 from functools import partial
 
 import pytest
 import torch
 
 from attacks.apgd import apgd, apgd_targeted, checkpoints
-from attacks.ball import direction, inside, norm_of, project, radii, random_point, ranked_targets
 from attacks.dlr import dlr_loss, targeted_dlr_loss
+from attacks.geometry import inside, norm_of, projection, radii, random_point, steepest
 from attacks.noise import example_keys
+from losses.margin import ranked_targets
 from tests.attack_models import (
     assert_independent_of_the_batch,
     assert_leaves_the_misclassified_alone,
@@ -61,13 +62,14 @@ def test_projection_direction_and_random_points(norm):
     x = torch.rand(20, 3, 4, 5, generator=torch.Generator().manual_seed(0))
     radius = radii(torch.linspace(0.0, 0.5, 20), x)
     keys = example_keys(torch.arange(20))
-    far = project(x + 3.0 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1)), x, radius, norm)
+    project = projection(x, radius, norm)
+    far = project(x + 3.0 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1)))
     assert inside(far, x, radius, norm).all() and (norm_of(far - x, norm)[5:] > 0.2 * radius.flatten()[5:]).all()
-    torch.testing.assert_close(project(far, x, radius, norm), far)
+    torch.testing.assert_close(project(far.clone()), far)
     point = random_point(x, radius, norm, keys)
     assert inside(point, x, radius, norm).all() and torch.equal(point[3:5], random_point(x[3:5], radius[3:5], norm, keys[3:5]))
-    torch.testing.assert_close(norm_of(direction(x - 0.5, norm), norm), torch.ones(20))
-    assert not direction(torch.zeros_like(x), norm).any()
+    torch.testing.assert_close(norm_of(steepest(x - 0.5, norm), norm), torch.ones(20))
+    assert not steepest(torch.zeros_like(x), norm).any()
     outside = far.clone()
     outside[0, 0, 0, 0] = float("nan")
     assert not inside(outside, x, radius, norm)[0] and not inside(x + 1.5, x, radius + 9, norm).any()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from attacks.autoattack import MISCLASSIFIED, STANDARD, STANDING, autoattack, confirmed, run_ensemble
-from attacks.ball import inside, radii
+from attacks.geometry import inside, radii
 from attacks.reference import EXTRA, autoattack_reference
 from tests.attack_models import (
     assert_independent_of_the_batch,

@@ -5,12 +5,12 @@ import pytest
 import torch
 from nets import interior, linear, linear_distance, tiny_mlp
 
-from attacks.ball import norm_of
 from attacks.bisection import apgd_bisection
 from attacks.ddn import ddn
 from attacks.fmn import fmn
-from attacks.minimal import is_wrong
+from attacks.geometry import norm_of
 from attacks.pool import BUDGETS, minimal_distances
+from losses.margin import misclassified
 
 
 @pytest.mark.parametrize("norm", ("linf", "l2"))
@@ -20,7 +20,7 @@ def test_apgd_with_a_radius_of_each_example_finds_the_distance_of_a_linear_model
     x, y = interior(model)
     x_adv, expected = apgd_bisection(model, x, y, norm=norm, num_steps=20, num_rounds=14), linear_distance(model, x, y, norm)
     distance = norm_of(x_adv - x, norm)
-    assert is_wrong(model(x_adv), y).all() and (distance >= expected * (1 - 1e-9)).all()
+    assert misclassified(model(x_adv), y).all() and (distance >= expected * (1 - 1e-9)).all()
     torch.testing.assert_close(distance, expected, rtol=0.01, atol=0)
 
 
@@ -51,7 +51,7 @@ def test_foolbox_finds_no_shorter_distance_than_the_pool_and_about_what_our_own_
     x, y = torch.from_numpy(file["images"])[:, None].float() / 255, torch.from_numpy(file["labels"]).long()
     attack = getattr(foolbox.attacks, theirs)(steps=200)
     _, found, success = attack(foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu"), x, y, epsilons=None)
-    assert success.all() and is_wrong(model(found), y).all()
+    assert success.all() and misclassified(model(found), y).all()
     theirs, pool = norm_of(found - x, norm), minimal_distances(model, x, y, norms=(norm,)).distance[norm]
     options = {"norm": norm} if ours is fmn else {}
     alone = norm_of(ours(model, x, y, num_steps=200, **options) - x, norm)

@@ -3,9 +3,9 @@ import pytest
 import torch
 from nets import interior, linear, linear_distance
 
-from attacks.ball import norm_of, ranked_targets
 from attacks.ddn import ddn
-from attacks.minimal import is_wrong, logit_margin
+from attacks.geometry import norm_of
+from losses.margin import logit_margin, misclassified, ranked_targets
 
 
 def sharp(num_classes):
@@ -23,7 +23,7 @@ def test_ddn_finds_the_distance_of_a_linear_model(num_classes):
     x, y = interior(model, margin=50.0)
     x_adv = ddn(model, x, y, num_steps=300)
     expected = linear_distance(model, x, y, "l2")
-    assert is_wrong(model(x_adv), y).all()
+    assert misclassified(model(x_adv), y).all()
     assert (norm_of(x_adv - x, "l2") >= expected * (1 - 1e-9)).all()
     torch.testing.assert_close(norm_of(x_adv - x, "l2"), expected, rtol=0.01, atol=0)
 
@@ -34,7 +34,7 @@ def test_a_target_is_followed():
     target = ranked_targets(model(x), y, 3)[:, 2]
     lead = [-logit_margin(model(ddn(model, x, y, num_steps=1, target=aim)), y, target) for aim in (target, None)]
     assert (lead[0] > lead[1] + 50).all()  # of the target over y, after one step of length one
-    assert is_wrong(model(ddn(model, x, y, num_steps=100, target=target)), y).all()
+    assert misclassified(model(ddn(model, x, y, num_steps=100, target=target)), y).all()
 
 
 def test_saturated_logits_give_a_direction_all_the_same():
@@ -44,7 +44,7 @@ def test_saturated_logits_give_a_direction_all_the_same():
         for parameter in model.parameters():
             parameter.mul_(2000)  # the probabilities are 0 and 1, the gradient of the cross-entropy is 0
     assert torch.autograd.grad(torch.nn.functional.cross_entropy(model(x.requires_grad_()), y), x)[0].abs().sum() == 0
-    assert is_wrong(model(ddn(model, x.detach(), y)), y).all()
+    assert misclassified(model(ddn(model, x.detach(), y)), y).all()
 
 
 def test_the_only_norm_is_l2():

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
-from attacks.ball import inside, norm_of, radii
-from attacks.fab import fab_targeted, gap_to_rival, project_box
+from attacks.fab import fab_targeted, project_box
+from attacks.geometry import inside, norm_of, radii
 from tests.attack_models import (
     assert_independent_of_the_batch,
     assert_leaves_the_misclassified_alone,
@@ -87,11 +87,6 @@ def test_nothing_found_is_x_itself():
         model.weight.zero_()
         model.bias.copy_(torch.tensor([1.0, 0.0]))
     assert torch.equal(fab_targeted(model, x, torch.zeros_like(y)), x)
-
-
-def test_gap_to_rival():
-    logits = torch.tensor([[3.0, 1.0, 2.0], [3.0, 1.0, 2.0]])
-    assert gap_to_rival(logits, torch.tensor([0, 1])).tolist() == [-1.0, 2.0]
 
 
 @every_norm

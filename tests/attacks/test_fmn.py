@@ -5,9 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nets import interior, linear, linear_distance
 
-from attacks.ball import norm_of, ranked_targets
 from attacks.fmn import fmn
-from attacks.minimal import NORMS, is_wrong, logit_margin, project, soft_margin
+from attacks.geometry import NORMS, norm_of, per_example, project_ball
+from losses.margin import logit_margin, misclassified, ranked_targets, soft_margin
 
 norms = pytest.mark.parametrize("norm", NORMS)
 
@@ -19,7 +19,7 @@ def test_fmn_finds_the_distance_of_a_linear_model(norm, num_classes):
     x, y = interior(model)
     x_adv = fmn(model, x, y, norm=norm, num_steps=300, step_size=1.0)
     expected = linear_distance(model, x, y, norm)
-    assert is_wrong(model(x_adv), y).all()
+    assert misclassified(model(x_adv), y).all()
     distance = norm_of(x_adv - x, norm)
     assert (distance >= expected * (1 - 1e-9)).all()
     torch.testing.assert_close(distance, expected, rtol=0.01, atol=0)
@@ -35,7 +35,7 @@ def test_from_an_image_of_another_class_it_finds_what_the_clean_gradient_hides(n
     model = Function(flat)
     assert torch.equal(fmn(model, x, y, norm=norm), x)
     x_adv = fmn(model, x, y, norm=norm, start=torch.ones_like(x))
-    assert is_wrong(model(x_adv), y).all()
+    assert misclassified(model(x_adv), y).all()
     assert norm_of(x_adv - x, norm).item() == pytest.approx({"linf": 0.3, "l2": 1.2, "l1": 4.8}[norm], rel=0.01)
 
 
@@ -63,7 +63,7 @@ def test_a_target_is_followed_and_every_misclassification_counts(norm):
     weight, logits = model[1].weight.detach(), model(x).detach()
     normal = torch.linalg.vector_norm(weight[y] - weight[target], ord={"linf": 1, "l2": 2, "l1": torch.inf}[norm], dim=1)
     to_target = (logits.gather(1, y[:, None]) - logits.gather(1, target[:, None])).squeeze(1) / normal
-    assert is_wrong(model(x_adv), y).all()
+    assert misclassified(model(x_adv), y).all()
     assert (norm_of(x_adv - x, norm) <= 1.01 * to_target).all()
 
 
@@ -74,9 +74,9 @@ def test_the_projection_is_the_nearest_point_of_the_ball(norm, seed, radius):
     generator = torch.Generator().manual_seed(seed)
     delta = torch.randn((3, 1, 2, 5), generator=generator, dtype=torch.float64)
     radii = torch.tensor([radius, radius / 2, 100.0], dtype=torch.float64)
-    found = project(delta, radii, norm)
+    found = project_ball(delta, per_example(radii, delta), norm)
     assert (norm_of(found, norm) <= radii * (1 + 1e-9)).all() and torch.equal(found[2], delta[2])
-    other = project(torch.randn((3, 1, 2, 5), generator=generator, dtype=torch.float64), radii, norm)
+    other = project_ball(torch.randn((3, 1, 2, 5), generator=generator, dtype=torch.float64), per_example(radii, delta), norm)
     obtuse = ((delta - found) * (other - found)).flatten(1).sum(dim=1)  # of the projection onto a convex set
     assert (obtuse <= 1e-9).all()
 
@@ -85,8 +85,8 @@ def test_margins():
     logits, y = torch.tensor([[3.0, 1.0, 2.0], [0.0, 0.0, -1.0]]), torch.tensor([0, 0])
     assert logit_margin(logits, y).tolist() == [1.0, 0.0]
     assert logit_margin(logits, y, torch.tensor([1, 2])).tolist() == [2.0, 1.0]
-    assert is_wrong(logits, y).tolist() == [False, False]
-    assert is_wrong(torch.tensor([[torch.nan, 1.0], [0.0, torch.inf]]), y).tolist() == [False, False]
+    assert misclassified(logits, y).tolist() == [False, False]
+    assert misclassified(torch.tensor([[torch.nan, 1.0], [0.0, torch.inf]]), y).tolist() == [False, False]
     torch.testing.assert_close(soft_margin(logits, y), torch.special.logit(logits.softmax(dim=1)[:, 0]))
 
 

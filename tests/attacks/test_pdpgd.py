@@ -3,11 +3,11 @@ import pytest
 import torch
 from nets import interior, linear, linear_distance
 
-from attacks.ball import norm_of
 from attacks.bisection import pgd_bisection
-from attacks.minimal import NORMS, is_wrong
+from attacks.geometry import NORMS, norm_of
 from attacks.noise import example_keys
-from attacks.pdgd import _prox, pdpgd
+from attacks.pdpgd import _prox, pdpgd
+from losses.margin import misclassified
 
 norms = pytest.mark.parametrize("norm", NORMS)
 
@@ -19,7 +19,7 @@ def test_pdpgd_finds_the_distance_of_a_linear_model(norm, num_classes):
     x, y = interior(model)
     x_adv = pdpgd(model, x, y, norm=norm, num_steps=1000)
     expected = linear_distance(model, x, y, norm)
-    assert is_wrong(model(x_adv), y).all()
+    assert misclassified(model(x_adv), y).all()
     assert (norm_of(x_adv - x, norm) >= expected * (1 - 1e-9)).all()
     torch.testing.assert_close(norm_of(x_adv - x, norm), expected, rtol=0.01, atol=0)
 
@@ -60,7 +60,7 @@ def test_bisection_finds_the_distance_of_a_linear_model():
     expected = linear_distance(model, x, y, "linf")
     for keys in (None, example_keys(torch.arange(8), 0)):
         x_adv = pgd_bisection(model, x, y, num_steps=20, num_rounds=16, keys=keys)
-        assert is_wrong(model(x_adv), y).all()
+        assert misclassified(model(x_adv), y).all()
         torch.testing.assert_close(norm_of(x_adv - x, "linf"), expected, rtol=0.01, atol=0)
 
 

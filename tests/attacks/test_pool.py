@@ -3,11 +3,11 @@ import pytest
 import torch
 from nets import interior, linear, linear_distance, tiny_mlp
 
-from attacks.ball import norm_of
-from attacks.minimal import NORMS, is_wrong
+from attacks.geometry import NORMS, norm_of
 from attacks.noise import example_keys
 from attacks.pool import BUDGETS, Budget, minimal_distances
 from harness.evaluation.attack_record import Steady
+from losses.margin import misclassified
 
 SMALL = Budget(num_steps=40, target_steps=20, num_targets=2, num_rounds=4, round_steps=10, polish_steps=10, fab_steps=5,
                fab_targets=2)
@@ -43,7 +43,7 @@ def check(model, x, y, result):
         found = (~result.misclassified) & result.distance[norm].isfinite()
         x_adv = result.x_adv[norm]
         assert ((x_adv >= 0) & (x_adv <= 1)).all() and x_adv.dtype == x.dtype and not x_adv.requires_grad
-        assert is_wrong(model(x_adv), y)[found].all()
+        assert misclassified(model(x_adv), y)[found].all()
         torch.testing.assert_close(result.distance[norm][found], norm_of(x_adv.double() - x.double(), norm)[found])
         assert torch.equal(x_adv[~found], x[~found])
         assert torch.equal(result.winner[norm] >= 0, found)
@@ -118,7 +118,7 @@ def test_candidates_from_elsewhere_count_and_fmn_begins_there(digits):
     model, x, y, _ = digits
     start = torch.cat([x[1:], x[:1]])  # another image, mostly of another class
     result = minimal_distances(model, x, y, norms=("linf",), budget=SMALL, starts=[start])
-    wrong = is_wrong(model(start), y)
+    wrong = misclassified(model(start), y)
     expected = torch.where(wrong, norm_of(start.double() - x.double(), "linf"), torch.inf)
     assert wrong.any() and torch.equal(result.single["linf"]["start 0"], expected)
     assert "fmn linf from start 0" in result.attacks

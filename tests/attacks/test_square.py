@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from attacks import square as module
-from attacks.ball import inside, norm_of, radii
+from attacks.geometry import inside, norm_of, radii
 from attacks.noise import example_keys, keyed_uniform
 from attacks.square import share_of_window, square
 from tests.attack_models import (
@@ -39,7 +39,7 @@ def test_windows_reach_every_pixel_equally_likely_positions():
 @pytest.mark.parametrize("side", (1, 3, 5))
 def test_the_pixels_of_a_window_are_those_inside_it(side):
     place = keyed_uniform(example_keys(torch.arange(50)), (2,))
-    pixels = module.square_places(*module._corner(place, side, 5, 6), side, 6)
+    pixels = module._pixels(*module._corner(place, side, 5, 6), side, 6)
     assert torch.equal(torch.zeros(50, 30).scatter(1, pixels, 1.0).view(50, 1, 5, 6).bool(), module._window(place, side, 5, 6))
 
 

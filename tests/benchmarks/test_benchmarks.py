@@ -56,7 +56,7 @@ def test_ours_and_the_published_form_compute_the_same_step(method, tmp_path):
     (x, y, index, _), = training_batches(run.train, settings.batch_size, settings.seed, epoch=1)
     start = first_iterate(x, settings.epsilon, "uniform", example_keys(index, settings.seed, 1))
     loss = PUBLISHED[method](theirs, other, x, y, settings, start)
-    assert run.means.compute()["loss"] == pytest.approx(float(loss), rel=1e-5)
+    assert run.meters.means.compute()["loss"] == pytest.approx(float(loss), rel=1e-5)
     for (name, ours), published in zip(bare(model).named_parameters(), theirs.parameters()):
         assert distance(ours.grad, published.grad) <= 1e-5, name
         assert distance(ours, published) <= 1e-6, name

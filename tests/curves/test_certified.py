@@ -4,8 +4,7 @@ import torch
 from nets import interior, linear, linear_distance, tiny_mlp
 from torch import nn
 
-from attacks.ball import norm_of
-from attacks.minimal import project
+from attacks.geometry import norm_of, per_example, project_ball
 from curves.certified import NORMS, affine_layers, certified_distances, crown_bounds, forward
 
 norms = pytest.mark.parametrize("norm", NORMS)
@@ -68,7 +67,7 @@ def test_no_point_of_the_ball_leaves_the_bounds(norm):
     inside = [model[:2], model[:4]]
     for scale in (0.0, 0.3, 1.0, 30.0):
         for _ in range(50):
-            delta = project(scale * torch.randn_like(x), radius, norm)
+            delta = project_ball(scale * torch.randn_like(x), per_example(radius, x), norm)
             point = (x + delta).clamp(0, 1)
             for part, (low, high) in zip(inside, bounds):
                 value = part(point)

@@ -14,7 +14,8 @@ import torch
 import torchvision
 from PIL import Image
 
-from harness.datasets.batches import Dataset, Split, first_examples, load_dataset, random_crop, to_unit, training_batches
+from harness.datasets.batches import Dataset, first_examples, load_dataset, random_crop, to_unit, training_batches
+from harness.datasets.split import Split
 from harness.errors import UserError
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from harness.datasets.batches import Split
+from harness.datasets.split import Split
 from harness.device import free_memory, peak_memory
 from harness.errors import UserError
 from harness.evaluation import capacity

@@ -10,7 +10,8 @@ from torch import nn
 from tqdm import tqdm
 
 from attacks.pgd import cross_entropy, pgd_by_index
-from harness.datasets.batches import Split, to_unit
+from harness.datasets.batches import to_unit
+from harness.datasets.split import Split
 from harness.errors import UserError
 from harness.evaluation import predictions as evaluation
 from harness.evaluation import report

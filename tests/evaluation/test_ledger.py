@@ -11,11 +11,11 @@ import torch
 from conftest import ROOT
 from torch import nn
 
-from attacks.active import pgd_until_broken
 from attacks.catalogue import members_of, strong_attacks, weighted_attacks
 from attacks.noise import example_keys
 from attacks.pgd import cross_entropy, pgd
-from harness.datasets.batches import Split
+from attacks.until_broken import pgd_until_broken
+from harness.datasets.split import Split
 from harness.errors import UserError
 from harness.evaluation import attack_record as ledger
 from harness.evaluation.attack_record import FIELDS, UNTOUCHED, Ledger, Steady, inspect

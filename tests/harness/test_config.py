@@ -15,6 +15,7 @@ import pytest
 
 from harness.config import LIMITS, parse_config
 from harness.errors import UserError
+from harness.training.options import CompileOptions, RunOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted(path.stem for kind in ("train", "eval") for path in ROOT.glob(f"{kind}_*.py"))
@@ -233,15 +234,15 @@ def test_resume_takes_the_default_of_a_field_that_is_newer_than_the_run_and_says
 
 @dataclass(frozen=True)
 class Compiled:
-    compile: Literal["auto", "on", "off"] = "auto"        # what to compile
+    compile: bool = False                                 # whether to compile
     resume: str | None = None                             # run folder
 
 
-@pytest.mark.parametrize(("saved", "meant"), ((True, "on"), (False, "off"), ("auto", "auto")))
-def test_resume_knows_compile_as_the_switch_that_it_was(tmp_path, saved, meant):
+@pytest.mark.parametrize(("saved", "meant"), ((True, True), (False, False), ("on", True), ("off", False), ("auto", False)))
+def test_resume_knows_compile_in_the_words_that_it_was_written_in(tmp_path, saved, meant):
     (tmp_path / "config.json").write_text(json.dumps({"script": "test_config", "compile": saved}))
-    assert parse_config(Compiled, ["--resume", str(tmp_path)]).compile == meant
-    assert parse_config(Compiled, ["--resume", str(tmp_path), "--compile", "off"]).compile == "off"
+    assert parse_config(Compiled, ["--resume", str(tmp_path)]).compile is meant
+    assert parse_config(Compiled, ["--resume", str(tmp_path), "--no-compile"]).compile is False
 
 
 @pytest.mark.parametrize("value", ("ten", None, [10], True, 1.5))
@@ -272,15 +273,22 @@ def test_help_shows_each_comment_and_default(capsys):
         assert text in shown
 
 
+def comments_of(cls, path):
+    """The trailing comments of a class's own fields, as they stand in the file."""
+    body = re.split(rf"^class {cls.__name__}\b.*:\n", path.read_text(), flags=re.MULTILINE)[1].split("\n\n\n")[0]
+    return [line.rpartition("  # ")[2].strip() for line in body.splitlines() if re.match(r"    \w+: ", line)]
+
+
 @every_script
 def test_help_of_every_script_is_the_comments_beside_its_fields(script, capsys):
     module = importlib.import_module(script)
     shown = "".join(help_of(module.Config, capsys, getattr(module, "RECIPES", None)).split())
-    source = (ROOT / f"{script}.py").read_text().split("class Config:\n")[1].split("\n\n")[0]
-    comments = [line.rpartition("  # ")[2].strip() for line in source.splitlines()]
-    assert len(comments) == len(dataclasses.fields(module.Config)) and all(comments)
-    for comment in comments:
-        assert comment.replace(" ", "") in shown
+    comments = comments_of(module.Config, ROOT / f"{script}.py")
+    options = [part for part in (RunOptions, CompileOptions) if issubclass(module.Config, part)]
+    inherited = [comment for part in options for comment in comments_of(part, ROOT / "harness/training/options.py")]
+    assert len(comments + inherited) == len(dataclasses.fields(module.Config)) and all(comments + inherited)
+    places = [shown.index(f"{comment}(default:".replace(" ", "")) for comment in comments + inherited]
+    assert max(places[:len(comments)]) < min(places[len(comments):], default=len(shown))  # a script's own fields come first
 
 
 # Exit codes

@@ -12,7 +12,7 @@ import train_free
 from harness.config import parse_config
 from harness.datasets.batches import load_dataset, training_batches
 from harness.errors import UserError
-from harness.training.rows import Memory
+from harness.training.rows import PersistentRows
 from harness.training.seeds import one_a_seed
 from models import build_model
 
@@ -105,9 +105,10 @@ def test_many_processes_give_the_weights_and_the_perturbation_of_one(script, she
 
 def test_the_learning_rate_moves_at_every_replay(script):
     recipe = train_free.Config()
-    assert [train_free.SCHEDULES["cyclic"](done, recipe) for done in (0, 2.5, 5, 7.5, 10, 11)] == pytest.approx([0, 0.5, 1, 0.5, 0, 0])
+    rates = [train_free.learning_rate(done, recipe) for done in (0, 2.5, 5, 7.5, 10, 11)]
+    assert rates == pytest.approx([0, 0.5, 1, 0.5, 0, 0])
     paper = train_free.RECIPES["paper"]
-    assert [train_free.SCHEDULES["steps"](done, paper) for done in (0, 12.99, 13, 19)] == pytest.approx([1, 1, 0.1, 0.01])
+    assert [train_free.learning_rate(done, paper) for done in (0, 12.99, 13, 19)] == pytest.approx([1, 1, 0.1, 0.01])
     script("train_free", *PLAIN, "--schedule", "cyclic", "--epochs", 2, "--num_replays", 3, "--out_dir", "run")
     state = saved("run")
     assert state["scheduler"]["last_epoch"] == 2 * 2 * 3  # epochs, batches, replays
@@ -129,16 +130,16 @@ def test_batchnorm_networks_train(script):
     assert int(weights("run/last.pt")["bn1.num_batches_tracked"]) == 2  # train mode throughout: one forward a replay
 
 
-def test_memory_is_read_written_and_saved_as_one():
-    memory = Memory(4, (2,), torch.device("cpu"))
-    memory[torch.tensor([2, 0])] = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-    memory.share()
-    assert memory[torch.tensor([0, 1, 2, 3])].tolist() == [[3, 4], [0, 0], [1, 2], [0, 0]]
-    other = Memory(4, (2,), torch.device("cpu"))
-    other.load_state_dict(memory.state_dict())
-    assert torch.equal(other.values, memory.values) and list(memory.state_dict()) == ["values"]
+def test_persistent_rows_are_read_written_and_saved_as_one():
+    rows = PersistentRows(4, (2,), torch.device("cpu"))
+    rows[torch.tensor([2, 0])] = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    rows.synchronize()
+    assert rows[torch.tensor([0, 1, 2, 3])].tolist() == [[3, 4], [0, 0], [1, 2], [0, 0]]
+    other = PersistentRows(4, (2,), torch.device("cpu"))
+    other.load_state_dict(rows.state_dict())
+    assert torch.equal(other.values, rows.values) and list(rows.state_dict()) == ["values"]
     with pytest.raises(RuntimeError):
-        Memory(3, (2,), torch.device("cpu")).load_state_dict(memory.state_dict())
+        PersistentRows(3, (2,), torch.device("cpu")).load_state_dict(rows.state_dict())
 
 
 def test_recipes():

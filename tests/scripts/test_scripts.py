@@ -68,17 +68,11 @@ def test_every_default_has_a_comment_that_the_help_shows(name, script, capsys):
     with pytest.raises(SystemExit) as ended:
         script(name, "--help")
     text = " ".join(capsys.readouterr().out.split())
-    config = (ROOT / f"{name}.py").read_text().split("class Config:")[1].split("\n\n\n")[0]
-    fields = [line.split("  # ")[1].strip() for line in config.strip().splitlines()]
+    config = (ROOT / f"{name}.py").read_text().split("class Config")[1].split("\n\n\n")[0]
+    fields = [line.split("  # ")[1].strip() for line in config.strip().splitlines()[1:]]
     assert ended.value.code == 0
     assert len(fields) > 12
     assert all(comment in text for comment in fields)
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_scripts_stay_short(name):
-    limit = 240 if name == "train_vir" else 135  # its recipes are a table of 65 settings
-    assert len((ROOT / f"{name}.py").read_text().splitlines()) <= limit
 
 
 # ---- training -------------------------------------------------------------------------------------------------------------------------
@@ -220,31 +214,31 @@ def test_a_compiled_run_gives_the_weights_of_a_plain_one(name, script, monkeypat
     tiny = [flag.replace("num_steps", "num_replays") if name == "train_free" and flag == "--num_steps" else flag for flag in TINY]
     flags = (*tiny, "--max_batches", 3, "--model", "lenet", "--no-fuse")  # fused convolutions round differently
     flags += () if name.startswith(("train_at", "train_trades")) else ("--crop_padding", 0, "--batch_size", 128)
-    script(name, *flags, "--compile", "on", "--out_dir", "compiled")
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("torch.compile,")]
-    script(name, *flags, "--compile", "off", "--out_dir", "plain")
+    script(name, *flags, "--compile", "--out_dir", "compiled")
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("torch.compile: ")]
+    script(name, *flags, "--out_dir", "plain")
     pieces = ["_network_pass"] + ["whole_step"] * (name != "train_free")  # which attacks by its training passes
     assert "whole_step" not in counters or counters["whole_step"].frame_count == 1  # one graph, for a ramp too
     assert calls == [(piece, {"fallback_random": True}) for piece in pieces]  # no CUDA graphs on a CPU
-    assert len(said) == len(pieces) and all(line.endswith("used") for line in said)
+    assert len(said) == len(pieces) and all("is compiled" in line for line in said)
     assert same_bits(weights(Path("compiled/last.pt")), weights(Path("plain/last.pt")))
 
 
-def test_compiling_is_for_gpus_unless_it_is_asked_for(script, monkeypatch, capsys):
+def test_nothing_is_compiled_unless_it_is_asked_for(script, monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", lambda *args, **options: pytest.fail("compiled"))
     script("train_at_mnist", *TINY, "--out_dir", "run")
-    assert json.loads(Path("run/config.json").read_text())["compile"] == "auto"
+    assert json.loads(Path("run/config.json").read_text())["compile"] is False
     assert "torch.compile" not in capsys.readouterr().out
 
 
 def test_a_run_of_an_earlier_version_is_resumed(script):
     script("train_at_mnist", *TINY, "--out_dir", "run")
-    saved = json.loads(Path("run/config.json").read_text()) | {"compile": False}
+    saved = json.loads(Path("run/config.json").read_text()) | {"compile": "auto"}
     del saved["graphs"]
     Path("run/config.json").write_text(json.dumps(saved))
     script("train_at_mnist", "--resume", "run", "--epochs", 2)
     config = json.loads(Path("run/config.json").read_text())
-    assert (config["compile"], config["graphs"], len(read_log(Path("run")))) == ("off", True, 2)
+    assert (config["compile"], config["graphs"], len(read_log(Path("run")))) == (False, False, 2)
 
 
 def test_a_run_is_resumed_whatever_way_its_numbers_were_given(script):

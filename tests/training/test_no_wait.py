@@ -12,11 +12,11 @@ from attacks.pgd import pgd
 from harness.training.run import Run
 
 WAITING = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique", "_unique2"}  # their host needs the values
-HARMLESS = {("require", "pgd.py"),             # on a GPU an assertion of the device instead
-            ("training_batches", "data.py"),   # of the order, which lives on the host
-            ("_update", "run.py"),             # of the averaged weights' counter, which lives on the host
-            ("_check_finite", "run.py")}       # once a second
-ROOMS = {ROOT, *(ROOT / name for name in ("attacks", "harness", "losses", "models"))}
+HARMLESS = {("require", "pgd.py"),               # on a GPU an assertion of the device instead
+            ("training_batches", "batches.py"),  # of the order, which lives on the host
+            ("_update", "steps.py"),               # of the averaged weights' counter, which lives on the host
+            ("check_finite", "batch.py")}        # once a second
+ROOMS = {ROOT, *(path for name in ("attacks", "harness", "losses", "models") for path in (ROOT / name, *(ROOT / name).glob("*/")))}
 SCRIPTS = [("train_at_mnist", "--alpha", 1), ("train_trades_mnist", "--alpha", 1), ("train_free",), ("train_yopo",), ("train_iaat",),
            *(("train_vir", "--base", base, "--weights", kind, "--burn_in_epochs", 0)
              for base, kind in (("at", "vir"), ("at", "gairat"), ("trades", "mail"), ("mart", "margin"), ("trades", "vir")))]
@@ -51,7 +51,7 @@ def test_no_training_loop_looks_at_a_value(flags, script, monkeypatch):
     tiny = TINY[:TINY.index("--num_steps")] + TINY[TINY.index("--num_steps") + 2:]
     extra = ("--crop_padding", 2, "--flip") if flags[0] != "train_vir" else ()
     script(*flags, *tiny, *sizes, *extra, "--model", "lenet", "--batch_size", 32, "--ema_decay", 0.9)
-    assert {("training_batches", "data.py"), ("_check_finite", "run.py")} <= waits.places <= HARMLESS  # the net catches
+    assert {("training_batches", "batches.py"), ("check_finite", "batch.py")} <= waits.places <= HARMLESS  # the net catches
 
 
 def test_on_a_gpu_the_checks_of_an_attack_are_the_devices_own():

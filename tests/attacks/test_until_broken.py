@@ -1,4 +1,4 @@
-"""attacks/active.py: the first misclassified iterate of PGD or its last one, whatever shares the batch, which stays full."""
+"""attacks/until_broken.py: the first misclassified iterate of PGD or its last one, whatever shares the batch, which stays full."""
 from functools import partial
 
 import pytest
@@ -14,9 +14,9 @@ from attack_models import (
 )
 from torch import nn
 
-from attacks.active import pgd_until_broken
-from attacks.ball import inside, radii
+from attacks.geometry import inside, radii
 from attacks.pgd import pgd
+from attacks.until_broken import pgd_until_broken
 from losses.margin import cw_loss
 
 TASK = {"linf": {"epsilon": 0.04, "step_size": 0.004, "norm": "linf"}, "l2": {"epsilon": 0.3, "step_size": 0.03, "norm": "l2"}}

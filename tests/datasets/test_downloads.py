@@ -21,10 +21,10 @@ import torch
 import torchvision
 from PIL import Image
 
-from harness.datasets import generated, sources
+from harness.datasets import generated, tiny_imagenet
 from harness.datasets.batches import load_dataset, training_batches
 from harness.datasets.generated import Extra, load_extra
-from harness.datasets.sources import Split
+from harness.datasets.split import Split
 from harness.errors import UserError
 
 RNG = np.random.default_rng(5)
@@ -253,8 +253,8 @@ def assert_is_tiny(data, files):
 def tiny(tmp_path, monkeypatch):
     """(data folder, files): a small tiny-imagenet-200.zip in the folder, with the checksum and the counts that are expected."""
     files = tiny_files()
-    monkeypatch.setattr(sources, "TINY_MD5", md5(write_zip(tmp_path / "data" / "tiny-imagenet-200.zip", files)))
-    monkeypatch.setattr(sources, "TINY_COUNTS", {"training": 6, "validation": 4})
+    monkeypatch.setattr(tiny_imagenet, "TINY_MD5", md5(write_zip(tmp_path / "data" / "tiny-imagenet-200.zip", files)))
+    monkeypatch.setattr(tiny_imagenet, "TINY_COUNTS", {"training": 6, "validation": 4})
     return tmp_path / "data", files
 
 
@@ -268,8 +268,8 @@ def tiny_folder(tiny):
 
 
 def test_the_official_archive_is_expected_with_its_100000_and_10000_images():
-    assert sources.TINY_MD5 == "90528d7ca1a48142e341f4ef8d21d0de" and sources.TINY_URL.endswith("/tiny-imagenet-200.zip")
-    assert list(sources.TINY_COUNTS.values()) == [100_000, 10_000]
+    assert tiny_imagenet.TINY_MD5 == "90528d7ca1a48142e341f4ef8d21d0de" and tiny_imagenet.TINY_URL.endswith("/tiny-imagenet-200.zip")
+    assert list(tiny_imagenet.TINY_COUNTS.values()) == [100_000, 10_000]
 
 
 def test_tiny_imagenet_is_read_from_its_zip_and_nothing_is_unpacked(tiny, no_network):
@@ -348,7 +348,7 @@ def test_a_zip_with_another_checksum_is_refused_with_both(tiny, damage):
     archive = data_dir / "tiny-imagenet-200.zip"
     archive.write_bytes(damage(archive.read_bytes()))
     message = refusal(load_dataset, "tiny-imagenet", str(data_dir))
-    for part in (str(archive), md5(archive.read_bytes()), sources.TINY_MD5, "download it again", sources.TINY_URL):
+    for part in (str(archive), md5(archive.read_bytes()), tiny_imagenet.TINY_MD5, "download it again", tiny_imagenet.TINY_URL):
         assert part in message
     assert [path.name for path in data_dir.iterdir()] == ["tiny-imagenet-200.zip"]
 
@@ -357,8 +357,8 @@ def test_a_zip_with_another_checksum_is_refused_with_both(tiny, damage):
 def test_the_second_load_decodes_nothing_and_compares_no_checksum(layout, request, monkeypatch):
     data_dir, files = request.getfixturevalue(layout)
     load_dataset("tiny-imagenet", str(data_dir))
-    monkeypatch.setattr(sources, "_decode", None)
-    monkeypatch.setattr(sources, "TINY_MD5", "another")
+    monkeypatch.setattr(tiny_imagenet, "decode", None)
+    monkeypatch.setattr(tiny_imagenet, "TINY_MD5", "another")
     assert_is_tiny(load_dataset("tiny-imagenet", str(data_dir)), files)
 
 
@@ -366,10 +366,10 @@ def test_a_zip_that_was_replaced_is_checked_and_decoded_again(tiny, monkeypatch)
     data_dir, files = tiny
     load_dataset("tiny-imagenet", str(data_dir))
     os.utime(data_dir / "tiny-imagenet-200.zip", (1, 1))
-    monkeypatch.setattr(sources, "TINY_MD5", "another")
+    monkeypatch.setattr(tiny_imagenet, "TINY_MD5", "another")
     assert "another" in refusal(load_dataset, "tiny-imagenet", str(data_dir))
     files = tiny_files()
-    monkeypatch.setattr(sources, "TINY_MD5", md5(write_zip(data_dir / "tiny-imagenet-200.zip", files)))
+    monkeypatch.setattr(tiny_imagenet, "TINY_MD5", md5(write_zip(data_dir / "tiny-imagenet-200.zip", files)))
     assert_is_tiny(load_dataset("tiny-imagenet", str(data_dir)), files)
 
 
@@ -388,7 +388,7 @@ def test_tiny_imagenet_is_downloaded_where_it_is_missing_and_only_once(tiny, ser
     address, folder, asked = server
     (data_dir / "tiny-imagenet-200.zip").rename(folder / "tiny-imagenet-200.zip")
     data_dir.rmdir()
-    monkeypatch.setattr(sources, "TINY_URL", f"{address}/tiny-imagenet-200.zip")
+    monkeypatch.setattr(tiny_imagenet, "TINY_URL", f"{address}/tiny-imagenet-200.zip")
     for _ in range(2):
         assert_is_tiny(load_dataset("tiny-imagenet", str(data_dir)), files)
         assert asked == ["/tiny-imagenet-200.zip"]
@@ -404,11 +404,11 @@ def test_a_download_that_fails_is_refused_and_leaves_nothing(tiny, server, monke
     address, folder, _ = server
     (data_dir / "tiny-imagenet-200.zip").rename(folder / "tiny-imagenet-200.zip")
     (folder / "other.zip").write_bytes(b"other")
-    monkeypatch.setattr(sources, "TINY_URL", f"{address}/{path}")
+    monkeypatch.setattr(tiny_imagenet, "TINY_URL", f"{address}/{path}")
     message = refusal(load_dataset, "tiny-imagenet", str(data_dir))
     for part in (*parts, f"{address}/{path}", str(data_dir), "--data_dir"):
         assert part in message
-    assert ("MD5" not in parts[0]) or sources.TINY_MD5 in message
+    assert ("MD5" not in parts[0]) or tiny_imagenet.TINY_MD5 in message
     assert not list(data_dir.iterdir())
 
 
@@ -416,7 +416,7 @@ def test_a_download_that_fails_is_refused_and_leaves_nothing(tiny, server, monke
 def test_a_missing_tiny_imagenet_without_a_network_says_what_to_do(tmp_path, no_network, folder):
     (tmp_path / "file").write_text("")
     message = refusal(load_dataset, "tiny-imagenet", str(tmp_path / folder))
-    for part in ("tiny-imagenet-200.zip", str(tmp_path / folder), "no network" if folder == "data" else "file", sources.TINY_URL,
+    for part in ("tiny-imagenet-200.zip", str(tmp_path / folder), "no network" if folder == "data" else "file", tiny_imagenet.TINY_URL,
                  "--data_dir", "--dataset digits"):
         assert part in message
 

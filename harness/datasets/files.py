@@ -1,0 +1,98 @@
+"""Files of images: decoded once and kept as one array, written whole or not at all, copied behind a progress bar."""
+import hashlib
+import secrets
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from tqdm import tqdm
+
+from harness.errors import UserError
+
+
+def decode(files: list[Path | zipfile.Path], title: str) -> tuple[np.ndarray, bool]:
+    """The images [N, H, W, 3], and whether every file is grey."""
+    from PIL import Image
+
+    images, grey = None, True
+    for row, file in enumerate(tqdm(files, desc=title, unit="image", disable=None)):
+        try:
+            with file.open("rb") as stream, Image.open(stream) as image:
+                grey = grey and image.mode in ("1", "L")
+                pixels = np.asarray(image.convert("RGB"))
+        except Exception as error:  # PIL has no error of its own for a damaged file
+            raise UserError(f"{file} cannot be read as an image ({reason(error)}): mend or remove it") from error
+        if images is None:
+            images = np.empty((len(files), *pixels.shape), np.uint8)
+        if pixels.shape != images.shape[1:]:
+            (height, width), (first_height, first_width) = pixels.shape[:2], images.shape[1:3]
+            raise UserError(f"{file} has {width}x{height} pixels, {files[0]} {first_width}x{first_height}: bring all images to one size")
+        images[row] = pixels
+    return images, grey
+
+
+def listing(files: dict[str, Path]) -> str:
+    """What changes when one of the named files changes: names, sizes and times of change."""
+    return "\n".join(f"{name} {(s := path.stat()).st_size} {s.st_mtime_ns}" for name, path in files.items())
+
+
+def cached(prefix: Path, listing: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The arrays of <prefix>-<fingerprint of listing>.npz, or those of `make`, kept there for the next time."""
+    cache = prefix.with_name(f"{prefix.name}-{hashlib.sha256(listing.encode()).hexdigest()[:16]}.npz")
+    arrays = _read_cache(cache)
+    if arrays is None:
+        arrays = make()
+        _write_cache(cache, arrays)
+    return arrays
+
+
+def _read_cache(cache: Path) -> dict | None:
+    try:
+        with open(cache, "rb") as file, np.load(file, allow_pickle=False) as stored:
+            return {name: stored[name] for name in stored.files}
+    except (OSError, ValueError, KeyError, EOFError):
+        return None
+    except Exception as error:  # zipfile.BadZipFile and zlib.error: a cache that was cut off is decoded again
+        print(f"{cache} cannot be read ({error}): decoding the images again", flush=True)
+        return None
+
+
+def _write_cache(cache: Path, arrays: dict) -> None:
+    try:
+        with written(cache) as file:
+            np.savez(file, **arrays)
+    except OSError:  # a read-only data folder: decode every time
+        pass
+
+
+@contextmanager
+def written(target: Path) -> Iterator[BinaryIO]:
+    """A file that gets the name `target` when the block ends well, and is removed when it does not."""
+    unfinished = target.with_name(f"{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(unfinished, "wb") as file:
+            yield file
+        unfinished.replace(target)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def copy_stream(source: BinaryIO, target: BinaryIO | None, size: int | None, title: str) -> str:
+    """Copy all of `source`, of `size` bytes where that is known, behind a progress bar.  Returns its MD5; reads only for None."""
+    digest = hashlib.md5()
+    with tqdm(total=size, desc=title, unit="B", unit_scale=True, disable=None) as bar:
+        while block := source.read(1 << 20):
+            if target:
+                target.write(block)
+            digest.update(block)
+            bar.update(len(block))
+    return digest.hexdigest()
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error's message."""
+    return str(error).split("\n")[0].rstrip(":")

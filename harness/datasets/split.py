@@ -1,0 +1,32 @@
+"""Images and labels in memory."""
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images [N, C, H, W] uint8, labels [N] int64, and each image's index in the original set [N] int64."""
+
+    images: Tensor
+    labels: Tensor
+    index: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, rows: Tensor | slice) -> "Split":
+        return Split(self.images[rows], self.labels[rows], self.index[rows])
+
+    def to(self, device: torch.device) -> "Split":
+        """The same split on `device`."""
+        return Split(self.images.to(device), self.labels.to(device), self.index.to(device))
+
+
+def split_of(images: np.ndarray | Tensor, labels: np.ndarray | Tensor) -> Split:
+    """Images [N, H, W] or [N, H, W, C] as a Split."""
+    images, labels = torch.as_tensor(images), torch.as_tensor(labels, dtype=torch.int64)
+    images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2)
+    return Split(images.contiguous(), labels, torch.arange(len(labels)))

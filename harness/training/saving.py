@@ -1,0 +1,123 @@
+"""The files of a training run: its folder, its configuration, its log and its checkpoints."""
+import dataclasses
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim.swa_utils import AveragedModel
+
+from harness import checkpoint
+from harness.datasets.batches import Dataset
+from harness.device import command_line, environment
+from harness.errors import UserError
+from harness.folder import claim_folder, write_csv, write_text
+from harness.training.options import RunOptions
+
+
+def read_last(cfg: RunOptions) -> dict[str, Any]:
+    """The contents of last.pt of the run to resume; empty for a new run, and before the first epoch's end.
+
+    Raises UserError if the run has more epochs than cfg.epochs.
+    """
+    path = Path(cfg.resume, "last.pt") if cfg.resume else None
+    contents = checkpoint.read(path) if path and path.exists() else {}
+    done = contents.get("epoch")
+    if isinstance(done, int) and done > cfg.epochs:
+        raise UserError(f"--epochs {cfg.epochs}: {done} epochs of {cfg.resume} are done already")
+    return contents
+
+
+def make_folder(cfg: RunOptions, script: str, data: Dataset, device: torch.device) -> Path:
+    """Claim the run's folder and write its config.json.  Raises UserError if it is in use or not writable."""
+    folder = claim_folder(cfg, script)
+    settings = dataclasses.asdict(cfg) | {"resume": None}
+    facts = {"script": script, "command": command_line(), "image_shape": data.image_shape,
+             "num_classes": data.num_classes, "classes": list(data.classes),
+             "training_images": len(data.train), "environment": environment(device)}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        saved = folder / "config.json"
+        before = json.loads(saved.read_text(encoding="utf-8")) if saved.exists() else {}
+        write_text(saved, json.dumps(facts | before | settings, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write to the run folder {folder} ({error.strerror}): "
+                        "name another --out_dir") from error
+    return folder
+
+
+class RunFolder:
+    """The log and the checkpoints in the folder of a run.  Every process has one; the first one writes."""
+
+    def __init__(self, path: Path, script: str, cfg: RunOptions, dataset: str):
+        self.path = path
+        self.about = {"script": script, "dataset": dataset, "data_dir": str(cfg.data_dir), "seed": cfg.seed,
+                      "threat_model": {"norm": "linf", "epsilon": cfg.epsilon},
+                      "config": {"script": script} | dataclasses.asdict(cfg) | {"resume": None}}
+        self.rows: list[dict[str, Any]] = []         # of log.csv, one per epoch
+        self.weight_rows: list[dict[str, Any]] = []  # of weights.csv, one per epoch with instance weights
+        self.best = {"best": -1.0, "best_ema": -1.0}
+
+    @property
+    def resume_command(self) -> str:
+        """The command that continues this run, and the other seeds where it is one of several."""
+        several = (self.path.parent / "config.json").exists()
+        folder = self.path.parent if several else self.path
+        return f"python {self.about['script']}.py --resume {shlex.quote(str(folder))}"
+
+    def add_rows(self, row: dict[str, Any], weights: dict[str, float | None]) -> None:
+        """Take an epoch into the log, and the distribution of its instance weights if there is one."""
+        self.rows.append(row)
+        if weights:
+            self.weight_rows.append({"epoch": row["epoch"], **weights})
+
+    def save(self, architecture: dict[str, Any], state: dict[str, Any], average: AveragedModel | None,
+             scores: dict[str, float]) -> None:
+        """Write the log and last.pt, and best.pt if scores["best"] is the highest so far.
+
+        With an average of the weights also last_ema.pt, and best_ema.pt by scores["best_ema"].
+        """
+        about = {"format": checkpoint.FORMAT, "architecture": architecture, **self.about}
+        about |= {name: self.rows[-1][name] for name in ("epoch", "epochs_at_chance")}
+        better = {name: score > self.best[name] for name, score in scores.items()}
+        self.best = {name: max(score, self.best[name]) for name, score in scores.items()}
+        contents = about | {name: part.state_dict() for name, part in state.items()}
+        contents |= {"best": self.best, "log": self.rows, "weight_log": self.weight_rows}
+        if average:
+            averaged = about | {"model": average.module.state_dict()}
+            checkpoint.save(self.path / "last_ema.pt", averaged)
+            if better["best_ema"]:
+                checkpoint.save(self.path / "best_ema.pt", averaged)
+        if better["best"]:
+            checkpoint.save(self.path / "best.pt", contents)
+        checkpoint.save(self.path / "last.pt", contents)  # written last: a resumed run starts from it
+        write_csv(self.path / "log.csv", self.rows)
+        if self.weight_rows:
+            write_csv(self.path / "weights.csv", self.weight_rows)
+
+    def load(self, contents: dict[str, Any], state: dict[str, Any]) -> tuple[int, list[int]]:
+        """Restore the log and `state` from a checkpoint.  Raises UserError if the checkpoint does not fit.
+
+        Returns the epochs done, and of each of them how many up to it were at chance without a break.
+        """
+        try:
+            for name, part in state.items():
+                part.load_state_dict(contents[name])
+            self.best = contents["best"]
+            self.rows = contents["log"]
+            self.weight_rows = contents["weight_log"]
+            return contents["epoch"], [row.get("epochs_at_chance", 0) for row in self.rows]
+        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+            reason = str(error).splitlines()[0][:150]
+            raise UserError(f"{self.path / 'last.pt'} does not continue this run ({reason})") from error
+
+
+def summary_of(row: dict[str, Any], epochs: int) -> str:
+    """A row of the log as the line that ends its epoch."""
+    parts = [f"{name} {value:.2f} %" if "A_" in name else f"{name.removeprefix('train_')} {value:.4f}"
+             for name, value in row.items() if name.startswith(("train_", "val_"))]
+    minutes = row["seconds"] * (epochs - row["epoch"]) / 60
+    left = f"  {minutes:.1f} min left" if row["epoch"] < epochs else ""
+    return (f"epoch {row['epoch']:>3}/{epochs}  {'  '.join(parts)}  {row['seconds']:.1f} s  "
+            f"{row['images_per_second']:,.0f} images/s{left}")
