@@ -44,16 +44,15 @@ from curves.certified import affine_layers, certified_distances
 from curves.class_distances import class_distances
 from curves.exact import exact_distances
 from curves.measure import Candidates, measure, nearest_of_another_class, norms_of
-from curves.models import names_of, open_subject, reopen
+from curves.models import about_of, names_of, open_network, reopen
 from curves.points import choose, load_split, pick
 from harness.config import run_script
 from harness.datasets.batches import to_unit
 from harness.datasets.split import Split
 from harness.device import choose_device
 from harness.errors import UserError
-from harness.evaluation.attack_record import Steady
 from harness.evaluation.capacity import fitting_batch_size
-from harness.evaluation.predictions import num_outputs
+from harness.evaluation.predictions import BatchInvariant, num_outputs
 from harness.folder import resumable
 from harness.training.precision import to_device
 from losses.margin import margin_weights, probability_margin
@@ -138,7 +137,7 @@ def attack_pool(model: nn.Module, about: dict, others: tuple[Tensor, Tensor], bu
 def compute(cfg: Config) -> None:
     """Distances of every model: each in the folder itself, or in one of its own where there are several."""
     device, files, several = choose_device(cfg.device), names_of(cfg.model), []
-    subjects = {name: open_subject(name, path, cfg, build_model) for name, path in files.items()}
+    subjects = {name: open_network(name, path, cfg, build_model) for name, path in files.items()}
     points = {name: choose(subject.split, cfg.n_points, cfg.indices) for name, subject in subjects.items()}
     for name, subject in subjects.items():
         num_outputs(subject.model, points[name])
@@ -146,7 +145,7 @@ def compute(cfg: Config) -> None:
     with resumable(folder, f"{SCRIPT}.py compute"):
         for name, subject in subjects.items():
             own = folder / name if len(files) > 1 else folder
-            about = subject.about | {"budget": cfg.budget, "seed": cfg.seed}
+            about = about_of(subject, cfg.split) | {"budget": cfg.budget, "seed": cfg.seed}
             results = curve_store.begin(own, about, points[name], cfg.chosen_norms, cfg.adversaries, bool(cfg.resume))
             model, others = to_device(subject.model, device), subject.split[slice(0, cfg.num_starts)].to(device)
             settings = sized(cfg, model, points[name].to(device), max(1, BUDGETS[cfg.budget].num_targets) if cfg.budget in BUDGETS else 1)
@@ -165,7 +164,7 @@ def sized(cfg: Config, model: nn.Module, points: Split, copies: int = 1) -> Conf
 def fill(results: curve_store.Results, model: nn.Module, points: Split, others: tuple[Tensor, Tensor], folder: Path,
          cfg: Config) -> None:
     """Measure the points that are pending, and save as they are done: an image found among a few points is one among many too."""
-    pending, steady = results.pending(), Steady(model)
+    pending, steady = results.pending(), BatchInvariant(model)
     attack = partial(attack_pool, steady, results.about, others, cfg.budget, results.norms)
     layers = chain(model, points) if cfg.certify == "crown" else None
     with tqdm(total=len(results), initial=len(results) - len(pending), desc=results.name, unit="point", disable=None) as bar, \

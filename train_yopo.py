@@ -31,10 +31,10 @@ from attacks.yopo import yopo_inner
 from harness.config import run_script
 from harness.datasets.batches import load_dataset
 from harness.evaluation.predictions import held_out_accuracy
+from harness.training.first_layer import FirstLayer
 from harness.training.options import RunOptions
 from harness.training.run import Run
 from models import build_model
-from models.split import split_first_layer
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ RECIPES = {
 }
 
 
-def train_one_epoch(model: nn.Module, f0: nn.Module, rest: nn.Module, optimizer: Optimizer, run: Run,
-                    epoch: int, cfg: Config) -> None:
+def train_one_epoch(model: nn.Module, f0: FirstLayer, optimizer: Optimizer, run: Run, epoch: int,
+                    cfg: Config) -> None:
     model.train()
     for batch in run.batches(epoch):
         x, y = batch.x, batch.y                                             # [B, C, H, W] in [0, 1], [B]
@@ -91,12 +91,10 @@ def train_one_epoch(model: nn.Module, f0: nn.Module, rest: nn.Module, optimizer:
         x_adv = first_iterate(x, ramp * cfg.epsilon, "uniform", example_keys(batch.index, cfg.seed, epoch))
         optimizer.zero_grad(set_to_none=True)
         for _ in range(cfg.num_passes):
-            features = f0(x_adv) if cfg.layer_one_grad == "both" else f0(x_adv).detach()
-            features.requires_grad_().retain_grad()
-            logits_adv = rest(features)                                     # [B, K]
+            features, logits_adv = f0.with_logits(x_adv, cut=cfg.layer_one_grad == "hamiltonian")  # f0(x_adv)
             losses = cross_entropy(logits_adv, y)                           # [B]
             (losses.mean() * batch.loss_scale).backward()
-            p = -features.grad                                              # a constant from here on
+            p = -features.grad                                              # as features, a constant from here on
             x_adv = yopo_inner(f0, x, x_adv, p, epsilon=ramp * cfg.epsilon, step_size=ramp * cfg.step_size,
                                num_steps=cfg.num_steps)
             (-(f0(x_adv) * p).sum()).backward()
@@ -109,12 +107,12 @@ def main(cfg: Config) -> None:
                      num_steps=cfg.val_num_steps)
     with Run(cfg, data) as run:
         model = run.build(build_model)
-        f0, rest = run.split(model, split_first_layer)
+        f0 = run.first_layer(model)
         optimizer = SGD(model.parameters(), lr=cfg.lr / cfg.num_passes, momentum=cfg.momentum,
                         weight_decay=cfg.weight_decay)
         scheduler = MultiStepLR(optimizer, cfg.lr_drop_after, cfg.lr_drop_factor)
         for epoch in run.epochs(model, optimizer, scheduler):
-            train_one_epoch(model, f0, rest, optimizer, run, epoch, cfg)
+            train_one_epoch(model, f0, optimizer, run, epoch, cfg)
             scheduler.step()
             run.end_epoch(model, partial(held_out_accuracy, attack=attack, loss_fn=cross_entropy))
 

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+_running: list[object] = []  # a mark for each context that is open, the outermost first
+
 
 @contextmanager
 def frozen(model: nn.Module, mode: str | None = "eval") -> Iterator[nn.Module]:
@@ -23,6 +25,7 @@ def frozen(model: nn.Module, mode: str | None = "eval") -> Iterator[nn.Module]:
     bare = model.module if isinstance(model, DistributedDataParallel) else model
     modes = [(module, module.training) for module in bare.modules()]
     thawed = [parameter for parameter in bare.parameters() if parameter.requires_grad]
+    _running.append(mark := object())
     try:
         for parameter in thawed:
             parameter.requires_grad_(False)
@@ -30,10 +33,16 @@ def frozen(model: nn.Module, mode: str | None = "eval") -> Iterator[nn.Module]:
             bare.train(mode == "train")
         yield bare
     finally:
+        _running.remove(mark)
         for parameter in thawed:
             parameter.requires_grad_(True)
         for module, training in modes:
             module.training = training
+
+
+def current() -> object | None:
+    """The mark of the attack that runs, None between attacks: what is computed from frozen parameters holds for one mark."""
+    return _running[0] if _running else None
 
 
 def predict(model: nn.Module, x: Tensor, mode: str | None = "eval") -> Tensor:

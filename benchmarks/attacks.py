@@ -21,8 +21,7 @@ one on the network as a checkpoint is loaded elsewhere: contiguous, layer by lay
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,16 +39,16 @@ from attacks.frozen import frozen, predict
 from attacks.noise import example_keys
 from attacks.reference import autoattack_reference
 from attacks.spsa import spsa
-from benchmarks.forms import published_model, published_pooling
+from benchmarks.forms import published_model
 from benchmarks.others import RELEASED, SHORT, others, require_released
-from harness.checkpoint import model_from
 from harness.config import run_script
 from harness.datasets.batches import first_examples, to_unit
 from harness.device import choose_device, command_line, environment
 from harness.errors import UserError
-from harness.evaluation.report import Protocol, open_subject, output_path
+from harness.evaluation.report import output_path
+from harness.evaluation.subject import Protocol, open_subject, radius_of
 from harness.folder import write_text
-from harness.training.precision import to_device
+from harness.training.precision import TrainingPrecision, to_device
 from losses.margin import cw_loss
 from models import build_model
 
@@ -71,7 +70,6 @@ class Config:
     sides: tuple[Literal["ours", "reference", "published"], ...] = ("ours", "reference")  # which implementations run
     batch_size: int = 250                        # images at a time
     md_attack: str | None = None                 # folder of a clone of MDAttack, beside which cw, md and mdmt are measured
-    step_size: float | None = None               # of the checkpoint's threat model; no attack here has one
     data_dir: str | None = None                  # folder of the data sets; default: the checkpoint's, or data
     out: str | None = None                       # JSON file to write, never over another
     device: str = "auto"                         # auto, cpu, or an accelerator by its name in torch
@@ -107,14 +105,9 @@ def reference(known: dict[str, Callable], name: str, seed: int, batch_size: int,
     return autoattack_reference(model, x, y, seed=seed, batch_size=batch_size, **members, **task)
 
 
-@contextmanager
-def network_of(side: str, model: nn.Module) -> Iterator[nn.Module]:
+def network_of(side: str, model: nn.Module) -> nn.Module:
     """The network as a side sees it."""
-    if side != "published":
-        yield model
-        return
-    with published_pooling():
-        yield published_model(model)
+    return published_model(model) if side == "published" else model
 
 
 def measure(attack: Callable, model: nn.Module, x: Tensor, y: Tensor, correct: Tensor, **task: object) -> tuple[dict, Tensor]:
@@ -136,8 +129,7 @@ def compare(model: nn.Module, x: Tensor, y: Tensor, seed: int, cfg: Config, epsi
         row = {"attack": name, "seed": seed}
         for side in cfg.sides:
             attack = partial(ours if side == "ours" else theirs, name, seed, cfg.batch_size)
-            with network_of(side, model) as network:
-                row[side], robust = measure(attack, network, x, y, correct, **task)
+            row[side], robust = measure(attack, network_of(side, model), x, y, correct, **task)
             if len(cfg.sides) > 1:
                 show(row, side)  # the next one may take an hour
             if name == "autoattack":
@@ -174,19 +166,19 @@ def main(cfg: Config) -> None:
     out = output_path(cfg.out, Path(cfg.out), whole_run=False) if cfg.out else None
     device, results = choose_device(cfg.device), []
     for path in map(Path, cfg.checkpoint):
-        subject = open_subject(path.stem, path, cfg, PROTOCOL)
-        data = subject.data
-        model = model_from(subject.contents, path, cfg.arch, data.num_classes, data.image_shape[0], build=build_model, report=print)
-        model = to_device(model, device)
-        test = first_examples(data.test, cfg.num_examples).to(device)
+        subject = open_subject(path.stem, path, build_model, arch=cfg.arch, dataset=cfg.dataset, data_dir=cfg.data_dir,
+                               default=PROTOCOL.dataset)
+        epsilon = radius_of(subject, PROTOCOL, cfg.epsilon)
+        model = TrainingPrecision(to_device(subject.model, device), torch.float32).eval()
+        test = first_examples(subject.split, cfg.num_examples).to(device)
         x, y = to_unit(test.images), test.labels
-        print(f"{path}: {len(x):,} test images of {data.name}, {cfg.norm} {subject.epsilon:g}", flush=True)
+        print(f"{path}: {len(x):,} test images of {subject.dataset}, {cfg.norm} {epsilon:g}", flush=True)
         for seed in cfg.seeds:
             try:
-                rows = compare(model, x, y, seed, cfg, subject.epsilon)
+                rows = compare(model, x, y, seed, cfg, epsilon)
             except ValueError as error:  # the extra is not installed
                 raise UserError(str(error)) from error
-            results.append({"checkpoint": str(path), "epsilon": subject.epsilon, "norm": cfg.norm, "num_examples": len(x), "rows": rows})
+            results.append({"checkpoint": str(path), "epsilon": epsilon, "norm": cfg.norm, "num_examples": len(x), "rows": rows})
             if out:
                 facts = {"command": command_line(), "date": time.strftime("%Y-%m-%d"), "batch_size": cfg.batch_size}
                 write_text(out, json.dumps({"results": results, **facts, "environment": environment(device)}, indent=2) + "\n")

@@ -36,13 +36,13 @@ from attacks.geometry import radii, random_point
 from attacks.noise import example_keys
 from attacks.pgd import cross_entropy, pgd
 from attacks.until_broken import pgd_until_broken
-from harness.checkpoint import model_from
 from harness.config import run_script
 from harness.datasets.batches import first_examples, to_unit
 from harness.device import choose_device, command_line, environment
 from harness.errors import UserError
-from harness.evaluation.attack_record import Steady
-from harness.evaluation.report import Protocol, open_subject, output_path
+from harness.evaluation.predictions import BatchInvariant
+from harness.evaluation.report import output_path
+from harness.evaluation.subject import Protocol, open_subject, radius_of
 from harness.folder import write_text
 from harness.training.precision import to_device
 from losses.margin import cw_loss, logit_margin, misclassified, ranked_targets
@@ -64,7 +64,6 @@ class Config:
     repeats: int = 3                             # timed runs of each side
     batch_size: int = 128                        # images at a time
     seed: int = 0                                # of the random numbers
-    step_size: float | None = None               # of the checkpoint's threat model; the attacks here have their own
     data_dir: str | None = None                  # folder of the data sets; default: the checkpoint's, or data
     out: str | None = None                       # JSON file to write, never over another
     device: str = "auto"                         # auto, cpu, or an accelerator by its name in torch
@@ -75,7 +74,7 @@ class Counted(nn.Module):
 
     def __init__(self, network: nn.Module):
         super().__init__()
-        self.network, self.passes = Steady(network), 0
+        self.network, self.passes = BatchInvariant(network), 0
 
     def forward(self, x: Tensor) -> Tensor:
         self.passes += len(x)
@@ -241,19 +240,20 @@ def main(cfg: Config) -> None:
         raise UserError("--repeats needs at least 1")
     out = output_path(cfg.out, Path(cfg.out), whole_run=False) if cfg.out else None
     device, path = choose_device(cfg.device), Path(cfg.checkpoint)
-    subject = open_subject(path.stem, path, cfg, PROTOCOL)
-    data, rows = subject.data, []
-    model = model_from(subject.contents, path, cfg.arch, data.num_classes, data.image_shape[0], build=build_model, report=print)
-    model = to_device(model, device)
-    test = first_examples(data.test, cfg.num_examples).to(device)
+    subject = open_subject(path.stem, path, build_model, arch=cfg.arch, dataset=cfg.dataset, data_dir=cfg.data_dir,
+                           default=PROTOCOL.dataset)
+    epsilon = radius_of(subject, PROTOCOL, cfg.epsilon)
+    rows = []
+    model = to_device(subject.model, device)
+    test = first_examples(subject.split, cfg.num_examples).to(device)
     x, y = to_unit(test.images), test.labels
-    print(f"{path}: {len(x):,} test images of {data.name}, {cfg.norm} {subject.epsilon:g}\n{HEADER}", flush=True)
+    print(f"{path}: {len(x):,} test images of {subject.dataset}, {cfg.norm} {epsilon:g}\n{HEADER}", flush=True)
     for name in cfg.attacks:
-        rows.append(compare(name, model, x, y, cfg, subject.epsilon))
+        rows.append(compare(name, model, x, y, cfg, epsilon))
         print(line(rows[-1]), flush=True)
         if out:
             write_text(out, json.dumps({
-                "rows": rows, "checkpoint": str(path), "dataset": data.name, "batch_size": cfg.batch_size, "repeats": cfg.repeats,
+                "rows": rows, "checkpoint": str(path), "dataset": subject.dataset, "batch_size": cfg.batch_size, "repeats": cfg.repeats,
                 "seed": cfg.seed, "command": command_line(), "date": time.strftime("%Y-%m-%d"), "environment": environment(device)},
                 indent=2) + "\n")
 

@@ -1,15 +1,13 @@
 """One training step of AT, TRADES and VIR-AT in two other forms than ours, and the number of its operations.
 
-    published   float32 with torch's own settings and max-pooling, NCHW, parameters not frozen, on a batch that is already there. AT (as
+    published   float32 with torch's own settings, NCHW, parameters not frozen, on a batch that is already there. AT (as
                 released by Zeng et al., AAAI 2021): `backward` in the attack, which also accumulates the gradients of the parameters.
                 TRADES (Zhang et al., ICML 2019): the clean prediction again at every attack step and once more for the KL term. VIR-AT
                 has no released code: its Algorithm 1 with the attack as GAIRAT and MAIL release it, the input's gradient alone
     bare        the forward and backward passes alone that a step cannot do without, on tensors that are already there
 """
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +15,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
-from attacks.frozen import predict
+from attacks.frozen import frozen, predict
 from attacks.pgd import first_iterate
 from harness.training.precision import bare
 from losses.divergence import kl_divergence
 from losses.trades import trades_loss
 from losses.vir import vir_weights
-from models import build_model, lenet, small_cnn
+from models import build_model
 
 NUM_CLASSES = 10
 
@@ -32,26 +30,9 @@ NUM_CLASSES = 10
 
 def published_model(model: nn.Module) -> nn.Module:
     """A copy of the network as the published code holds it: without wrappers, NCHW, float32, layer by layer."""
-    theirs = copy.deepcopy(bare(model)).to(memory_format=torch.contiguous_format)
-    for module in theirs.modules():
-        module.fuse = False
-    return theirs
+    return copy.deepcopy(bare(model)).to(memory_format=torch.contiguous_format)
 
 
-@contextmanager
-def published_pooling() -> Iterator[None]:
-    """The networks of models/ pool by the library's function meanwhile."""
-    ours = {module: module.max_pool for module in (lenet, small_cnn)}
-    for module in ours:
-        module.max_pool = partial(F.max_pool2d, kernel_size=2)
-    try:
-        yield
-    finally:
-        for module, max_pool in ours.items():
-            module.max_pool = max_pool
-
-
-@published_pooling()
 def published_at(model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor, settings: object, start: str | Tensor) -> Tensor:
     """One step of adversarial training on the batch x [B, C, H, W], y [B]; returns its loss.  `start` as in `attacks.pgd.pgd`."""
     model.train()
@@ -67,7 +48,6 @@ def published_at(model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor, s
     return loss.detach()
 
 
-@published_pooling()
 def published_trades(model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor, settings: object, start: str | Tensor) -> Tensor:
     """One step of TRADES on the batch x [B, C, H, W], y [B]; returns its loss.  `start` as in `attacks.pgd.pgd`."""
     divergence = nn.KLDivLoss(reduction="sum")
@@ -83,7 +63,6 @@ def published_trades(model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tenso
     return loss.detach()
 
 
-@published_pooling()
 def published_vir(model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor, settings: object, start: str | Tensor) -> Tensor:
     """One step of VIR-AT, after its burn-in, on the batch x [B, C, H, W], y [B]; returns its loss.  `start` as in `attacks.pgd.pgd`."""
     model.eval()
@@ -132,26 +111,28 @@ def bare_at(attacked: nn.Module, model: nn.Module, x: Tensor, x_adv: Tensor, y: 
     for every iterate.
     """
     model.zero_grad()
-    for _ in range(settings.num_steps):
-        torch.autograd.grad(F.cross_entropy(attacked(x_adv), y), x_adv)
+    with frozen(attacked, None):
+        for _ in range(settings.num_steps):
+            torch.autograd.grad(F.cross_entropy(attacked(x_adv), y), x_adv)
     F.cross_entropy(model(x_adv.detach()), y).backward()
 
 
 def bare_trades(attacked: nn.Module, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, settings: object) -> None:
     """The forward and backward passes of one step of TRADES, with one clean prediction for the attack; arguments as in `bare_at`."""
     model.zero_grad()
-    with torch.no_grad():
-        logits = attacked(x)
-    for _ in range(settings.num_steps):
-        torch.autograd.grad(kl_divergence(attacked(x_adv), logits).sum(), x_adv)
+    with frozen(attacked, None):
+        logits = predict(attacked, x, None)
+        for _ in range(settings.num_steps):
+            torch.autograd.grad(kl_divergence(attacked(x_adv), logits).sum(), x_adv)
     trades_loss(model(x), model(x_adv.detach()), y, settings.beta).mean().backward()
 
 
 def bare_vir(attacked: nn.Module, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, settings: object) -> None:
     """The forward and backward passes of one step of VIR-AT, with the clean prediction for its weights; arguments as in `bare_at`."""
     model.zero_grad()
-    for _ in range(settings.num_steps):
-        torch.autograd.grad(F.cross_entropy(attacked(x_adv), y), x_adv)
+    with frozen(attacked, None):
+        for _ in range(settings.num_steps):
+            torch.autograd.grad(F.cross_entropy(attacked(x_adv), y), x_adv)
     logits = predict(model, x, "train")
     logits_adv = model(x_adv.detach())
     weights = vir_weights(logits, logits_adv, y, settings.alpha, settings.beta, settings.gamma)

@@ -32,7 +32,7 @@ from harness.device import choose_device, command_line, environment
 from harness.errors import UserError
 from harness.evaluation.report import output_path
 from harness.folder import write_text
-from harness.training.precision import to_device
+from harness.training.precision import TrainingPrecision, to_device
 from models import build_model
 
 ATTACK_STEPS = 2  # of one timed attack of the evaluation
@@ -85,7 +85,7 @@ def attack(name: str, cfg: Config, device: torch.device) -> list[dict]:
     """Seconds an image of one attack step as in an evaluation, at every batch size, in turns."""
     shape = train_step.image_shape_of(name)
     torch.manual_seed(cfg.seed)
-    model = to_device(build_model(name, train_step.NUM_CLASSES, shape[0]).eval(), device)
+    model = TrainingPrecision(to_device(build_model(name, train_step.NUM_CLASSES, shape[0]), device), torch.float32).eval()
     data, seconds = train_step.synthetic(shape, max(cfg.eval_batch_sizes), cfg.seed).train.to(device), defaultdict(list)
     for number in range(1 + cfg.repeats):
         for size in cfg.eval_batch_sizes:

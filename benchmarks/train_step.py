@@ -2,7 +2,7 @@
 
     ours        `train_one_epoch` of train_at_*.py, train_trades_*.py and train_vir.py itself: batch from the data set, noise, attack, loss,
                 SGD, metering and progress bar, in the training precision. VIR is VIR-AT with its weights switched on
-    published   `benchmarks/forms.py`: float32 with torch's own settings and max-pooling, NCHW, parameters not frozen, on a batch that is
+    published   `benchmarks/forms.py`: float32 with torch's own settings, NCHW, parameters not frozen, on a batch that is
                 already there
     bare        the forward and backward passes alone that ours cannot do without, in its precision, on tensors that are already there
 
@@ -90,7 +90,7 @@ class Config:
     seed: int = 0                                         # of images, weights, starts and dropout
     device: str = "auto"                                  # auto, cpu, or an accelerator by its name in torch
     precision: Literal["auto", "bf16", "float32"] = "auto"  # of our step; auto is bf16 where it is faster (harness/device.py)
-    fuse: bool = True                                     # of our step: fold BatchNorm and fuse layers of the attacked network on a CPU
+    attack_view: bool = True                              # of our step: a faster form of the network where one is recognised
     compile: bool = False                                 # of our step: torch.compile
     graphs: bool = False                                  # with compile, on a GPU: replay each compiled piece as one CUDA graph
     json: bool = False                                    # print one line of JSON and nothing else
@@ -158,7 +158,7 @@ def settings_of(name: str, method: str, cfg: Config, folder: str) -> object:
     values = {**THREATS[shape], **METHOD_SETTINGS[method], **PLAIN.get((method, shape), {}),
               "num_steps": NUM_STEPS[shape] if cfg.num_steps is None else cfg.num_steps}
     return SCRIPTS[method, shape].Config(model=name, batch_size=cfg.batch_size, seed=cfg.seed, device=cfg.device, out_dir=folder,
-                                         precision=cfg.precision, fuse=cfg.fuse, compile=cfg.compile, graphs=cfg.graphs,
+                                         precision=cfg.precision, attack_view=cfg.attack_view, compile=cfg.compile, graphs=cfg.graphs,
                                          epochs=1, epsilon_warmup_epochs=0, max_grad_norm=0, **values)
 
 
@@ -215,8 +215,8 @@ def measure(name: str, method: str, cfg: Config, peak_of: Callable[[torch.dtype]
     ours, published, needed = (statistics.median(seconds[form]) for form in ("ours", "published", "bare"))
     gflop, peak = count_flops(name, method, settings, shape) / 1e9, peak_of(run.dtype)
     return {"model": name, "method": method, "batch_size": cfg.batch_size, "num_steps": settings.num_steps, "image_shape": shape,
-            "precision": {torch.bfloat16: "bf16", torch.float32: "float32"}[run.dtype], "fuse": cfg.fuse, "compile": cfg.compile,
-            "graphs": cfg.graphs,
+            "precision": {torch.bfloat16: "bf16", torch.float32: "float32"}[run.dtype], "attack_view": cfg.attack_view,
+            "compile": cfg.compile, "graphs": cfg.graphs,
             "ours_seconds": ours, "published_form_seconds": published, "bare_seconds": needed, "ratio": published / ours,
             "images_per_second": cfg.batch_size / ours, "published_form_images_per_second": cfg.batch_size / published,
             "overhead_percent": 100 * (ours - needed) / ours, "gflop": gflop, "gflops": gflop / ours,

@@ -1,6 +1,5 @@
 """Distances of points from a model's decision boundary, on disk: distances.npz, which grows point by point and can be taken up again."""
 import dataclasses
-import hashlib
 import json
 import os
 import time
@@ -174,11 +173,6 @@ def original_json(results: Results) -> dict[str, dict[str, list[float]]]:
         x = np.sort(results.upper(norm)[np.isfinite(results.upper(norm))])
         curves[names[norm]] = {"x": x.tolist(), "y": (np.arange(1, len(x) + 1) / len(results)).tolist()}
     return curves
-
-
-def sha256(path: Path) -> str:
-    """Checksum of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 # ---- the folder ----------------------------------------------------------------------------------------------------------------------

@@ -308,6 +308,8 @@ def _resumed(cls: type[C], folder: Path) -> C:
     script = Path(inspect.getsourcefile(cls) or "").stem
     if saved.get("script") != script:
         raise UserError(f"--resume {folder}: that run is of {saved.get('script')}.py, not of {script}.py")
+    if "fuse" in saved:
+        saved.setdefault("attack_view", saved["fuse"])  # its name before it was one for any network
     fields = [field for field in _fields(cls) if field.name in saved]
     newer = {field.name: OFF_BEFORE.get(field.name, field.default) for field in _fields(cls) if field not in fields}
     if newer:

@@ -2,8 +2,6 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.fused import conv_norm_relu
-
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions around an identity or 1x1 shortcut."""
@@ -19,8 +17,9 @@ class BasicBlock(nn.Module):
             self.shortcut = nn.Sequential(nn.Conv2d(in_planes, planes, 1, stride=stride, bias=False), nn.BatchNorm2d(planes))
 
     def forward(self, x: Tensor) -> Tensor:
-        shortcut = conv_norm_relu(x, *self.shortcut, relu=False) if len(self.shortcut) else x
-        return conv_norm_relu(conv_norm_relu(x, self.conv1, self.bn1), self.conv2, self.bn2, add=shortcut)
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        return F.relu(out + self.shortcut(x))
 
 
 class ResNet(nn.Module):
@@ -42,17 +41,7 @@ class ResNet(nn.Module):
             setattr(self, f"layer{stage}", nn.Sequential(*layers))
         self.linear = nn.Linear(in_planes, num_classes)
 
-    @property
-    def first_layer(self) -> nn.Module:
-        return self.conv1
-
     def forward(self, x: Tensor) -> Tensor:
-        return self._after_stem(conv_norm_relu(x, self.conv1, self.bn1))  # [B, K]
-
-    def after_first_layer(self, features: Tensor) -> Tensor:
-        """The logits [B, K] from the output of `first_layer` on."""
-        return self._after_stem(F.relu(self.bn1(features)))
-
-    def _after_stem(self, out: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
         out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
-        return self.linear(F.adaptive_avg_pool2d(out, 1).flatten(1))
+        return self.linear(F.adaptive_avg_pool2d(out, 1).flatten(1))  # [B, K]

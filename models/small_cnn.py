@@ -1,19 +1,14 @@
 """SmallCNN, the MNIST network of TRADES (Zhang et al., ICML 2019) behind the MNIST tables of Zeng et al. (AAAI 2021)."""
 from collections import OrderedDict
 
-import torch.nn.functional as F
 from torch import Tensor, nn
-
-from models.fused import conv_norm_relu
-from models.pooling import max_pool
-from models.stem import Stem
 
 
 class SmallCNN(nn.Module):
     """Four 3x3 convolutions and three linear layers with dropout 0.5; the last layer starts at zero.
 
     Parameter names are those of the published checkpoints. Image sizes other than 28x28 are brought to the 4x4 map of the
-    native size by adaptive average pooling.
+    native size by adaptive average pooling, which leaves that map as it is.
     """
 
     def __init__(self, num_classes: int = 10, in_channels: int = 1, dropout: float = 0.5):
@@ -24,6 +19,7 @@ class SmallCNN(nn.Module):
             ("conv3", nn.Conv2d(32, 64, 3)), ("relu3", nn.ReLU(inplace=True)),
             ("conv4", nn.Conv2d(64, 64, 3)), ("relu4", nn.ReLU(inplace=True)), ("maxpool2", nn.MaxPool2d(2)),
         ]))
+        self.average = nn.AdaptiveAvgPool2d(4)
         self.classifier = nn.Sequential(OrderedDict([
             ("fc1", nn.Linear(64 * 4 * 4, 200)), ("relu1", nn.ReLU(inplace=True)), ("drop", nn.Dropout(dropout)),
             ("fc2", nn.Linear(200, 200)), ("relu2", nn.ReLU(inplace=True)), ("fc3", nn.Linear(200, num_classes)),
@@ -35,28 +31,6 @@ class SmallCNN(nn.Module):
         nn.init.zeros_(self.classifier.fc3.weight)
         nn.init.zeros_(self.classifier.fc3.bias)
 
-    @property
-    def first_layer(self) -> nn.Module:
-        return self.feature_extractor.conv1
-
-    @property
-    def stem(self) -> Stem:
-        return Stem(lambda x: self._first_pool(conv_norm_relu(x, self.first_layer)), self._after_first_pool, reach=6, stride=2, padding=0)
-
     def forward(self, x: Tensor) -> Tensor:
-        return self._after_first_pool(self._first_pool(conv_norm_relu(x, self.first_layer)))  # [B, K]
-
-    def after_first_layer(self, features: Tensor) -> Tensor:
-        """The logits [B, K] from the output of `first_layer` on."""
-        return self._after_first_pool(self._first_pool(F.relu(features)))
-
-    def _first_pool(self, x: Tensor) -> Tensor:
-        return F.relu(max_pool(self.feature_extractor.conv2(x)), inplace=True)  # pooled first: a quarter of the ReLUs
-
-    def _after_first_pool(self, x: Tensor) -> Tensor:
-        layers = self.feature_extractor
-        x = conv_norm_relu(x, layers.conv3)
-        features = F.relu(max_pool(layers.conv4(x)), inplace=True)
-        if features.shape[-2:] != (4, 4):
-            features = F.adaptive_avg_pool2d(features, 4)
+        features = self.average(self.feature_extractor(x))  # [B, 64, 4, 4]
         return self.classifier(features.flatten(1))  # [B, K]

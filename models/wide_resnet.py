@@ -4,8 +4,6 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.fused import conv_norm_relu
-
 
 class BasicBlock(nn.Module):
     """BN-ReLU-conv twice; where the shape changes, the shortcut is a 1x1 convolution of the activated input."""
@@ -21,10 +19,10 @@ class BasicBlock(nn.Module):
             self.convShortcut = nn.Conv2d(in_planes, planes, 1, stride=stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        activated = F.relu(self.bn1(x), inplace=True)
-        out = conv_norm_relu(activated, self.conv1, self.bn2)
-        shortcut = x if self.convShortcut is None else conv_norm_relu(activated, self.convShortcut, relu=False)
-        return conv_norm_relu(out, self.conv2, add=shortcut, relu=False)
+        activated = F.relu(self.bn1(x))
+        out = F.relu(self.bn2(self.conv1(activated)))
+        shortcut = x if self.convShortcut is None else self.convShortcut(activated)
+        return self.conv2(out) + shortcut
 
 
 class NetworkBlock(nn.Module):
@@ -63,15 +61,7 @@ class WideResNet(nn.Module):
                 nn.init.normal_(module.weight, 0.0, math.sqrt(2.0 / fan_out))
         nn.init.zeros_(self.fc.bias)
 
-    @property
-    def first_layer(self) -> nn.Module:
-        return self.conv1
-
     def forward(self, x: Tensor) -> Tensor:
-        return self.after_first_layer(self.first_layer(x))  # [B, K]
-
-    def after_first_layer(self, out: Tensor) -> Tensor:
-        """The logits [B, K] from the output of `first_layer` on."""
-        out = self.block3(self.block2(self.block1(out)))
-        out = F.relu(self.bn1(out), inplace=True)
+        out = self.block3(self.block2(self.block1(self.conv1(x))))
+        out = F.relu(self.bn1(out))
         return self.fc(F.adaptive_avg_pool2d(out, 1).flatten(1))  # [B, K]

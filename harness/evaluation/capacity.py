@@ -7,8 +7,7 @@ from torch import Tensor, nn
 from harness.datasets.batches import to_unit
 from harness.datasets.split import Split
 from harness.device import free_memory, peak_memory
-from harness.evaluation.attack_record import MULTIPLE, Steady
-from harness.evaluation.predictions import num_outputs
+from harness.evaluation.predictions import MULTIPLE, BatchInvariant, num_outputs
 
 PROBE = MULTIPLE     # images of the pass that is measured: attacks pad their batches to multiples of it
 SHARE = 0.5          # of the free memory for a forward and backward pass; the rest is for what the attacks keep beside it
@@ -41,7 +40,7 @@ def input_gradient(model: nn.Module, images: Tensor) -> Tensor:
         for parameter in trainable:
             parameter.requires_grad_(False)
         with torch.enable_grad():
-            return torch.autograd.grad(Steady(model)(x).sum(), x)[0]
+            return torch.autograd.grad(BatchInvariant(model)(x).sum(), x)[0]
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)

@@ -1,120 +1,42 @@
-"""From a command line to a result on the screen and on disk: which checkpoint, on what data, under which threat model."""
-import hashlib
+"""The result of an evaluation on the screen and on disk."""
 import json
 import re
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from itertools import chain, count
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from harness.checkpoint import own_architecture, read
-from harness.datasets.batches import Dataset, load_dataset
 from harness.device import command_line, environment
 from harness.errors import UserError
-from harness.evaluation.predictions import Certificate
+from harness.evaluation.options import EvalConfig
+from harness.evaluation.subject import CHECKPOINTS, Ball, Subject
 from harness.folder import write_csv, write_text
 from harness.reporting import figures as plots
 
 NORMS = {"linf": "l_inf", "l2": "l_2"}  # as they are printed
-CHECKPOINTS = ("last", "best", "last_ema", "best_ema")  # what a run folder may hold, in the order of the result's columns
 
 
-@dataclass(frozen=True)
-class Protocol:
-    """What an evaluation script assumes of a checkpoint that does not say: the setting of the paper's tables."""
+def output_path(out: str | None, first: Path, whole_run: bool,
+                is_free: Callable[[Path], bool] = lambda path: True) -> Path:
+    """Where the JSON goes: `out`, which must not exist yet, or the next eval*.json beside the file `first`.
 
-    dataset: str       # data set
-    channels: int      # image channels of the runs that the script looks for
-    epsilon: float     # l_inf radius, pixels in [0, 1]
-    step_ratio: float  # epsilon over PGD step
-
-
-@dataclass(frozen=True)
-class Subject:
-    """One checkpoint to evaluate: its contents, its data, and the threat model after flags and file have spoken."""
-
-    name: str
-    path: Path
-    contents: dict
-    data: Dataset
-    epsilon: float
-    step_size: float
-
-
-def find_checkpoints(given: str | None, channels: int) -> list[tuple[str, Path]]:
-    """(name, file) of what is to be evaluated: the file given, or the CHECKPOINTS in the run given, or in the newest run in runs/.
-
-    The newest run is the one whose last.pt was written last among those on images with `channels` channels. Raises UserError when
-    there is none.
+    The next one is the first that does not exist, without per-example results in its way, and that `is_free`.
     """
-    if given and not Path(given).is_dir():
-        return [(Path(given).stem, Path(given))]
-    folder = Path(given) if given else _newest_run(channels)
-    files = [(name, folder / f"{name}.pt") for name in CHECKPOINTS if (folder / f"{name}.pt").is_file()]
-    if not files and (runs := sorted(path.parent for path in folder.glob("seed*/last.pt"))):
-        raise UserError(f"{folder} holds one run a seed: name one of them ({', '.join(map(str, runs))})")
-    if not files:
-        raise UserError(f"{folder} holds no last.pt or best.pt: has its first epoch ended?")
-    return files
-
-
-def _newest_run(channels: int) -> Path:
-    def fits(folder: Path) -> bool:
-        try:
-            return json.loads((folder / "config.json").read_text(encoding="utf-8"))["image_shape"][0] == channels
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
-
-    runs = sorted(Path("runs").rglob("last.pt"), key=lambda path: path.stat().st_mtime)
-    newest = next((path.parent for path in reversed(runs) if fits(path.parent)), None)
-    if newest is None:
-        raise UserError(f"there is no finished epoch of a run on {channels}-channel images in {Path('runs').resolve()}: "
-                        "train one first (python train_at_mnist.py --recipe digits takes a minute) or name a --checkpoint")
-    return newest
-
-
-def open_subject(name: str, path: Path, cfg: object, protocol: Protocol) -> Subject:
-    """Read a checkpoint and its data set; a flag wins over the checkpoint, the checkpoint over the protocol."""
-    contents = read(path)
-    own = own_architecture(contents)
-    data_dir = cfg.data_dir or (contents["data_dir"] if own and Path(contents["data_dir"]).is_dir() else "data")
-    data = load_dataset(cfg.dataset or (contents["dataset"] if own else protocol.dataset), data_dir)
-    channels = data.image_shape[0]
-    if own and (own["in_channels"], own["num_classes"]) != (channels, data.num_classes):
-        raise UserError(f"{path} takes {own['in_channels']}-channel images of {own['num_classes']} classes, but {data.name} has "
-                        f"{channels}-channel images of {data.num_classes} classes: name a --dataset that fits")
-    trained = contents["threat_model"]["epsilon"] if own else None
-    epsilon = next(value for value in (cfg.epsilon, trained, protocol.epsilon) if value is not None)
-    if trained is not None and epsilon != trained:
-        print(f"note: evaluated at epsilon {epsilon:g}, trained at {trained:g}")
-    if channels != protocol.channels and cfg.step_size is None:
-        print(f"note: steps of epsilon / {protocol.step_ratio:g}, as for {protocol.dataset}, on {channels}-channel images: another "
-              "--step_size, or the other eval script, may be meant")
-    return Subject(name, path, contents, data, epsilon, epsilon / protocol.step_ratio if cfg.step_size is None else cfg.step_size)
-
-
-def measured_before(subject: Subject, results: dict[str, dict]) -> bool:
-    """Whether a result is of the same weights: where the last epoch is the best, best.pt is last.pt, and best_ema.pt is last_ema.pt."""
-    epoch, averaged = subject.contents.get("epoch"), subject.name.endswith("_ema")
-    return any(epoch is not None and epoch == result["epoch"] and averaged == name.endswith("_ema") for name, result in results.items())
-
-
-def output_path(out: str | None, first: Path, whole_run: bool) -> Path:
-    """Where the JSON goes: `out`, which must not exist yet, or the next free eval*.json beside the checkpoint."""
     stem = "eval" if whole_run else f"eval_{first.stem}"
-    names = [Path(out)] if out else [first.parent / f"{stem}{suffix}.json" for suffix in ("", *(f"-{k}" for k in range(2, 1000)))]
     beside = ("", *(f"_{name}" for name in CHECKPOINTS[1:])) if whole_run else ("",)
 
     def in_the_way(path: Path) -> Path | None:
         written = (path, *(path.with_name(f"{path.stem}{suffix}.npz") for suffix in beside))
         return next((name for name in written if name.exists()), None)
 
-    path = next((name for name in names if not in_the_way(name)), None)
-    if path is None:
-        raise UserError(f"{in_the_way(names[0])} exists, and a result is never overwritten: name another --out")
+    names = (first.parent / f"{stem}{suffix}.json" for suffix in chain([""], (f"-{k}" for k in count(2))))
+    path = Path(out) if out else next(name for name in names if not in_the_way(name) and is_free(name))
+    if found := in_the_way(path):
+        raise UserError(f"{found} exists, and a result is never overwritten: name another --out")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
@@ -124,69 +46,85 @@ def output_path(out: str | None, first: Path, whole_run: bool) -> Path:
     return path
 
 
-def describe(subject: Subject, cfg: object, num_examples: int, device: torch.device, seconds: float) -> dict[str, object]:
+def describe(subject: Subject, ball: Ball, cfg: EvalConfig, num_examples: int, device: torch.device,
+             seconds: float) -> dict[str, object]:
     """Everything that a reader of the result needs in order to repeat it."""
-    own = own_architecture(subject.contents)
-    return {"num_examples": num_examples, "dataset": subject.data.name, "classes": list(subject.data.classes), "alphas": list(cfg.alphas),
-            "threat_model": {"norm": cfg.norm, "epsilon": subject.epsilon, "step_size": subject.step_size, "num_steps": cfg.num_steps,
-                             "num_restarts": cfg.num_restarts, "start": cfg.start, "restart_kept": "largest cross-entropy"},
-            "checkpoint": str(subject.path), "checkpoint_sha256": hashlib.sha256(subject.path.read_bytes()).hexdigest(),
-            "epoch": subject.contents["epoch"] if own else None, "architecture": cfg.arch or own["name"], "seed": cfg.seed,
-            "batch_size": cfg.batch_size, "training": subject.contents.get("config") if own else None, "command": command_line(),
-            "date": time.strftime("%Y-%m-%d"),
-            "seconds": round(seconds, 1), "environment": environment(device)}
+    own = subject.own
+    threat_model = {
+        "norm": ball.norm, "epsilon": ball.epsilon, "step_size": ball.step_size, "num_steps": cfg.num_steps,
+        "num_restarts": cfg.num_restarts, "start": cfg.start, "restart_kept": "largest cross-entropy"}
+    return {
+        "num_examples": num_examples, "dataset": subject.dataset, "classes": list(subject.classes),
+        "alphas": list(cfg.alphas), "threat_model": threat_model, "checkpoint": str(subject.path),
+        "checkpoint_sha256": subject.sha256, "epoch": subject.contents["epoch"] if own else None,
+        "architecture": subject.arch or own["name"], "seed": cfg.seed, "batch_size": cfg.batch_size,
+        "training": subject.contents.get("config") if own else None, "command": command_line(),
+        "date": time.strftime("%Y-%m-%d"), "seconds": round(seconds, 1), "environment": environment(device)}
 
 
 def dumps(value: object) -> str:
     """`value` as indented JSON in which a list of plain values, such as a row of a matrix, takes one line."""
-    flat = r'\[\n\s*((?:[^][{}"]|"(?:[^"\\]|\\.)*")*?)\n\s*\]'  # strings hold no bare newline: this is never inside one
-    return re.sub(flat, lambda found: "[" + re.sub(r"\n\s*", " ", found[1]) + "]", json.dumps(value, indent=2)) + "\n"
+    # strings hold no bare newline, so this is never inside one
+    flat = r'\[\n\s*((?:[^][{}"]|"(?:[^"\\]|\\.)*")*?)\n\s*\]'
+    text = json.dumps(value, indent=2)
+    return re.sub(flat, lambda found: "[" + re.sub(r"\n\s*", " ", found[1]) + "]", text) + "\n"
 
 
 def write(path: Path, results: dict[str, dict], examples: dict[str, dict[str, Tensor]]) -> None:
-    """Write the first result with the others under their names as JSON, the per-example results as .npz, the figures as .png."""
+    """Write the results as JSON, the first at its top, the per-example ones as .npz, the figures as .png."""
     first, *others = results
     write_text(path, dumps(results[first] | {name: results[name] for name in others}))
-    for name in results:
+    for name, result in results.items():
         file = path.with_name(f"{path.stem}.npz" if name == first else f"{path.stem}_{name}.npz")
         np.savez_compressed(file, **{key: value.numpy() for key, value in examples[name].items()})
-        if "attacks" in results[name]:
+        if "attacks" in result:
             write_csv(file.with_name(f"{file.stem}_attacks.csv"), [
-                {"attack": attack, "accuracy": facts["accuracy"], "low": facts["ci95"][0], "high": facts["ci95"][1],
-                 "num_examples": facts["num_examples"], "seconds": facts.get("seconds")} for attack, facts in accuracies(results[name])])
+                {"attack": attack, "accuracy": facts["accuracy"], "low": facts["ci95"][0],
+                 "high": facts["ci95"][1], "num_examples": facts["num_examples"],
+                 "seconds": facts.get("seconds")} for attack, facts in _attacks_of(result)])
     plots.redraw_result(path)
     print(f"written: {path}, with .npz (one entry an example) and .png (figures) beside it")
 
 
-def certified(certificate: Certificate, epsilon: float) -> dict[str, object]:
-    """The certificate as plain values; `ok` is whether every adversarial example lies in its ball and box."""
-    return asdict(certificate) | {"ok": not certificate.broken(epsilon)}
-
-
 def print_table(results: dict[str, dict]) -> None:
-    """The accuracies with their 95 % intervals, one column a checkpoint, two columns side by side."""
+    """The accuracies with 95 % intervals, two checkpoints side by side; certificates, attacks, verdicts."""
     one = next(iter(results.values()))
     threat = one["threat_model"]
-    print(f"\n{one['dataset']}, {one['num_examples']:,} test images; {NORMS[threat['norm']]}, epsilon {threat['epsilon']:.6g}; "
-          f"PGD, {threat['num_steps']} steps of {threat['step_size']:.6g}, {threat['start']} start, restarts: {threat['num_restarts']}")
-    rows = [("A_nat", None), ("A_rob", None), *((metric, alpha) for metric in ("A_sa", "A_tr") for alpha in one[metric])]
+    print(f"\n{one['dataset']}, {one['num_examples']:,} test images; {NORMS[threat['norm']]}, epsilon "
+          f"{threat['epsilon']:.6g}; PGD, {threat['num_steps']} steps of {threat['step_size']:.6g}, "
+          f"{threat['start']} start, restarts: {threat['num_restarts']}")
     for first in range(0, len(results), 2):
         pair = list(results)[first:first + 2]
-        heads = [name + (f" (epoch {results[name]['epoch']})" if results[name]["epoch"] else "") for name in pair]
-        print(("\n" if first else "") + " " * 16 + "".join(f"{head:<40}" for head in heads).rstrip())
-        for metric, alpha in rows:
-            label = metric if alpha is None else f"{metric}  alpha {alpha}"
-            print(f"{label:<16}" + "".join(f"{_cell(results[name], metric, alpha):<40}" for name in pair).rstrip())
+        print("\n" * bool(first), end="")
+        _print_pair({name: results[name] for name in pair})
     for name, result in results.items():
         c = result["certificate"]
-        print(f"certificate {name}: largest |x' - x| {c['max_perturbation']:.6f}, pixels in [{c['min_pixel']:.4g}, {c['max_pixel']:.4g}], "
-              f"{c['non_finite']} non-finite: {'ok' if c['ok'] else 'BROKEN'}")
+        print(f"certificate {name}: largest |x' - x| {c['max_perturbation']:.6f}, pixels in "
+              f"[{c['min_pixel']:.4g}, {c['max_pixel']:.4g}], {c['non_finite']} non-finite: "
+              f"{'ok' if c['ok'] else 'BROKEN'}")
     for name, result in results.items():
         if result["at_chance"]:
             print(f"AT CHANCE {name}: {chance_in_words(result)}")
     for name, result in results.items():
         if "attacks" in result:
             _print_attacks(name, result)
+        print(f"verdict {name}: {result['verdict']}")
+        for finding in result["evidence"]:
+            if not finding["ok"]:
+                print(f"  {finding['rule']}: {finding['evidence']}")
+
+
+def _print_pair(pair: dict[str, dict]) -> None:
+    """The accuracies of one or two checkpoints in a column each."""
+    one = next(iter(pair.values()))
+    weighted = [(metric, alpha) for metric in ("A_sa", "A_tr") for alpha in one[metric]]
+    epochs = [f" (epoch {result['epoch']})" if result["epoch"] else "" for result in pair.values()]
+    heads = [name + epoch for name, epoch in zip(pair, epochs)]
+    print(" " * 16 + "".join(f"{head:<40}" for head in heads).rstrip())
+    for metric, alpha in [("A_nat", None), ("A_rob", None), *weighted]:
+        label = metric if alpha is None else f"{metric}  alpha {alpha}"
+        cells = [_cell(result, metric, alpha) for result in pair.values()]
+        print(f"{label:<16}" + "".join(f"{cell:<40}" for cell in cells).rstrip())
 
 
 def chance_in_words(result: dict) -> str:
@@ -196,28 +134,29 @@ def chance_in_words(result: dict) -> str:
     return "A_rob is no better than a guess: this attack leaves nothing"
 
 
-def accuracies(result: dict) -> list[tuple[str, dict]]:
-    """(name, facts) of every attack, and of the worst case over them."""
+def _attacks_of(result: dict) -> list[tuple[str, dict]]:
+    """(name, facts) of every strong attack, and of the worst case over all."""
     return [*result["attacks"].items(), ("worst case", result["worst_case"])]
 
 
 def _print_attacks(name: str, result: dict) -> None:
-    """The accuracy under each attack and the worst case over all per example, and the verdict with what speaks against the figures."""
+    """The accuracy under each attack, and at the worst case over all of them per example."""
+    clean = {"accuracy": result["A_nat"], "ci95": result["ci95"]["A_nat"],
+             "num_examples": result["num_examples"]}
     print(f"\n{name + ' under':<20}{'accuracy, 95 % interval':<29}{'images':>7}{'seconds':>10}")
-    for attack, facts in [("no attack", {"accuracy": result["A_nat"], "ci95": result["ci95"]["A_nat"]}), *accuracies(result)]:
+    for attack, facts in [("no attack", clean), *_attacks_of(result)]:
         low, high = facts["ci95"]
+        figures = f"{attack:<20}{facts['accuracy']:6.2f} %  [{low:.2f}, {high:.2f}]"
         seconds = f"{facts['seconds']:>10.1f}" if "seconds" in facts else ""
-        print(f"{attack:<20}{facts['accuracy']:6.2f} %  [{low:.2f}, {high:.2f}]".ljust(49)
-              + f"{facts.get('num_examples', result['num_examples']):>7,}{seconds}")
+        print(f"{figures:<49}{facts['num_examples']:>7,}{seconds}")
     for alpha, value in result["worst_case"]["A_sa"].items():
         print(f"A_sa, A_tr at the worst case, alpha {alpha}: {value:.2f} %")
-    print(f"verdict {name}: {result['verdict']}")
-    for finding in result["evidence"]:
-        if not finding["ok"]:
-            print(f"  {finding['rule']}: {finding['evidence']}")
 
 
 def _cell(result: dict, metric: str, alpha: str | None) -> str:
-    value, (low, high) = (part[metric] if alpha is None else part[metric][alpha] for part in (result, result["ci95"]))
-    size = "" if alpha is None else f", n_eff {result['effective_size'][metric][alpha]:,.0f}"
-    return f"{value:6.2f} %  [{low:.2f}, {high:.2f}]{size}"
+    value, ci95 = result[metric], result["ci95"][metric]
+    if alpha is None:
+        return f"{value:6.2f} %  [{ci95[0]:.2f}, {ci95[1]:.2f}]"
+    low, high = ci95[alpha]
+    size = result["effective_size"][metric][alpha]
+    return f"{value[alpha]:6.2f} %  [{low:.2f}, {high:.2f}], n_eff {size:,.0f}"

@@ -12,8 +12,8 @@ KINDS = ("last", "best", "last_ema", "best_ema")
 ATTACKS = {"fgsm": "FGSM", "pgd20": "PGD20", "pgd100": "PGD100", "cw": "CW", "fmn100": "FMN100", "autoattack": "AA", "mde": "MDE",
            "square": "Square", "spsa": "SPSA"}
 # What one training configuration may differ in and still be the same but for its seed, and what only describes the run.
-NO_SETTING = {"seed", "seeds", "out_dir", "resume", "data_dir", "device", "fuse", "compile", "graphs", "dry_run", "command", "environment",
-              "stop_on_collapse", "image_shape", "num_classes", "classes", "training_images"}
+NO_SETTING = {"seed", "seeds", "out_dir", "resume", "data_dir", "device", "fuse", "attack_view", "compile", "graphs", "dry_run",
+              "command", "environment", "stop_on_collapse", "image_shape", "num_classes", "classes", "training_images"}
 # What one attack inside `attacks` may set by itself; two values under different ones are never averaged.
 ATTACK_SETTINGS = ("num_examples", "epsilon", "step_size", "num_steps", "num_restarts", "start", "num_queries", "num_samples")
 CHANCE_MARK = "†"  # beside a mean in which a result at chance counts

@@ -12,13 +12,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from harness import distributed
-from harness.datasets.batches import Dataset
+from harness.datasets.batches import Dataset, to_unit
 from harness.datasets.split import Split
 from harness.device import choose_device, choose_dtype
 from harness.errors import Collapsed, UserError
 from harness.reporting import figures
 from harness.training.collapse import CollapseWatch, checkpoints_at_chance
 from harness.training.compilation import Compilation
+from harness.training.first_layer import FirstLayer
 from harness.training.options import CompileOptions, RunOptions
 from harness.training.precision import TrainingPrecision, bare, to_device
 from harness.training.rows import PersistentRows
@@ -79,23 +80,18 @@ class Run(Steps):
             model = build_model(self.cfg.model, self.data.num_classes, channels, mean, std)
         except ValueError as error:
             raise UserError(str(error)) from error
-        for module in model.modules():
-            module.fuse = self.cfg.fuse
         self.architecture = {"name": self.cfg.model, "num_classes": self.data.num_classes, "in_channels": channels,
                              "mean": mean, "std": std}
         self.dtype = choose_dtype(self.cfg.precision, self.device, model)
         compilation = None
         if isinstance(self.cfg, CompileOptions) and self.cfg.compile:
             compilation = Compilation(self.cfg.graphs and self.device.type == "cuda", self.say)
-        return distributed.parallel(TrainingPrecision(to_device(model, self.device), self.dtype, compilation))
+        model = TrainingPrecision(to_device(model, self.device), self.dtype, compilation, self.cfg.attack_view)
+        return distributed.parallel(model)
 
-    def split(self, model: nn.Module, split_first_layer: Callable[[nn.Module], tuple]) -> tuple[nn.Module, nn.Module]:
-        """(f0, rest) of a model from `build`, rest(f0(x)) = model(x), in the training precision; their gradients wait for `update`."""
-        try:
-            first, rest = split_first_layer(bare(model))
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        return TrainingPrecision(first, self.dtype), TrainingPrecision(rest, self.dtype)
+    def first_layer(self, model: nn.Module) -> FirstLayer:
+        """The first layer f0 of a model from `build`, in the training precision; its gradients wait for `update`."""
+        return FirstLayer(TrainingPrecision(bare(model), self.dtype, None, False), to_unit(self.train.images[:1]))
 
     def persistent_rows(self, name: str, count: int, shape: tuple[int, ...] = ()) -> PersistentRows:
         """`count` rows of `shape`, zeros at first, that the checkpoint holds as `name`."""
@@ -135,8 +131,8 @@ class Run(Steps):
             rows.synchronize()
         self.epoch += 1
         if self.rank == 0:
-            measured = validate(bare(model), self.val) if len(self.val) else {}
-            averaged = validate(self.average.module, self.val) if len(self.val) and self.average else {}
+            networks = [bare(model), *([self.average.module] if self.average else [])]
+            measured, averaged = self._validate(networks, validate)
             images = min(len(self.train), self.batches_per_epoch * self.cfg.batch_size)
             row = {"epoch": self.epoch, "lr": self.lr, **training}
             row |= {"epochs_at_chance": self.collapse.at_chance_for[-1]}

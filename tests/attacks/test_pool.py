@@ -6,7 +6,7 @@ from nets import interior, linear, linear_distance, tiny_mlp
 from attacks.geometry import NORMS, norm_of
 from attacks.noise import example_keys
 from attacks.pool import BUDGETS, Budget, minimal_distances
-from harness.evaluation.attack_record import Steady
+from harness.evaluation.predictions import BatchInvariant
 from losses.margin import misclassified
 
 SMALL = Budget(num_steps=40, target_steps=20, num_targets=2, num_rounds=4, round_steps=10, polish_steps=10, fab_steps=5,
@@ -16,7 +16,7 @@ SMALL = Budget(num_steps=40, target_steps=20, num_targets=2, num_rounds=4, round
 @pytest.fixture(scope="module")
 def digits():
     model, file = tiny_mlp()
-    model = Steady(model)  # else an image found among seven may be none among eight, by the rounding of a matrix product
+    model = BatchInvariant(model)  # else an image found among seven may be none among eight, by the rounding of a matrix product
     return model, torch.from_numpy(file["images"])[:, None] / 255, torch.from_numpy(file["labels"]), torch.from_numpy(file["linf_distance"])
 
 

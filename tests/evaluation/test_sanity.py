@@ -6,7 +6,7 @@ from torch import nn
 from attacks.noise import example_keys
 from attacks.pgd import cross_entropy, pgd
 from harness.evaluation import sanity
-from harness.evaluation.attack_record import Steady
+from harness.evaluation.predictions import BatchInvariant
 
 EPSILON = 0.1
 
@@ -43,8 +43,8 @@ class Wrapped(nn.Module):
 def fired(model):
     x, y = data()
     right = model(x).argmax(1) == y
-    probed = sanity.probe(Steady(model), x[right], y[right], example_keys(torch.arange(80)[right]), attack=pgd, loss_fn=cross_entropy,
-                          epsilon=EPSILON, norm="linf")
+    probed = sanity.probe(BatchInvariant(model), x[right], y[right], example_keys(torch.arange(80)[right]), attack=pgd,
+                          loss_fn=cross_entropy, epsilon=EPSILON, norm="linf")
     return {finding.rule for finding in sanity.inspect_probe(probed) if not finding.ok}
 
 

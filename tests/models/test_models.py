@@ -11,7 +11,6 @@ from torch import nn
 
 from models import MODELS, build_model
 from models.normalize import Normalized
-from models.pooling import max_pool
 from models.wide_resnet import BasicBlock, WideResNet
 
 every_model = pytest.mark.parametrize("name", MODELS)
@@ -270,31 +269,3 @@ def test_importing_models_attacks_and_losses_does_nothing_else():
     assert {"models", "models.wide_resnet", "attacks.pgd", "losses.margin"} <= set(names)
     result = subprocess.run([sys.executable, "-c", IMPORT_EVERYTHING, *names], cwd=root, capture_output=True, text=True, timeout=120)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
-
-
-@pytest.mark.parametrize("shape", ((3, 6, 28, 28), (2, 5, 7, 8), (1, 1, 2, 2), (4, 32, 10, 6), (0, 6, 28, 28)))
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64), ids=str)
-def test_max_pooling_is_that_of_the_library_with_and_without_a_gradient(shape, dtype):
-    tied = torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    for x in (tied, tied.contiguous(memory_format=torch.channels_last)):
-        ours, theirs = (x.clone().requires_grad_() for _ in range(2))
-        found, expected = max_pool(ours), F.max_pool2d(theirs, 2)
-        assert torch.equal(max_pool(x), expected) and torch.equal(found, expected)
-        slope = torch.randn(expected.shape).to(dtype)
-        assert torch.equal(*(torch.autograd.grad(out, source, slope)[0] for out, source in ((found, ours), (expected, theirs))))
-
-
-def test_the_gradient_of_max_pooling_can_be_differentiated_again():
-    x = torch.randint(-3, 4, (2, 3, 4, 6), generator=torch.Generator().manual_seed(0)).float()
-    second = []
-    for pool in (max_pool, lambda x: F.max_pool2d(x, 2)):
-        point = x.clone().requires_grad_()
-        gradient, = torch.autograd.grad((pool(point) ** 3).sum(), point, create_graph=True)
-        second.append((gradient, torch.autograd.grad((gradient ** 2).sum(), point)[0]))
-    assert torch.equal(second[0][0], second[1][0]) and torch.allclose(second[0][1], second[1][1]) and second[0][1].any()
-
-
-def test_max_pooling_can_be_differentiated_by_torch_func():
-    x = torch.randint(-3, 4, (2, 3, 4, 6), generator=torch.Generator().manual_seed(0)).float()
-    ours, theirs = (torch.func.grad(lambda x, pool=pool: (pool(x) ** 3).sum())(x) for pool in (max_pool, lambda x: F.max_pool2d(x, 2)))
-    assert torch.equal(ours, theirs) and ours.any()

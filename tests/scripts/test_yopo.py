@@ -1,4 +1,4 @@
-"""train_yopo.py: the inner loop against the released code, Algorithm 1 written out, the split network, many processes, refusals."""
+"""train_yopo.py: the inner loop against the released code, Algorithm 1 written out, the first layer, many processes, refusals."""
 import json
 import sys
 from pathlib import Path
@@ -19,29 +19,28 @@ from attacks.yopo import yopo_inner
 from harness.config import parse_config
 from harness.datasets.batches import load_dataset, training_batches
 from harness.errors import UserError
+from harness.training.first_layer import FirstLayer
+from harness.training.precision import TrainingPrecision
 from harness.training.seeds import one_a_seed
 from models import MODELS, build_model
-from models.split import split_first_layer
 
 PLAIN = (*TINY, "--model", "lenet", "--crop_padding", 0, "--no-flip", "--precision", "float32", "--lr", 0.1, "--batch_size", 32,
          "--epsilon", 0.2, "--step_size", 0.1)
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--")
 OWN = """
 import torch
-class Whole(torch.nn.Sequential):
+class Linear(torch.nn.Sequential):
     def __init__(self):
         super().__init__(torch.nn.Flatten(), torch.nn.Linear(784, 10))
-class Split(torch.nn.Module):
+class Own(torch.nn.Module):
     def __init__(self):
         super().__init__()
-        self.conv, self.head = torch.nn.Conv2d(1, 2, 3), torch.nn.Linear(2 * 26 * 26, 10)
-    @property
-    def first_layer(self):
-        return self.conv
-    def after_first_layer(self, features):
-        return self.head(features.relu_().flatten(1))
+        self.scale = torch.nn.Parameter(torch.ones(1))
+        self.head, self.conv = torch.nn.Linear(2 * 26 * 26, 10), torch.nn.Conv2d(1, 2, 3)
     def forward(self, x):
-        return self.after_first_layer(self.conv(x))
+        return self.scale * self.head(self.conv(x).relu_().flatten(1))
+class Empty(torch.nn.Flatten):
+    pass
 """
 
 
@@ -82,33 +81,68 @@ def test_a_pixel_outside_the_box_is_only_projected_at_first():
     assert after[1] == pytest.approx([0.98, 0.92])
 
 
-# ---- the split ------------------------------------------------------------------------------------------------------------------------
+# ---- the first layer ------------------------------------------------------------------------------------------------------------------
+
+FIRST = {"lenet": "conv1", "small_cnn": "feature_extractor.conv1"}
+
 
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "wrn34_10"])  # the class of wrn28_10
-def test_the_rest_behind_the_first_layer_is_the_network(name, normalize):
+def test_the_first_layer_is_found_behind_normalisation_and_costs_no_second_pass(name, normalize):
     statistics = ([0.3] * 3, [0.2] * 3) if normalize else (None, None)
     model, x = build_model(name, 7, 3, *statistics), torch.rand(2, 3, 16, 16)
+    names = list(model.state_dict())
     model.eval()
-    first, rest = split_first_layer(model)
-    features = first(x).detach().requires_grad_()
-    before = features.clone()
-    logits = rest(features)
-    assert torch.equal(logits, model(x))
-    assert torch.equal(features, before)  # though the networks work in place
-    gradient, = torch.autograd.grad(logits.sum(), features)
-    assert gradient.shape == features.shape
-    network = model.network if normalize else model
-    assert {id(p) for p in first.parameters()} == {id(p) for p in network.first_layer.parameters()}
-    assert not any("first_layer" in key for key in model.state_dict())
+    f0 = FirstLayer(model, x)
+    layer = (model.network if normalize else model).get_submodule(FIRST.get(name, "conv1"))
+    assert f0.layer[0] is layer and list(model.state_dict()) == names
+    expected = layer(model.normalize(x) if normalize else x)
+    assert torch.equal(f0(x), expected)
+    for cut in (False, True):
+        features, logits = f0.with_logits(x, cut)
+        assert torch.equal(logits, model(x)) and torch.equal(features, expected)  # though networks work in place
+        model.zero_grad()
+        logits.square().sum().backward()
+        assert features.grad.shape == features.shape
+        assert (layer.weight.grad is None) == cut
+    assert not layer._forward_hooks
 
 
-def test_a_network_of_the_users_own_is_split_by_its_members_or_refused(script):
+def test_the_costate_is_the_gradient_at_the_first_layers_output():
+    torch.manual_seed(0)
+    model, x = build_model("lenet", 10, 1).eval(), torch.rand(3, 1, 28, 28)
+    features, logits = FirstLayer(model, x).with_logits(x)
+    logits.square().sum().backward()
+    output = F.conv2d(x, model.conv1.weight, model.conv1.bias, padding=2).detach().requires_grad_()
+    expected, = torch.autograd.grad(behind(model, output).square().sum(), output)
+    torch.testing.assert_close(features.grad, expected)
+
+
+def test_a_narrow_precision_gives_features_and_costates_in_float32():
+    torch.manual_seed(0)
+    network, x = build_model("lenet", 10, 1), torch.rand(3, 1, 28, 28)
+    exact, narrow = (FirstLayer(TrainingPrecision(network, dtype, None, False), x) for dtype in (torch.float32, torch.bfloat16))
+    found = {}
+    for f0 in (exact, narrow):
+        features, logits = f0.with_logits(x)
+        logits.square().sum().backward()
+        assert features.dtype == features.grad.dtype == logits.dtype == torch.float32
+        found[f0] = features.detach(), features.grad
+    for wide, rounded, share in zip(*found.values(), (0.01, 0.5)):  # a pooling of near ties sends its gradient elsewhere
+        assert float((wide - rounded).norm() / wide.norm()) < share
+
+
+@pytest.mark.parametrize(("network", "layer"), [("Own", "conv"), ("Linear", "1")])
+def test_a_network_of_the_users_own_trains(network, layer, script):
     Path("own.py").write_text(OWN)
-    script("train_yopo", *PLAIN, "--model", "own.py:Split", "--out_dir", "run")
-    assert "conv.weight" in weights("run/last.pt")
-    with pytest.raises(UserError, match="Whole cannot be split behind its first layer: give it a property first_layer") as refused:
-        script("train_yopo", *PLAIN, "--model", "own.py:Whole")
+    script("train_yopo", *PLAIN, "--model", f"own.py:{network}", "--out_dir", "run")
+    assert f"{layer}.weight" in weights("run/last.pt")
+
+
+def test_a_network_without_a_first_layer_is_refused_in_one_line(script):
+    Path("own.py").write_text(OWN)
+    with pytest.raises(UserError, match="no module with parameters of its own") as refused:
+        script("train_yopo", *PLAIN, "--model", "own.py:Empty")
     assert "\n" not in str(refused.value)
     assert not Path("runs").exists()
 
@@ -161,7 +195,7 @@ def by_definition(m, n, variant, num_batches, epsilon=0.2, sigma=0.1, lr=0.1, mo
 @pytest.mark.parametrize(("m", "n"), [(1, 1), (3, 2)])
 def test_it_is_the_algorithm_written_out(m, n, variant, script, monkeypatch):
     """In float64: in float32 the sign of a slope of almost zero hangs on the processor's rounding."""
-    for module in (harness.datasets.batches, harness.evaluation.predictions):
+    for module in (harness.datasets.batches, harness.evaluation.predictions, harness.training.run):
         monkeypatch.setattr(module, "to_unit", lambda images: images.double() / 255)
     monkeypatch.setattr(harness.training.run, "to_device", lambda model, device: model.double())
     monkeypatch.setattr(harness.training.run, "TrainingPrecision", lambda module, *_: module)
@@ -233,7 +267,7 @@ def test_seeds_train_one_after_the_other(script):
 
 def test_mistakes_give_one_line_and_exit_code_2(shell, script, tmp_path):
     (tmp_path / "own.py").write_text(OWN)
-    done = shell("train_yopo.py", *PLAIN, "--model", "own.py:Whole")
+    done = shell("train_yopo.py", *PLAIN, "--model", "own.py:Empty")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert done.stderr.startswith("train_yopo.py: error: ")
     for flags in (("--num_passes", 0), ("--layer_one_grad", "none"), ("--epsilon", -1), ("--num_pases", 3)):

@@ -18,23 +18,22 @@ from harness.training.precision import TrainingPrecision
 from losses.divergence import kl_divergence
 from losses.margin import margin_weights
 from models import build_model
-from models.fused import conv_norm_relu
 
 CPU = torch.device("cpu")
 
 
 class Network(nn.Module):
-    """A convolution with BatchNorm, which `fuse` folds where nothing is compiled, and a linear layer, behind dropout if told so."""
+    """A convolution with BatchNorm and a linear layer, behind dropout if told so."""
 
-    def __init__(self, dropout=0.0, fuse=False):
+    def __init__(self, dropout=0.0):
         super().__init__()
         self.conv, self.norm, self.head = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Linear(4 * 64, 3)
-        self.dropout, self.conv.fuse = nn.Dropout(dropout), fuse
+        self.dropout = nn.Dropout(dropout)
         self.norm.running_mean.normal_(0, 0.1)
         self.norm.running_var.uniform_(0.5, 2)
 
     def forward(self, x):
-        return self.head(self.dropout(conv_norm_relu(x, self.conv, self.norm).flatten(1)))
+        return self.head(self.dropout(torch.relu(self.norm(self.conv(x))).flatten(1)))
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +73,7 @@ OBJECTIVES = [("at", 0.0), ("at", 0.5), ("trades", 0.0), ("trades", 2.0), ("vir"
 @pytest.mark.parametrize(("method", "norm"), [(method, "linf") for method in OBJECTIVES] + [(method, "l2") for method in OBJECTIVES[1::2]],
                          ids=str)
 def test_the_whole_step_is_one_graph_that_does_what_the_plain_one_does(method, norm):
-    model, (x, y) = Network(fuse=True).train(), batch()
+    model, (x, y) = Network().train(), batch()
     loss_fn, target_of = objective_of(*method)
     radius = 0.1 if norm == "linf" else 0.8
     settings = {"x": x, "target": target_of(model, x, y), "loss_fn": loss_fn, "norm": norm}

@@ -14,9 +14,10 @@ import torch
 from conftest import ROOT
 
 from harness.datasets.batches import first_examples, load_dataset, to_unit
-from harness.errors import UserError
-from harness.evaluation import recheck, strong
-from harness.evaluation.predictions import Certificate
+from harness.errors import RunError, UserError
+from harness.evaluation import pipeline, recheck
+from harness.evaluation.verdict import Certificate
+from harness.evaluation.worst_case import columns_of, worst_case
 from models import build_model
 
 COUNT = 24
@@ -53,6 +54,10 @@ def evaluated(script, lenet):
         return dict(np.load(Path(out).with_suffix(".npz"))) if Path(out).exists() else None
 
     return run
+
+
+def same_exactly(left, right):
+    return left.keys() == right.keys() and all(np.array_equal(left[key], right[key]) for key in left)
 
 
 def same(left, right):
@@ -118,21 +123,25 @@ def test_the_worst_case_of_a_linear_model_is_its_closed_form(script):
     assert np.array_equal(np.load("r.npz")["prediction_worst"] == y.numpy(), standing)
 
 
-def test_without_attacks_the_result_is_as_ever(evaluated, capsys):
+def test_without_attacks_the_result_has_a_verdict_and_no_columns(evaluated, capsys):
     evaluated("r.json", attacks=())
     result, printed = json.loads(Path("r.json").read_text()), capsys.readouterr().out
-    assert not {"attacks", "worst_case", "verdict"} & result.keys() and "verdict" not in printed
-    assert sorted(path.name for path in Path().glob("r*")) == ["r.json", "r.npz", "r.png", "r_confusion.png"]
+    assert not {"attacks", "worst_case"} & result.keys()
+    assert result["evidence"] and result["probe"] and f"verdict net: {result['verdict']}" in printed
+    assert sorted(path.name for path in Path().glob("r*")) == ["r.json", "r.npz", "r.png", "r.record", "r_confusion.png"]
+    evaluated("s.json", attacks=("fgsm",))
+    strong = json.loads(Path("s.json").read_text())
+    assert all(strong[key] == result[key] for key in ("A_nat", "A_rob", "A_sa", "A_tr", "confusion", "certificate", "probe"))
 
 
 @pytest.mark.parametrize(("flags", "message"), (
     (("--attacks", "pdg"), "unknown attack 'pdg'"), (("--attacks", "fgsm", "--shard", "2/2"), "give i/n"),
-    (("--attacks", "fgsm", "--norm", "l2", "--epsilon", 2), "fgsm is not defined in the norm l2"), (("--shard", "0/2"), "--attacks"),
-    (("--norm", "l2"), "--attacks")))
+    (("--attacks", "fgsm", "--norm", "l2", "--epsilon", 2), "fgsm is not defined in the norm l2"), (("--shard", "1"), "give i/n"),
+    (("--norm", "l2"), "needs its own --epsilon")))
 def test_what_does_not_fit_is_refused(flags, message, script, lenet):
     torch.save(lenet, "net.pt")
     with pytest.raises(UserError, match=message):
-        script("eval_mnist", *FLAGS, *flags)
+        script("eval_mnist", *FLAGS[:6], *FLAGS[8:], *flags)
     assert not list(Path().glob("*.record"))
 
 
@@ -147,7 +156,7 @@ def test_ctrl_c_says_how_to_go_on_and_a_damaged_record_is_refused(evaluated, mon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(strong.ledger, "run", stopped)
+        patch.setattr(pipeline, "run", stopped)
         evaluated("r.json")
     assert "stopped; go on with: python eval_mnist.py --resume r.record" in capsys.readouterr().err
     script("eval_mnist", "--resume", "r.record")
@@ -163,6 +172,44 @@ def test_ctrl_c_says_how_to_go_on_and_a_damaged_record_is_refused(evaluated, mon
             script("eval_mnist", "--resume", "r.record")
 
 
+@pytest.mark.parametrize("count", (0, 1))
+def test_a_plain_evaluation_goes_on_and_is_shared_like_any_other(count, evaluated, script):
+    whole = evaluated("whole.json", attacks=())
+    for shard in ("1/2", "0/2")[:count + 1]:
+        evaluated("r.json", "--shard", shard, "--batch_size", 5, attacks=())
+    batches = sorted(Path("r.record/net/A_rob").glob("*.npz"))
+    assert Path("r.json").exists() == bool(count) and len(batches) == 3 * (count + 1)
+    if not count:
+        script("eval_mnist", "--resume", "r.json")
+    assert same_exactly(whole, dict(np.load("r.npz")))
+
+
+def test_without_out_a_stopped_evaluation_goes_on_and_another_one_gets_its_own_name(evaluated, script, lenet):
+    torch.save(lenet, "net.pt")
+    for extra in (("--shard", "0/2"), ("--shard", "0/2", "--seed", 1), ("--shard", "1/2"), ("--seed", 1)):
+        script("eval_mnist", *FLAGS, *extra)
+    assert {path.name for path in Path().glob("eval*.json")} == {"eval_net.json", "eval_net-2.json"}
+    assert {path.name for path in Path().glob("*.record")} == {"eval_net.record", "eval_net-2.record"}
+    assert [json.loads(Path(f"eval_net{end}.json").read_text())["seed"] for end in ("", "-2")] == [0, 1]
+
+
+def test_a_record_is_resumed_wherever_it_is(evaluated, script):
+    evaluated("r.json", "--shard", "0/2")
+    Path("r.record").rename("moved")
+    script("eval_mnist", "--resume", "moved")
+    assert Path("r.json").exists() and not Path("r.record").exists()
+
+
+@pytest.mark.parametrize("value", (float("nan"), 2.0))
+def test_an_attack_that_leaves_ball_or_box_is_named_and_fails_the_evaluation(value, evaluated, monkeypatch, capsys):
+    monkeypatch.setattr(pipeline, "pgd_by_index", lambda model, x, *args, **options: torch.full_like(x, value))
+    with pytest.raises(RunError, match="left its ball or box"):
+        evaluated("r.json", attacks=())
+    result = json.loads(Path("r.json").read_text())
+    assert not result["certificate"]["ok"] and "certificate" in result["verdict"] and "BROKEN" in capsys.readouterr().out
+    assert result["A_rob"] == result["A_nat"]  # what was dropped counts as no adversary
+
+
 def test_pgd_in_l2(evaluated):
     evaluated("r.json", "--norm", "l2", "--epsilon", 1.5, attacks=("pgd100",))
     result = json.loads(Path("r.json").read_text())
@@ -176,11 +223,11 @@ def test_a_column_on_a_subset_says_how_many_images_and_the_worst_of_an_example_i
            "loss": torch.zeros(3, dtype=torch.float64)}
     other = {"prediction": torch.tensor([0, 0, 0]), "margin": torch.tensor([0.3, 0.1, 0.5], dtype=torch.float64), "loss": torch.ones(3)}
     y = torch.zeros(3, dtype=torch.int64)
-    worst = strong.worst_case({"clean": other, "few": row}, y)
+    worst = worst_case({"clean": other, "few": row}, y)
     assert worst.prediction.tolist() == [1, 0, 0] and worst.margin.tolist() == [-0.1, 0.1, 0.5]
     attack = type("Few", (), {"limit": 2, "settings": {}})
     record = type("Stored", (), {"rows": {"clean": other, "few": row}, "seconds": {"few": 1.0}})
-    facts, standing = strong.columns_of(record, y, {"few": attack}, {"few": ("few",)})
+    facts, standing = columns_of(record, y, {"few": attack}, {"few": ("few",)})
     assert facts["few"]["num_examples"] == 2 and facts["few"]["accuracy"] == 50 and standing["few"].tolist() == [False, True, True]
 
 

@@ -4,7 +4,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -17,8 +17,9 @@ from attacks.pgd import cross_entropy, pgd
 from attacks.until_broken import pgd_until_broken
 from harness.datasets.split import Split
 from harness.errors import UserError
-from harness.evaluation import attack_record as ledger
-from harness.evaluation.attack_record import FIELDS, UNTOUCHED, Ledger, Steady, inspect
+from harness.evaluation.attack_record import FIELDS, UNTOUCHED, AttackRecord, broken
+from harness.evaluation.attacking import Task, count_left, inspect, run
+from harness.evaluation.predictions import BatchInvariant
 from losses.margin import cw_loss
 from models import build_model
 
@@ -52,11 +53,14 @@ def short_pgd(model, x, y, index, restart, loss_fn=cross_entropy):
     return pgd(model, x, y, epsilon=EPSILON, step_size=0.01, num_steps=3, loss_fn=loss_fn, keys=example_keys(index, 0, restart))
 
 
-def measured(folder, batch_size=25, shards=((0, 1),), attacks=None, columns=None):
-    record, usual = Ledger(folder, {"seed": 0}, COUNT), {"a": Fake(short_pgd), "b": Fake(short_pgd, everyone=True, num_restarts=2)}
+def task_of(batch_size=25):
+    return Task(BatchInvariant(network()), split_of(), EPSILON, "linf", batch_size)
+
+
+def measured(folder, batch_size=25, shards=((0, 1),), attacks=None, columns=None, bar=None):
+    record, usual = AttackRecord(folder, {"seed": 0}, COUNT), {"a": Fake(short_pgd), "b": Fake(short_pgd, everyone=True, num_restarts=2)}
     for shard in shards:
-        ledger.run(record, Steady(network()), split_of(), attacks or usual, columns or {"a": ("a",)},
-                   epsilon=EPSILON, norm="linf", batch_size=batch_size, shard=shard)
+        run(record, task_of(batch_size), attacks or usual, columns or {"a": ("a",)}, shard, bar)
     return record
 
 
@@ -66,7 +70,7 @@ def same(left, right):
 
 def test_the_record_is_the_same_for_any_batch_size_and_sharding(tmp_path):
     whole = measured(tmp_path / "whole", 60)
-    assert 0 < int(ledger.broken(whole.rows["a"], split_of().labels).sum()) < COUNT
+    assert 0 < int(broken(whole.rows["a"], split_of().labels).sum()) < COUNT
     assert same(whole, measured(tmp_path / "small", 7))
     assert same(whole, measured(tmp_path / "shards", 25, ((1, 3), (0, 3), (2, 3))))
 
@@ -81,7 +85,7 @@ def test_an_attack_that_refills_its_batch_is_given_several_at_once(tmp_path):
     attacks = {"a": Fake(run, refills=True)}
     few, many = (measured(tmp_path / str(size), size, attacks=attacks) for size in (3, 60))
     assert given == [(24, 3), (24, 3), (2, 3), (50, 60)] and same(few, many)
-    assert 0 < int(ledger.broken(few.rows["a"], split_of().labels).sum()) < COUNT
+    assert 0 < int(broken(few.rows["a"], split_of().labels).sum()) < COUNT
 
 
 def test_the_margin_of_a_broken_example_is_that_of_the_last_step(tmp_path):
@@ -96,8 +100,8 @@ def test_the_margin_of_a_broken_example_is_that_of_the_last_step(tmp_path):
     y = split_of().labels
     early, late, last = (measured(tmp_path / name, 7, attacks={"a": attack}).rows["a"] for name, attack in (
         ("early", Fake(first, refills=True)), ("late", Fake(first, refills=True, whole=whole)), ("last", Fake(whole))))
-    fallen = ledger.broken(early, y)
-    assert torch.equal(fallen, ledger.broken(late, y)) and torch.equal(late["margin"][fallen], last["margin"][fallen])
+    fallen = broken(early, y)
+    assert torch.equal(fallen, broken(late, y)) and torch.equal(late["margin"][fallen], last["margin"][fallen])
     assert (late["margin"] < early["margin"])[fallen].any()
     assert torch.equal(late["margin"][~fallen].nan_to_num(), early["margin"][~fallen].nan_to_num())
 
@@ -105,11 +109,11 @@ def test_the_margin_of_a_broken_example_is_that_of_the_last_step(tmp_path):
 PROGRAM = f"""
 import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}, {str(ROOT / "tests" / "evaluation")!r}]
-import time, test_ledger
+import time, test_attack_record
 from pathlib import Path
-slow = lambda *args: (time.sleep(0.05), test_ledger.short_pgd(*args))[1]
-test_ledger.measured(Path(sys.argv[1]), 2, attacks={{"a": test_ledger.Fake(slow),
-                     "b": test_ledger.Fake(slow, everyone=True, num_restarts=2)}})
+slow = lambda *args: (time.sleep(0.05), test_attack_record.short_pgd(*args))[1]
+test_attack_record.measured(Path(sys.argv[1]), 2, attacks={{"a": test_attack_record.Fake(slow),
+                     "b": test_attack_record.Fake(slow, everyone=True, num_restarts=2)}})
 """
 
 
@@ -149,10 +153,33 @@ def test_who_is_attacked(tmp_path):
     columns = {"both": ("first", "second"), "alone": ("alone",), "few": ("few",)}
     record, y = measured(tmp_path / "r", attacks=attacks, columns=columns), split_of().labels
     correct = {k for k in range(COUNT) if k % 6}
-    fallen = set(ledger.broken(record.rows["first"], y).nonzero().squeeze(1).tolist())
+    fallen = set(broken(record.rows["first"], y).nonzero().squeeze(1).tolist())
     assert fallen and seen["first"] == seen["alone"] == correct and seen["second"] == correct - fallen
     assert seen["few"] == {k for k in correct if k < 20} and seen["all"] == set(range(COUNT))
     assert set((record.rows["second"]["prediction"] == UNTOUCHED).nonzero().squeeze(1).tolist()) == set(range(COUNT)) - seen["second"]
+
+
+def test_the_bar_knows_how_many_attacks_there_are_and_reaches_its_end(tmp_path):
+    totals = []
+
+    def watch(model, x, y, index, restart):
+        totals.append((bar.desc, bar.total))
+        return short_pgd(model, x, y, index, restart)
+
+    class Counting:
+        n, total, desc = 0, None, None
+
+        def set_description_str(self, desc):
+            self.desc = desc
+
+        def update(self, count):
+            self.n += count
+
+    bar, attacks = Counting(), {"all": Fake(watch, everyone=True, num_restarts=2), "first": Fake(watch), "second": Fake(watch)}
+    record = measured(tmp_path / "r", 60, attacks=attacks, columns={"both": ("first", "second")}, bar=bar)
+    correct, fallen = 50, int(broken(record.rows["first"], split_of().labels).sum())
+    assert totals[0] == ("all", 60 + 120 + 2 * correct) and totals[-1] == ("second", 60 + 120 + 2 * correct - fallen)
+    assert bar.n == bar.total and count_left(record, split_of().labels, attacks, {"both": ("first", "second")}) == 0
 
 
 @pytest.mark.parametrize(("adversary", "minimal", "dropped"), ((lambda x: x + 2 * EPSILON, False, 1), (lambda x: x + 2 * EPSILON, True, 0),
@@ -160,28 +187,28 @@ def test_who_is_attacked(tmp_path):
                                                                (lambda x: x + EPSILON, False, 0)))
 def test_an_adversary_outside_its_ball_or_box_does_not_count(adversary, minimal, dropped):
     x, y = torch.full((2, 1, 28, 28), 0.5), torch.tensor([0, 1])
-    fields, used = inspect(network(), x, adversary(x), y, EPSILON, "linf", minimal)
+    fields, used = inspect(replace(task_of(), model=network()), x, adversary(x), y, minimal)
     assert fields["dropped"].tolist() == [dropped] * 2
     assert torch.equal(used, x) == (not torch.equal(adversary(x), x + EPSILON))
 
 
 def test_another_evaluation_is_never_continued(tmp_path):
-    Ledger(tmp_path, {"seed": 0}, COUNT)
+    AttackRecord(tmp_path, {"seed": 0}, COUNT)
     with pytest.raises(UserError, match="seed differs"):
-        Ledger(tmp_path, {"seed": 1}, COUNT)
+        AttackRecord(tmp_path, {"seed": 1}, COUNT)
 
 
 def test_logits_do_not_depend_on_the_others_and_a_hidden_gradient_is_zero():
     x = split_of(40).images.float() / 255
-    whole = Steady(network())(x)
-    assert all(torch.equal(whole[k:k + 3], Steady(network())(x[k:k + 3])) for k in range(0, 39, 3))
+    whole = BatchInvariant(network())(x)
+    assert all(torch.equal(whole[k:k + 3], BatchInvariant(network())(x[k:k + 3])) for k in range(0, 39, 3))
 
     class Hidden(nn.Module):
         def forward(self, x):
             return x.detach().flatten(1)[:, :10]
 
     y = torch.zeros(40, dtype=torch.int64)
-    assert torch.equal(pgd(Steady(Hidden()), x, y, epsilon=0.1, step_size=0.1, num_steps=1, start="clean"), x)
+    assert torch.equal(pgd(BatchInvariant(Hidden()), x, y, epsilon=0.1, step_size=0.1, num_steps=1, start="clean"), x)
 
 
 def test_the_catalogue_gives_every_attack_by_name_and_refuses_others():

@@ -1,4 +1,5 @@
 """Fused frozen convolutions: the same values and gradients as the modules, in every form, and never a stale weight."""
+import contextlib
 import copy
 
 import pytest
@@ -8,9 +9,11 @@ from torch import nn
 
 from attacks.frozen import frozen
 from attacks.pgd import pgd
+from harness.training import fused
+from harness.training.attack_view import AttackView
+from harness.training.fused import conv_norm_relu, max_pool
 from harness.training.precision import TrainingPrecision, to_device
-from models import build_model, fused
-from models.fused import conv_norm_relu
+from models import build_model
 from models.wide_resnet import WideResNet
 
 pytestmark = pytest.mark.skipif(not fused.ENABLED, reason="this build of torch has no oneDNN")
@@ -49,9 +52,10 @@ def test_value_and_gradients_are_those_of_the_modules(shape, added, relu):
     conv, batch_norm = layers(stride=stride, bias=bias, norm=norm, kernel=kernel)
     x = torch.randn(5, 8, 10, 10)
     add = torch.randn_like(conv(x)) if added else None
-    ours = value_and_gradients(lambda x, add: conv_norm_relu(x, conv, batch_norm, add, relu), x, add)
+    folded = {}
+    ours = value_and_gradients(lambda x, add: conv_norm_relu(x, conv, batch_norm, add, relu, folded=folded), x, add)
     expected = value_and_gradients(lambda x, add: plain(x, conv, batch_norm, add, relu), x, add)
-    assert hasattr(conv, "frozen")
+    assert conv in folded
     for mine, theirs in zip(ours, expected):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
@@ -102,8 +106,8 @@ def test_the_weight_and_bias_gradients_of_a_small_map_are_those_of_the_convoluti
     slope = torch.randn(3, 130, 4, 4)
     found = {}
     for name, fuse, dtype in (("ours", True, torch.bfloat16), ("theirs", False, torch.bfloat16), ("exact", False, torch.float32)):
-        conv.fuse, conv.weight.requires_grad, conv.bias.requires_grad = fuse, True, True
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        conv.weight.requires_grad, conv.bias.requires_grad = True, True
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32), fused.as_modules(not fuse):
             out = conv_norm_relu(x.to(dtype), conv, relu=False)
         found[name] = torch.autograd.grad((out.float() * slope).sum(), (conv.weight, conv.bias))
     for ours, theirs, exact in zip(*found.values()):
@@ -114,14 +118,14 @@ def test_the_weight_and_bias_gradients_of_a_small_map_are_those_of_the_convoluti
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("size", (28, 32))
-def test_the_attack_on_small_cnn_is_the_same_bit_for_bit(size, dtype, monkeypatch):
+def test_the_attack_on_small_cnn_is_the_same_bit_for_bit(size, dtype):
     torch.manual_seed(0)
     network = to_device(build_model("small_cnn", 10, 1), torch.device("cpu"))
     nn.init.normal_(network.classifier.fc3.weight)
-    model, x, y = TrainingPrecision(network, dtype), torch.rand(16, 1, size, size), torch.arange(16) % 10
+    x, y = torch.rand(16, 1, size, size), torch.arange(16) % 10
     found = {}
     for enabled in (True, False):
-        monkeypatch.setattr(fused, "ENABLED", enabled)
+        model = TrainingPrecision(network, dtype, None, enabled)
         found[enabled] = pgd(model, x, y, epsilon=0.3, step_size=0.05, num_steps=5, start="clean")
     assert torch.equal(found[True], found[False]) and not torch.equal(found[True], x)
 
@@ -139,11 +143,13 @@ def test_residual_networks_with_folded_norms_give_the_logits_and_gradients_of_th
     with monkeypatch.context() as patch:
         patch.setattr(nn.BatchNorm2d, "forward", lambda *args: norms.append(1) or normalise(*args))
         if place == "elsewhere":  # what runs on a GPU
-            patch.setattr(fused, "_here", lambda *_: False)
-            patch.setattr(fused, "_folds_elsewhere", lambda x, conv, norm: norm is not None)
-        ours = value_and_gradients(lambda x, _: network(x), x, None)
+            patch.setattr(fused, "ENABLED", False)
+            patch.setattr(fused, "_folds_elsewhere", lambda x, norm: norm is not None)
+        view = AttackView(network)
+        value_and_gradients(lambda x, _: view(x), x, None)  # which also tries the view
+        norms.clear()
+        ours = value_and_gradients(lambda x, _: view(x), x, None)
     assert len(norms) == (4 if name == "wide_resnet" else 0)  # those that no convolution stands before
-    monkeypatch.setattr(fused, "ENABLED", False)
     expected = value_and_gradients(lambda x, _: network(x), x, None)
     for mine, theirs in zip(ours, expected):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
@@ -176,10 +182,12 @@ def change_by_a_step(conv, norm):
 def test_a_changed_parameter_is_never_answered_with_the_old_one(change):
     conv, norm = layers()
     x = torch.randn(2, 8, 6, 6)
-    before = conv_norm_relu(x, conv, norm)
-    with torch.no_grad():
-        change(conv, norm)
-    after = conv_norm_relu(x, conv, norm)
+    folded = {}
+    with frozen(conv):
+        before = conv_norm_relu(x, conv, norm, folded=folded)
+        with torch.no_grad():
+            change(conv, norm)
+        after = conv_norm_relu(x, conv, norm, folded=folded)
     torch.testing.assert_close(after, plain(x, conv, norm), rtol=1e-5, atol=1e-5)
     assert not torch.allclose(before, after)
 
@@ -187,16 +195,39 @@ def test_a_changed_parameter_is_never_answered_with_the_old_one(change):
 def test_the_weights_are_folded_once_for_many_passes_and_again_in_another_type():
     conv, norm = layers()
     x = torch.randn(2, 8, 6, 6)
-    conv_norm_relu(x, conv, norm)
-    first = conv.frozen
-    conv_norm_relu(x, conv, norm)
-    assert conv.frozen is first and first.weight.dtype == torch.float32
-    if fused.BF16:
-        with torch.autocast("cpu", torch.bfloat16):
-            assert conv_norm_relu(x, conv, norm).dtype == torch.bfloat16
-        assert conv.frozen is not first and conv.frozen.weight.dtype == torch.bfloat16
-    conv_norm_relu(x.bfloat16().float(), conv, norm)
-    assert conv.frozen.weight.dtype == torch.float32
+    folded = {}
+    with frozen(conv):
+        conv_norm_relu(x, conv, norm, folded=folded)
+        first = folded[conv]
+        conv_norm_relu(x, conv, norm, folded=folded)
+        assert folded[conv] is first and first.weight.dtype == torch.float32
+        if fused.BF16:
+            with torch.autocast("cpu", torch.bfloat16):
+                assert conv_norm_relu(x, conv, norm, folded=folded).dtype == torch.bfloat16
+            assert folded[conv] is not first and folded[conv].weight.dtype == torch.bfloat16
+        conv_norm_relu(x.bfloat16().float(), conv, norm, folded=folded)
+        assert folded[conv].weight.dtype == torch.float32
+
+
+def write_to_data(conv, norm):
+    conv.weight.data.mul_(2)
+
+
+def write_to_the_data_of_a_norm(conv, norm):
+    norm.weight.data.mul_(2)
+
+
+@pytest.mark.parametrize("write", (write_to_data, write_to_the_data_of_a_norm))
+@pytest.mark.parametrize("attacked", (True, False))
+def test_a_write_to_data_is_seen_by_the_next_attack_and_between_attacks_by_the_next_pass(write, attacked):
+    conv, norm = layers()
+    x, folded, found = torch.randn(2, 8, 6, 6), {}, []
+    for _ in range(2):
+        with frozen(conv) if attacked else contextlib.nullcontext():
+            found.append(conv_norm_relu(x, conv, norm, folded=folded))
+        torch.testing.assert_close(found[-1], plain(x, conv, norm), rtol=1e-5, atol=1e-5)
+        write(conv, norm)
+    assert not torch.allclose(*found)
 
 
 def test_what_is_trained_or_in_train_mode_or_told_so_stays_a_module():
@@ -204,16 +235,17 @@ def test_what_is_trained_or_in_train_mode_or_told_so_stays_a_module():
     conv, norm = layers()
     norm.train()
     statistics = norm.running_mean.clone()
-    conv_norm_relu(x, conv, norm)
-    assert not hasattr(conv, "frozen") and not torch.equal(norm.running_mean, statistics)
+    folded = {}
+    conv_norm_relu(x, conv, norm, folded=folded)
+    assert not folded and not torch.equal(norm.running_mean, statistics)
     norm.eval()
     conv.requires_grad_(True)
-    conv_norm_relu(x, conv, norm).sum().backward()
-    assert not hasattr(conv, "frozen") and conv.weight.grad.abs().sum() > 0
+    conv_norm_relu(x, conv, norm, folded=folded).sum().backward()
+    assert not folded and conv.weight.grad.abs().sum() > 0
     conv.requires_grad_(False)
-    conv.fuse = False
-    conv_norm_relu(x, conv, norm)
-    assert not hasattr(conv, "frozen")
+    with fused.as_modules():
+        assert torch.equal(conv_norm_relu(x, conv, norm, folded=folded), plain(x, conv, norm))
+    assert not folded
 
 
 def test_a_model_keeps_its_state_dict_its_copies_and_its_trainability():
@@ -240,3 +272,25 @@ def test_the_gradient_may_be_differentiated_again():
     y = x.detach().clone().requires_grad_()
     expected, = torch.autograd.grad(torch.autograd.grad(plain(y, conv, norm).pow(2).sum(), y, create_graph=True)[0].sum(), y)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", ((3, 6, 28, 28), (2, 5, 7, 8), (1, 1, 2, 2), (4, 32, 10, 6), (0, 6, 28, 28)))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64), ids=str)
+def test_max_pooling_is_that_of_the_library_with_and_without_a_gradient(shape, dtype):
+    tied = torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for x in (tied, tied.contiguous(memory_format=torch.channels_last)):
+        ours, theirs = (x.clone().requires_grad_() for _ in range(2))
+        found, expected = max_pool(ours), F.max_pool2d(theirs, 2)
+        assert torch.equal(max_pool(x), expected) and torch.equal(found, expected)
+        slope = torch.randn(expected.shape).to(dtype)
+        assert torch.equal(*(torch.autograd.grad(out, source, slope)[0] for out, source in ((found, ours), (expected, theirs))))
+
+
+def test_the_gradient_of_max_pooling_can_be_differentiated_again():
+    x = torch.randint(-3, 4, (2, 3, 4, 6), generator=torch.Generator().manual_seed(0)).float()
+    second = []
+    for pool in (max_pool, lambda x: F.max_pool2d(x, 2)):
+        point = x.clone().requires_grad_()
+        gradient, = torch.autograd.grad((pool(point) ** 3).sum(), point, create_graph=True)
+        second.append((gradient, torch.autograd.grad((gradient ** 2).sum(), point)[0]))
+    assert torch.equal(second[0][0], second[1][0]) and torch.allclose(second[0][1], second[1][1]) and second[0][1].any()

@@ -1,0 +1,193 @@
+"""An evaluation, from its command line to its result.
+
+What the attacks do to each image goes into a record on disk, and the result is made from the record alone.
+So a stopped evaluation goes on where it was, and several processes share one.
+"""
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from attacks.catalogue import Attack, members_of, strong_attacks, weighted_attacks
+from attacks.pgd import cross_entropy, pgd_by_index
+from harness import distributed
+from harness.datasets.batches import first_examples
+from harness.device import choose_device, command_line
+from harness.errors import RunError, UserError
+from harness.evaluation import report
+from harness.evaluation.attack_record import AttackRecord, read_about
+from harness.evaluation.attacking import Columns, Task, count_left, run
+from harness.evaluation.capacity import fitting_batch_size
+from harness.evaluation.options import EvalConfig
+from harness.evaluation.predictions import BatchInvariant
+from harness.evaluation.result import result_of
+from harness.evaluation.subject import Ball, Protocol, Subject, ball_of, find_checkpoints, open_subject
+from harness.folder import resumable, write_text
+from harness.training.precision import to_device
+from losses.margin import cw_loss, margin_weights
+
+
+@dataclass(frozen=True)
+class Job:
+    """What this process does of an evaluation."""
+
+    device: torch.device
+    columns: Columns                 # of strong attacks
+    shard: tuple[int, int] = (0, 1)  # (i, n): the positions congruent to i modulo n
+    rank: int = 0                    # under torchrun, whose first process waits for the others and reports
+    world_size: int = 1
+
+    def is_complete(self, results: dict[str, dict]) -> bool:
+        """Whether every result is there, and this process the one that reports."""
+        return all("A_nat" in result for result in results.values())
+
+
+def evaluate(cfg: EvalConfig, protocol: Protocol, build: Callable[..., nn.Module]) -> None:
+    """Measure every checkpoint that `cfg` names, print the figures and write them down.
+
+    build: as in `harness.checkpoint.load_model`. Raises UserError for what does not fit, and RunError at the
+    end where A_rob's or A_tr's attack has left its ball or box.
+    """
+    job, files = begin(cfg), find_checkpoints(cfg.checkpoint, protocol.channels)
+    out, results, examples = None, {}, {}
+    for name, path in files:
+        started = time.monotonic()
+        subject = open_subject(name, path, build, arch=cfg.arch, dataset=cfg.dataset, data_dir=cfg.data_dir,
+                               default=protocol.dataset)
+        if measured_before(subject, results):
+            continue                                    # best.pt is last.pt
+        ball = ball_of(subject, protocol, cfg.norm, cfg.epsilon, cfg.step_size)
+        test = first_examples(subject.split, cfg.num_examples).to(job.device)
+        model = to_device(subject.model, job.device)
+        settings = replace(cfg, batch_size=cfg.batch_size or fitting_batch_size(model, test))
+        about = about_of(subject, ball, cfg, len(test))
+        if out is None:                                 # nothing is written before a network fits its images
+            out, folder = claim(job, cfg, files, name, about)
+        if job.rank == 0:
+            print(f"evaluating {path} on {len(test):,} test images of {subject.dataset}", flush=True)
+        record = AttackRecord(folder / name, about, len(test), cfg.save_adversaries)
+        task = Task(BatchInvariant(model), test, ball.epsilon, ball.norm, settings.batch_size)
+        results[name], examples[name] = measure(job, record, task, attacks_of(cfg, job.columns, ball), cfg)
+        seconds = time.monotonic() - started
+        results[name] |= report.describe(subject, ball, settings, len(test), job.device, seconds)
+    if job.is_complete(results):                        # otherwise another process reports
+        finish(out, results, examples)
+
+
+def finish(out: Path, results: dict[str, dict], examples: dict[str, dict[str, Tensor]]) -> None:
+    """Print the results and write them down.  Raises RunError where the certificate of one is broken."""
+    report.print_table(results)
+    report.write(out, results, examples)
+    if broken := [name for name, result in results.items() if not result["certificate"]["ok"]]:
+        names = ", ".join(broken)
+        raise RunError(f"the attack on {names} left its ball or box: these figures must not be used")
+
+
+def begin(cfg: EvalConfig) -> Job:
+    """What is to be done here.  Raises UserError for an unknown attack and for flags that do not fit."""
+    if cfg.norm != "linf" and cfg.epsilon is None:
+        raise UserError(f"--norm {cfg.norm} needs its own --epsilon: the checkpoint's is one of l_inf")
+    try:
+        columns = members_of(cfg.attacks)
+        attacks_of(cfg, columns, Ball(cfg.norm, 0.0, 0.0))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    shard = _shard(cfg.shard)
+    rank, world_size, device = distributed.start(choose_device(cfg.device))
+    if world_size > 1 and cfg.shard:
+        raise UserError("torchrun gives every process its shard: leave --shard out")
+    return Job(device, columns, (rank, world_size) if world_size > 1 else shard, rank, world_size)
+
+
+def _shard(text: str | None) -> tuple[int, int]:
+    """(i, n) of "i/n"."""
+    number, slash, count = (text or "0/1").partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise UserError(f"--shard {text}: give i/n with i from 0 to n - 1, such as 0/2 and 1/2")
+    return int(number), int(count)
+
+
+def attacks_of(cfg: EvalConfig, columns: Columns, ball: Ball) -> dict[str, Attack]:
+    """The attacks of A_rob, of A_tr at each alpha, and of the columns, by name and in their order.
+
+    Raises ValueError for one that cannot be run in this norm or here.
+    """
+    pgd = partial(pgd_by_index, seed=cfg.seed, epsilon=ball.epsilon, step_size=ball.step_size,
+                  num_steps=cfg.num_steps, start=cfg.start, norm=ball.norm)
+    own = weighted_attacks(pgd, cross_entropy, weighted_cross_entropy, cfg.alphas, cfg.num_restarts)
+    return own | strong_attacks(columns, epsilon=ball.epsilon, norm=ball.norm, seed=cfg.seed,
+                                margin_loss=cw_loss, num_spsa_examples=cfg.num_spsa_examples)
+
+
+def weighted_cross_entropy(alpha: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """What A_tr's attack maximises: exp(-alpha * margin) times the cross-entropy, [B]."""
+    return lambda logits, y: margin_weights(logits, y, alpha) * cross_entropy(logits, y)
+
+
+def measured_before(subject: Subject, results: dict[str, dict]) -> bool:
+    """Whether a result is of the same weights: best.pt of the last epoch is last.pt, as is best_ema.pt."""
+    epoch, averaged = subject.contents.get("epoch"), subject.name.endswith("_ema")
+    return any(epoch is not None and epoch == result["epoch"] and averaged == name.endswith("_ema")
+               for name, result in results.items())
+
+
+def about_of(subject: Subject, ball: Ball, cfg: EvalConfig, count: int) -> dict:
+    """What decides the entries of a record, as plain values; the list of attacks may grow."""
+    names = ("arch", "norm", "num_steps", "num_restarts", "start", "alphas", "num_spsa_examples", "seed",
+             "save_adversaries")
+    about = {"checkpoint": str(subject.path), "checkpoint_sha256": subject.sha256, "dataset": subject.dataset,
+             "num_examples": count, "epsilon": ball.epsilon, "step_size": ball.step_size}
+    return json.loads(json.dumps(about | {name: getattr(cfg, name) for name in names}))
+
+
+def claim(job: Job, cfg: EvalConfig, files: list[tuple[str, Path]], name: str,
+          about: dict) -> tuple[Path, Path]:
+    """Where the result and the record go: to be resumed, or OUT.json and OUT.record with the settings in it.
+
+    Without --out it is the next free name; a record of the same evaluation, not finished, goes on.
+    """
+    def goes_on(out: Path) -> bool:
+        return read_about(out.with_suffix(".record") / name) in (None, about)
+
+    out = report.output_path(cfg.out, files[0][1], len(files) > 1, goes_on) if job.rank == 0 else None
+    out = distributed.from_first(out)
+    folder = out.with_suffix(".record")
+    if cfg.resume and not cfg.resume.endswith(".json"):
+        folder = Path(cfg.resume)                       # wherever the record is by now
+    if job.rank == 0:
+        chosen = {"checkpoint": cfg.checkpoint or str(files[0][1].parent), "out": str(out), "resume": None,
+                  "shard": None}
+        facts = {"script": Path(command_line().split()[1]).stem, "command": command_line()}
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "config.json", json.dumps(facts | asdict(cfg) | chosen, indent=2) + "\n")
+    return out, folder
+
+
+def measure(job: Job, record: AttackRecord, task: Task, attacks: dict[str, Attack], cfg: EvalConfig,
+            ) -> tuple[dict, dict[str, Tensor]]:
+    """The result of one network and its per-example results; empty where other processes are not done."""
+    script, hidden = Path(command_line().split()[1]).name, True if job.rank else None
+    with resumable(record.folder.parent, script, quiet=job.rank > 0):
+        with tqdm(unit="attack", unit_scale=True, disable=hidden, leave=False) as bar:
+            run(record, task, attacks, job.columns, job.shard, bar)
+        if not _is_whole(job, record, task.split.labels.cpu(), attacks):
+            return {}, {}
+    return result_of(record, task, attacks, job.columns, cfg.alphas, cfg.seed)
+
+
+def _is_whole(job: Job, record: AttackRecord, y: Tensor, attacks: dict[str, Attack]) -> bool:
+    """Whether the record is whole and this process reports; torchrun's first process waits until it is."""
+    if job.rank:
+        return False
+    while (missing := count_left(record, y, attacks, job.columns)) and job.world_size > 1:
+        time.sleep(1.0)  # no collective: those time out where one process is half an hour behind
+    if missing:
+        print(f"shard {job.shard[0]}/{job.shard[1]} is done; the record {record.folder} still lacks other "
+              "shards, the last one reports")
+    return not missing

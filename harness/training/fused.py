@@ -1,0 +1,351 @@
+"""Convolution, normalisation, addition and ReLU as one step where the parameters are frozen: most of the work of an attack.
+
+    y = relu( norm(conv(x)) + add )
+
+In float64 this is just that sequence of modules. With frozen parameters, the first two on a GPU as well, all on a CPU,
+  - BatchNorm in eval mode, an affine map per channel, is folded into the convolution: W' = W s and
+    b' = (b - mean) s + beta with s = gamma / sqrt(var + eps), computed in float32 and rounded once (Jacob et al., CVPR 2018, Eq. 14);
+  - the weights are folded and cast once for each attack, not in every pass;
+  - addition and ReLU happen while the convolution writes its result;
+  - the input gradient of a convolution of few input channels, for which the library leaves most of its vector units idle,
+    is a convolution of the flipped kernel at the places of a tile at once, its stride the tile: its channels become the
+    tile's pixels.
+With trainable parameters too, a 3x3 convolution in bfloat16 on a map of 4x4 pixels or less is a matrix product of its
+patches, where the library's takes three times as long, and its weight gradient six times. Without a norm, on larger maps
+and with more channels it is bit for bit what the modules give; else the same function up to rounding.
+"""
+import operator
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attacks.frozen import current
+
+SMALL_MAP, SMALL_MAP_CHANNELS = 16, 128  # at most so many pixels, at least so many channels, for patches to be worth it
+FEW_TO_POOL = 16  # below so many channels the library's max-pooling looks at one value at a time
+FEW_CHANNELS = 8  # at most so many channels of the input, for a tile to be worth it
+ENABLED = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+BF16 = ENABLED and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # on this CPU
+
+_as_modules = False
+
+
+@contextmanager
+def as_modules(so: bool = True) -> Iterator[None]:
+    """Every step is the sequence of its modules meanwhile, bit for bit."""
+    global _as_modules
+    before, _as_modules = _as_modules, so
+    try:
+        yield
+    finally:
+        _as_modules = before
+
+
+def conv_norm_relu(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d | None = None, add: Tensor | None = None,
+                   relu: bool = True, plus: Callable = operator.add,
+                   folded: "MutableMapping[nn.Module, Folded] | None" = None) -> Tensor:
+    """relu(norm(conv(x)) + add) for x [B, C, H, W].
+
+    Differentiable in x and `add`, and in the parameters where they are trainable. plus: the addition where the summands have
+    not one type and shape. folded: holds the weights during an attack (`attacks.frozen.current`); without one, and between
+    attacks, they are folded in every pass, for a write to `.data` leaves no sign that weights have changed.
+    """
+    kind = x.device.type
+    double = x.dtype == torch.float64  # which autocast leaves alone
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and not double else x.dtype
+    here = ENABLED and kind == "cpu"
+    regular = not _as_modules and x.ndim == 4 and _regular(conv)
+    small = here and regular and _small(x, conv, dtype)
+    if regular and (here or _folds_elsewhere(x, norm)) and _fusible(conv, norm, dtype):
+        frozen = _frozen(conv, norm, dtype, {} if folded is None else folded)
+        if here and not small:
+            fits = add is not None and _fits(add, _shape(x, conv), dtype)
+            last = relu and (fits or add is None)
+            out = _FusedConvolution.apply(x.to(dtype), add if fits else None, frozen, last)
+            return out if fits or add is None else _add_relu(out, add, relu, plus)
+        if here:
+            out = _convolve_patches(x.to(dtype), frozen.weight, frozen.bias, conv.stride)
+        else:
+            out = F.conv2d(x.to(dtype), frozen.weight, frozen.bias, conv.stride, conv.padding)
+    else:
+        parts = (x, conv.weight, conv.bias)
+        out = _convolve_patches(*(t if t is None else t.to(dtype) for t in parts), conv.stride) if small else conv(x)
+        if norm is not None:
+            out = norm(out)
+    return _add_relu(out, add, relu, plus)
+
+
+def _add_relu(out: Tensor, add: Tensor | None, relu: bool, plus: Callable) -> Tensor:
+    """relu(out + add), in the memory of `out` where that holds it."""
+    if add is not None:
+        out = out.add_(add) if _fits(add, out.shape, out.dtype) else plus(out, add)
+    return F.relu(out, inplace=True) if relu else out
+
+
+def _fits(add: Tensor, shape: torch.Size, dtype: torch.dtype) -> bool:
+    return isinstance(add, Tensor) and add.dtype == dtype and add.shape == shape
+
+
+def _shape(x: Tensor, conv: nn.Conv2d) -> torch.Size:
+    """The shape of conv(x)."""
+    sides = ((side + 2 * pad - kernel) // stride + 1 for side, pad, kernel, stride
+             in zip(x.shape[2:], conv.padding, conv.kernel_size, conv.stride))
+    return torch.Size((len(x), conv.out_channels, *sides))
+
+
+def _regular(conv: nn.Conv2d) -> bool:
+    """A convolution of all channels with all channels, of zeros at the border, whose weights are what they are."""
+    return (conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros" and type(conv.padding) is tuple
+            and type(conv.weight) is nn.Parameter)
+
+
+def _folds_elsewhere(x: Tensor, norm: nn.BatchNorm2d | None) -> bool:
+    """Whether a norm is to be folded off the CPU: without one the convolution stays a module there."""
+    return norm is not None and x.device.type not in ("cpu", "meta")
+
+
+def _fusible(conv: nn.Conv2d, norm: nn.BatchNorm2d | None, dtype: torch.dtype) -> bool:
+    narrow = dtype == torch.bfloat16 and (BF16 or conv.weight.device.type != "cpu")
+    if not (dtype == torch.float32 or narrow) or conv.weight.dtype != torch.float32:
+        return False
+    if norm is not None and (norm.training or norm.running_var is None or norm.weight is None):
+        return False
+    return not any(tensor is not None and tensor.requires_grad for tensor in _sources(conv, norm))
+
+
+def _sources(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> list[Tensor | None]:
+    """The tensors that the folded weights are made of."""
+    of_norm = () if norm is None else (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    return [conv.weight, conv.bias, *of_norm]
+
+
+@dataclass
+class Folded:
+    """A convolution with its norm folded in, in the type of the computation; weight [K, C, h, w], bias [K] or None."""
+
+    state: tuple
+    weight: Tensor
+    bias: Tensor | None
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    tiled: Tensor | None  # what makes the input gradient of few channels, see `_tiled`; None where the library's is used
+
+
+def _frozen(conv: nn.Conv2d, norm: nn.BatchNorm2d | None, dtype: torch.dtype,
+            folded: MutableMapping[nn.Module, Folded]) -> Folded:
+    """`conv` and `norm` in `dtype`, kept in `folded` for the attack that runs, until a parameter or a statistic changes."""
+    attack = current()
+    versions = ((tensor.data_ptr(), tensor._version) for tensor in _sources(conv, norm) if tensor is not None)
+    state = (attack, dtype, *versions)
+    found = folded.get(conv)
+    if attack is None or found is None or found.state != state:
+        folded[conv] = found = _fold(conv, norm, dtype, state)
+    return found
+
+
+def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d | None, dtype: torch.dtype, state: tuple) -> Folded:
+    with torch.no_grad(), torch.autocast(conv.weight.device.type, enabled=False):
+        weight, bias = conv.weight, conv.bias
+        if norm is not None:
+            scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+            weight = weight * scale[:, None, None, None]
+            bias = norm.bias + ((0.0 if bias is None else bias) - norm.running_mean) * scale
+        weight = weight.to(dtype).contiguous(memory_format=torch.channels_last)
+        bias = None if bias is None else bias.to(dtype)
+        return Folded(state, weight, bias, conv.stride, conv.padding, _tiled(conv, weight))
+
+
+class _FusedConvolution(torch.autograd.Function):
+    """relu(conv(x) + add) with gradients for x and `add` only."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, add: Tensor | None, conv: Folded, relu: bool) -> Tensor:
+        """x [B, C, H, W], add [B, K, H', W'] or None -> [B, K, H', W']."""
+        shape = (conv.padding, conv.stride, (1, 1), 1)
+        if add is None:
+            last = "relu" if relu else "none"
+            out = torch.ops.mkldnn._convolution_pointwise(x, conv.weight, conv.bias, *shape, last, [], "")
+        else:
+            last = "relu" if relu else None
+            out = torch.ops.mkldnn._convolution_pointwise.binary(x, add, conv.weight, conv.bias, *shape, "add", None, last,
+                                                                 [], None)
+        ctx.save_for_backward(x, out if relu else None)
+        ctx.conv, ctx.added = conv, add is not None
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients with respect to x and `add`, each where it is wanted."""
+        x, out = ctx.saved_tensors
+        conv = ctx.conv
+        if out is not None:
+            gradient = torch.ops.aten.threshold_backward(gradient, out, 0)
+        gradient_x = None
+        if ctx.needs_input_grad[0]:
+            gradient_x = _input_gradient(gradient, x, conv)
+        return gradient_x, gradient if ctx.added else None, None, None
+
+
+def _tile(channels: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Rows and columns of the input whose gradients are channels of one convolution: those measured to be fastest.
+
+    The more channels, up to a vector of 16 numbers, and the fewer taps of the larger kernel, the better; in bfloat16 the rows
+    of the map are to stay long as well.
+    """
+    if dtype == torch.float32:
+        return (4, 4) if channels == 1 else (2, 2)
+    return (1, 4) if channels <= 4 else (1, 2)
+
+
+def _tiled(conv: nn.Conv2d, weight: Tensor) -> Tensor | None:
+    """The flipped kernel of `weight` [K, C, h, w] at each place of a tile, [r c C, K, h + r - 1, w + c - 1] for r x c pixels."""
+    inside = all(0 <= pad < kernel for pad, kernel in zip(conv.padding, conv.kernel_size))
+    if conv.in_channels > FEW_CHANNELS or conv.stride != (1, 1) or not inside:
+        return None
+    rows, columns = _tile(conv.in_channels, weight.dtype)
+    flipped = weight.flip(2, 3).transpose(0, 1)  # [C, K, h, w]
+    places = [F.pad(flipped, (column, columns - 1 - column, row, rows - 1 - row))
+              for row in range(rows) for column in range(columns)]
+    return torch.cat(places).contiguous(memory_format=torch.channels_last)
+
+
+def _input_gradient(gradient: Tensor, x: Tensor, conv: Folded) -> Tensor:
+    """The gradient [B, C, H, W] with respect to the input x from that with respect to the output."""
+    batch, channels, height, width = x.shape
+    rows, columns = _tile(channels, x.dtype)
+    if conv.tiled is None or height % rows or width % columns or width == columns:
+        return torch.ops.aten.convolution_backward(gradient, x, conv.weight, None, conv.stride, conv.padding, (1, 1), False,
+                                                   (0, 0), 1, (True, False, False))[0]
+    padding = [size - 1 - pad for size, pad in zip(conv.weight.shape[2:], conv.padding)]
+    tiles = F.conv2d(gradient, conv.tiled, None, (rows, columns), padding)  # [B, r c C, H / r, W / c]
+    tiles = tiles.permute(0, 2, 3, 1).reshape(batch, height // rows, width // columns, rows, columns, channels)
+    return tiles.transpose(2, 3).reshape(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+def _small(x: Tensor, conv: nn.Conv2d, dtype: torch.dtype) -> bool:
+    pixels = -(-x.shape[2] // conv.stride[0]) * -(-x.shape[3] // conv.stride[1])
+    return (dtype == torch.bfloat16 and conv.kernel_size == (3, 3) and conv.padding == (1, 1) and pixels <= SMALL_MAP
+            and min(conv.in_channels, conv.out_channels) >= SMALL_MAP_CHANNELS)
+
+
+def _convolve_patches(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int]) -> Tensor:
+    """3x3 convolution with padding 1 of x [B, C, H, W] by one matrix product; the result is channels last."""
+    out = _PatchConvolution.apply(x, weight, bias, stride)
+    return out.view(len(x), -(-x.shape[2] // stride[0]), -(-x.shape[3] // stride[1]), -1).permute(0, 3, 1, 2)
+
+
+class _PatchConvolution(torch.autograd.Function):
+    """Weights [K, 9 C] times patches [B H' W', 9 C], transposed: [B H' W', K], with all its gradients."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int]) -> Tensor:
+        """x [B, C, H, W], weight [K, C, 3, 3], bias [K] or None -> [B H' W', K]."""
+        padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)).contiguous()  # [B, H + 2, W + 2, C]
+        patches = _patches(padded, stride)  # [B, H', W', 3, 3, C], a view
+        ctx.save_for_backward(padded, weight)
+        ctx.stride = stride
+        flat = patches.flatten(3).flatten(0, 2)
+        out = (_flat(weight) @ flat.t()).t().contiguous()  # this order keeps two cores busy, the other does not
+        return out if bias is None else out.add_(bias)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients with respect to x, weight and bias, each where it is wanted."""
+        padded, weight = ctx.saved_tensors
+        gradient_x = gradient_weight = gradient_bias = None
+        if ctx.needs_input_grad[0]:
+            total = torch.zeros(padded.shape, dtype=torch.float32)
+            shares = (gradient @ _flat(weight)).view(_patches(total, ctx.stride).shape)
+            for row in range(3):  # within one position of the window no two patches share a pixel
+                for column in range(3):
+                    _patches(total, ctx.stride)[:, :, :, row, column] += shares[:, :, :, row, column]
+            gradient_x = total[:, 1:-1, 1:-1].to(gradient.dtype).permute(0, 3, 1, 2)
+        if ctx.needs_input_grad[1]:
+            product = gradient.t() @ _patches(padded, ctx.stride).flatten(3).flatten(0, 2)
+            gradient_weight = product.view(len(weight), 3, 3, -1).permute(0, 3, 1, 2)
+        if ctx.needs_input_grad[2]:
+            gradient_bias = gradient.sum(0)
+        return gradient_x, gradient_weight, gradient_bias, None
+
+
+def _patches(padded: Tensor, stride: tuple[int, int]) -> Tensor:
+    """The 3x3 windows of padded [B, H + 2, W + 2, C] as a view [B, H', W', 3, 3, C]."""
+    batch, height, width, channels = padded.shape
+    b, h, w, c = padded.stride()
+    shape = (batch, (height - 3) // stride[0] + 1, (width - 3) // stride[1] + 1, 3, 3, channels)
+    return padded.as_strided(shape, (b, h * stride[0], w * stride[1], h, w, c))
+
+
+def _flat(weight: Tensor) -> Tensor:
+    return weight.permute(0, 2, 3, 1).reshape(len(weight), -1)  # [K, 9 C]
+
+
+def max_pool(x: Tensor) -> Tensor:
+    """2x2 max-pooling with stride 2 of x [B, C, H, W]; the gradient goes to the first maximum of a window, as in the library.
+
+    Of a map of even sides on a CPU two maxima, of columns and of rows: for finite numbers the same bits, the gradient's too.
+    Without a gradient that takes a fifth of the library's time for a channels-last map of few channels, as the library keeps
+    the places too; with one, and only for few channels in float32 or bfloat16, two thirds.
+    """
+    if _as_modules or x.ndim != 4:
+        return F.max_pool2d(x, 2)
+    batch, channels, height, width = x.shape
+    needs_places = torch.is_grad_enabled() and x.requires_grad
+    if x.device.type != "cpu" or height % 2 or width % 2:
+        return F.max_pool2d(x, 2)
+    if not needs_places:
+        rows = x.permute(0, 2, 3, 1).reshape(-1, 2, width * channels)  # [B H/2, 2, W C]
+        columns = torch.maximum(*rows.unbind(1)).view(batch, height // 2, width // 2, 2, channels)
+        return torch.maximum(*columns.unbind(3)).permute(0, 3, 1, 2)
+    if channels < FEW_TO_POOL and x.dtype in (torch.float32, torch.bfloat16):
+        return _FewChannels.apply(x)
+    return F.max_pool2d(x, 2)
+
+
+class _FewChannels(torch.autograd.Function):
+    """Computed in float32, which holds every value of bfloat16 and is faster here."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        """x [B, C, H, W] -> the maxima [B, C, H/2, W/2] in the type of x."""
+        batch, channels, height, width = x.shape
+        columns = torch.maximum(*_pairs(x).unbind(3))  # [B, H, W/2, C]
+        ctx.save_for_backward(x, columns)
+        # no view is returned: the caller may change it in place
+        shape = (batch, channels, height // 2, width // 2)
+        out = torch.empty(shape, dtype=torch.float32, device=x.device, memory_format=torch.channels_last)
+        rows = columns.view(batch, height // 2, 2, width // 2 * channels)
+        torch.maximum(*rows.unbind(2), out=out.permute(0, 2, 3, 1).view(batch, height // 2, width // 2 * channels))
+        return out.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        """The gradient with respect to x [B, C, H, W]; of equal values the first has it all."""
+        x, columns = ctx.saved_tensors
+        batch, channels, height, width = x.shape
+        gradient = gradient.permute(0, 2, 3, 1).to(torch.float32).reshape(batch, height // 2, width // 2 * channels)
+        gradient = _share(gradient, columns.detach().view(batch, height // 2, 2, width // 2 * channels), 2).view(columns.shape)
+        return _share(gradient, _pairs(x.detach()), 3).view(batch, height, width, channels).permute(0, 3, 1, 2).to(x.dtype)
+
+
+def _pairs(x: Tensor) -> Tensor:
+    """Columns two by two: x [B, C, H, W] as [B, H, W/2, 2, C], in float32."""
+    batch, channels, height, width = x.shape
+    return x.permute(0, 2, 3, 1).to(torch.float32).contiguous().view(batch, height, width // 2, 2, channels)
+
+
+def _share(gradient: Tensor, pairs: Tensor, dim: int) -> Tensor:
+    """Give the gradient of max(first, second) to the larger one, of two equal ones to the first; pairs [..., 2, ...] along `dim`."""
+    first, second = pairs.unbind(dim)
+    chosen = torch.ge(first, second, out=torch.empty_like(first, memory_format=torch.contiguous_format))  # 1 or 0
+    if torch.is_grad_enabled():  # the gradient is to be differentiated again
+        return torch.stack((gradient * chosen, gradient * (1.0 - chosen)), dim)
+    result = gradient.new_empty(pairs.shape)
+    to_first, to_second = result.unbind(dim)
+    torch.mul(gradient, chosen, out=to_first)
+    torch.sub(gradient, to_first, out=to_second)
+    return result
