@@ -31,7 +31,7 @@ class RunOptions(Hyperparameters):
     out_dir: str | None = None          # run folder; default runs/<script>/<time>
     resume: str | None = None           # run folder to continue
     device: str = "auto"                # auto, cpu, or an accelerator by its name in torch
-    precision: Literal["auto", "bf16", "float32"] = "auto"  # of training; auto: bf16 where it is faster
+    precision: Literal["auto", "bf16", "float32"] = "auto"  # of training; auto is bf16 where faster
     fuse: bool = True                   # fold BatchNorm and fuse layers of the attacked network, on a CPU
     max_batches: int | None = None      # stop every epoch after this many batches, for a trial run
 
