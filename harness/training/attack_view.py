@@ -341,7 +341,8 @@ def _agree(network: nn.Module, run: Callable[[Tensor], Tensor], sample: Tensor, 
         with torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=False):  # a cast in the cache has no graph
             if not _near(results(run, True, False), results(network, True, False), SAME, SAME_GRADIENT):
                 return False
-    with torch.autocast(kind, enabled=False):
+    cudnn = {name: getattr(torch.backends.cudnn, name) for name in ("enabled", "benchmark", "deterministic")}
+    with torch.autocast(kind, enabled=False), torch.backends.cudnn.flags(**cudnn, allow_tf32=False):
         expected = results(network, True, gradients)
         if not _near(results(run, True, gradients), expected, SAME, SAME_GRADIENT):
             return False
