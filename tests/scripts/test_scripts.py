@@ -218,7 +218,7 @@ def test_a_compiled_run_gives_the_weights_of_a_plain_one(name, script, monkeypat
     monkeypatch.setattr(torch, "compile", traced)
     torch.compiler.reset()
     tiny = [flag.replace("num_steps", "num_replays") if name == "train_free" and flag == "--num_steps" else flag for flag in TINY]
-    flags = (*tiny, "--max_batches", 3, "--model", "lenet", "--no-fuse")  # fused convolutions round differently
+    flags = (*tiny, "--max_batches", 3, "--model", "lenet", "--no-attack_view")  # fused convolutions round differently
     flags += () if name.startswith(("train_at", "train_trades")) else ("--crop_padding", 0, "--batch_size", 128)
     script(name, *flags, "--compile", "on", "--out_dir", "compiled")
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("torch.compile,")]

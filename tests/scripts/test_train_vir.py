@@ -154,7 +154,7 @@ def test_every_default_names_its_source():
     fields = (ROOT / "train_vir.py").read_text().split("class Config")[1].split("\n\n\n")[0]
     comments = re.findall(r"^    (\w+): .*  # .*?(\[[^\]]+\])?$", fields, re.M)
     without = [name for name, bracket in comments if not bracket]
-    assert without == ["stop_on_collapse", "data_dir", "out_dir", "resume", "device", "precision", "fuse", "compile", "graphs",
+    assert without == ["stop_on_collapse", "data_dir", "out_dir", "resume", "device", "precision", "attack_view", "compile", "graphs",
                        "max_batches", "dry_run"]
 
 
