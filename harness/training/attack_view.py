@@ -10,7 +10,8 @@ torch.fx traces the network, down to the modules of torch.nn; what is recognised
 A form belongs to one state of the network: its modules, their modes, what they hold beside tensors, and what is trainable.
 It is made at the first pass in that state, and is used only if
   - no module has a hook, a parametrization or a forward of its own instance, then or at any later pass;
-  - no tensor operation runs while the network is traced: its result would be a constant of the form;
+  - no tensor operation runs while the network is traced: its result would be a constant of the form; and the network turns
+    neither gradients nor autocast off or on, has no gradients of its own, and does without checkpointing;
   - the network's own pass writes nothing that was there before, but the buffers of the modules of torch.nn;
   - its logits, and the gradients with respect to the images and the trainable parameters, are the network's own.
 Else, and for control flow that depends on values, the network itself is run. All of this is silent, and leaves no trace on the
@@ -48,6 +49,9 @@ MOST = 32   # forms: a network that changes its state more often is run itself
 SAME, SAME_GRADIENT = 1e-6, 1e-5
 ROUNDED, ROUNDED_GRADIENT = 1e-4, 5e-2
 
+REFUSED = [(torch.no_grad, "__enter__"), (torch.enable_grad, "__enter__"), (torch.set_grad_enabled, "__init__"),
+           (torch.inference_mode, "__enter__"), (torch.autocast, "__enter__"), (torch.autograd.Function, "apply"),
+           (torch.autograd.graph.saved_tensors_hooks, "__enter__")]
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 IRRELEVANT = {"_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
               "_non_persistent_buffers_set", *(f"{name}_{kind}" for name in HOOKS for kind in ("with_kwargs", "always_called"))}
@@ -157,7 +161,8 @@ class _State:
                 self._look_into(part)
         elif isinstance(value, FIXED):
             return
-        elif hasattr(value, "__dict__") and type(value).__basicsize__ == _Form.__basicsize__:  # nothing beside it
+        elif isinstance(value, types.SimpleNamespace) or (
+                hasattr(value, "__dict__") and type(value).__basicsize__ <= _Form.__basicsize__):  # nothing beside it
             self._add(vars(value))
         else:
             self.visible = False
@@ -211,7 +216,7 @@ def _traced(network: nn.Module, folded: WeakKeyDictionary) -> Callable[[Tensor],
     """The network's graph with what is recognised in it as fused steps, as a function."""
     others = list(inspect.signature(type(network).forward).parameters.values())[2:]
     defaults = {other.name: other.default for other in others if other.default is not inspect.Parameter.empty}
-    with _Nothing():
+    with _Nothing(), _refused():
         graph = _Tracer().trace(network, concrete_args=defaults)
 
     def conv_norm_relu(x, conv, norm, add, relu, in_place):
@@ -223,6 +228,22 @@ def _traced(network: nn.Module, folded: WeakKeyDictionary) -> Callable[[Tensor],
 
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
+
+
+@contextmanager
+def _refused() -> Iterator[None]:
+    """Raise meanwhile at what a trace would leave out: gradients or autocast turned off or on, checkpointing, own gradients."""
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("this does not show in a trace")
+
+    before = [(kind, name, vars(kind)[name]) for kind, name in REFUSED]
+    try:
+        for kind, name in REFUSED:
+            setattr(kind, name, refuse)
+        yield
+    finally:
+        for kind, name, value in before:
+            setattr(kind, name, value)
 
 
 class _Nothing(TorchDispatchMode):
@@ -341,7 +362,8 @@ def _agree(network: nn.Module, run: Callable[[Tensor], Tensor], sample: Tensor, 
         with torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=False):  # a cast in the cache has no graph
             if not _near(results(run, True, False), results(network, True, False), SAME, SAME_GRADIENT):
                 return False
-    with torch.autocast(kind, enabled=False):
+    cudnn = {name: getattr(torch.backends.cudnn, name) for name in ("enabled", "benchmark", "deterministic")}
+    with torch.autocast(kind, enabled=False), torch.backends.cudnn.flags(**cudnn, allow_tf32=False):
         expected = results(network, True, gradients)
         if not _near(results(run, True, gradients), expected, SAME, SAME_GRADIENT):
             return False
