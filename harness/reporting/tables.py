@@ -241,7 +241,7 @@ def group(results: Iterable[Result]) -> tuple[list[Row], list[str]]:
         for column in dict.fromkeys(name for result in row.results for name in result.measured):
             left = sum(column in result.measured for result in row.results) - len(row.values(column))
             if left:
-                notes.append(f"{row.label}: {left} values of {column} were measured in another way than the others: left out")
+                notes.append(f"{row.label}: {left} of the values of {column} left out, measured in another way")
     return sorted(rows.values(), key=lambda row: (not row.settings.get("script"), row.label, str(row.settings.get("model")))), notes
 
 
