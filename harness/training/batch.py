@@ -12,6 +12,7 @@ from harness.datasets.split import Split
 from harness.errors import RunError
 from harness.evaluation.chance import ClassCounts
 from harness.evaluation.metrics import Means, WeightStatistics
+from harness.training.collapse import shorter_steps
 from harness.training.options import RunOptions
 
 
@@ -61,11 +62,11 @@ class Meters:
         if "A_rob" in metrics:
             self.class_counts.add(metrics["A_rob"], batch.y)
 
-    def check_finite(self, epoch: int, folder: Path) -> None:
+    def check_finite(self, epoch: int, cfg: RunOptions, folder: Path) -> None:
         """Raise RunError if the loss of a step so far was not finite."""
         step = int(self.bad_step)
         if step >= 0:
-            raise RunError(f"the loss is not finite at epoch {epoch}, step {step}: try --max_grad_norm 1 or "
+            raise RunError(f"the loss is not finite at epoch {epoch}, step {step}: try {shorter_steps(cfg)} or "
                            f"a smaller --lr; what was saved before is intact in {folder}")
 
     def log_columns(self) -> dict[str, float]:

@@ -34,11 +34,15 @@ class CollapseWatch:
 
     def describe(self, since: int) -> str:
         """Since when the run is at chance, and what to try."""
-        clip = self.cfg.max_grad_norm
-        advice = f"a smaller --max_grad_norm than {clip:g}" if clip else "--max_grad_norm 1"
         return (f"the network has been at chance since epoch {since} (under attack it classifies its "
                 f"training images no better than a guess among {self.num_classes} classes); start anew with "
-                f"{advice}, a smaller --lr or a longer --epsilon_warmup_epochs")
+                f"{shorter_steps(self.cfg)}, a smaller --lr or a longer --epsilon_warmup_epochs")
+
+
+def shorter_steps(cfg: RunOptions) -> str:
+    """The clipping of gradients to try next."""
+    clip = cfg.max_grad_norm
+    return f"a smaller --max_grad_norm than {clip:g}" if clip else "--max_grad_norm 1"
 
 
 def checkpoints_at_chance(rows: list[dict], folder: Path) -> str:

@@ -126,7 +126,8 @@ class Run(Steps):
         """Measure on the held-out images, log, and save last.pt; save best.pt if that A_rob is the best."""
         training = self.meters.log_columns()
         weights = self.meters.weights.compute(distributed.total)
-        self.collapse.add(self.meters.class_counts.at_chance(distributed.total))
+        at_chance = self.meters.class_counts.at_chance(distributed.total)
+        self.collapse.add(at_chance and not self.cfg.max_batches)  # a trial run learns nothing, and that is no collapse
         for rows in self.persistent.values():
             rows.synchronize()
         self.epoch += 1
@@ -148,13 +149,23 @@ class Run(Steps):
         if news := self.collapse.news():
             self.say(news)
 
+    def _validate(self, networks: list[nn.Module],
+                  validate: Callable[[nn.Module, Split], dict[str, float]]) -> list[dict[str, float]]:
+        """What up to two networks do on the held-out images, in float32."""
+        if not len(self.val):
+            return [{}, {}]
+        found = [validate(TrainingPrecision(network, torch.float32, None, self.cfg.attack_view), self.val)
+                 for network in networks]
+        return [*found, {}][:2]
+
     def _stop_if_collapsed(self) -> None:
         """Raise Collapsed for a collapsed run with stop_on_collapse."""
         since = self.collapse.since()
         if since and self.cfg.stop_on_collapse:
             self._draw()
-            raise Collapsed(f"stopped after epoch {self.epoch}: {self.collapse.describe(since)}; "
-                            f"{checkpoints_at_chance(self.files.rows, self.files.path)}")
+            which = checkpoints_at_chance(self.files.rows, self.files.path)
+            which = distributed.from_first(which)  # the others wait here until the first one has saved
+            raise Collapsed(f"stopped after epoch {self.epoch}: {self.collapse.describe(since)}; {which}")
 
     def _finish(self, done: str) -> None:
         self._draw()
@@ -163,6 +174,8 @@ class Run(Steps):
         if since := self.collapse.since(ended=True):
             self.say(f"{done}, COLLAPSED: {taken}; {self.collapse.describe(since)}; "
                      f"{checkpoints_at_chance(self.files.rows, self.files.path)}")
+            if self.cfg.stop_on_collapse:
+                raise Collapsed(f"the run has ended at chance, where it has been since epoch {since}")
         else:
             self.say(f"{done}: {taken}; last.pt, and best.pt by A_rob on held-out images, "
                      f"in {self.files.path}")

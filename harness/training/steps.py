@@ -52,12 +52,12 @@ class Steps:
                 bar.update()
                 if time.monotonic() - looked > CHECK_SECONDS:
                     looked = time.monotonic()
-                    self.meters.check_finite(epoch, self.files.path)
+                    self.meters.check_finite(epoch, self.cfg, self.files.path)
                     means = self.meters.means.compute()
                     bar.set_postfix({name: f"{value:.3f}" for name, value in means.items()}, refresh=False)
                 if batch.number == self.batches_per_epoch:
                     break
-        self.meters.check_finite(epoch, self.files.path)
+        self.meters.check_finite(epoch, self.cfg, self.files.path)
         self.seconds = time.monotonic() - started
 
     def ramp(self, batch: Batch, epochs: float) -> float:
@@ -115,6 +115,8 @@ def learning_rate_times(factor: float, optimizer: Optimizer) -> Iterator[None]:
     scheduled = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"] *= factor
-    yield
-    for group, lr in zip(optimizer.param_groups, scheduled):
-        group["lr"] = lr
+    try:
+        yield
+    finally:
+        for group, lr in zip(optimizer.param_groups, scheduled):
+            group["lr"] = lr
