@@ -120,6 +120,7 @@ def check_row(row):
     assert row["precision"] in ("bf16", "float32")
 
 
+@pytest.mark.slow
 def test_the_command_prints_one_line_of_json_and_leaves_nothing_behind(tmp_path):
     words = [*TOY, "--model", "lenet", "--method", "trades", "--json", "--out", str(tmp_path / "row.json")]
     done = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "train_step.py"), *words], cwd=tmp_path, text=True,
@@ -223,6 +224,7 @@ def test_what_cannot_be_timed_is_refused_at_once(words, message):
 
 # Cost
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("trainer", "flags", "phases"), (
     ("train_vir", ("--recipe", "vir-at-digits", "--burn_in_epochs", 3, "--epochs", 4), {"burn-in": 3, "weighted": 1}),
     ("train_free", ("--recipe", "digits", "--epochs", 2, "--num_replays", 2), {"all": 2})))
@@ -239,6 +241,7 @@ def test_the_cost_of_a_result_is_its_batches_times_what_one_takes(trainer, flags
     assert row["seconds"] == pytest.approx(expected) and row["seconds"] > 0
 
 
+@pytest.mark.slow
 def test_a_folder_without_a_result_has_no_cost(shell):
     refused = shell("benchmarks/cost.py", "--results", "nothing")
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)

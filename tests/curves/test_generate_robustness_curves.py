@@ -64,6 +64,7 @@ def run(tmp_path, monkeypatch):
     return call
 
 
+@pytest.mark.slow
 def test_the_published_command_line_runs_unchanged(shell, tmp_path, network):
     done = shell(SCRIPT, "--dataset=digits", "--n_points=3", f"--model_path={network}", "--nn_type=cnn", "--norms", "inf", "2", "1",
                  "--save=True", "--plot=True")
@@ -266,6 +267,7 @@ def test_bad_input_is_one_line_before_anything_is_written(run, network, flags, m
     assert not (tmp_path / "never").exists()
 
 
+@pytest.mark.slow
 def test_bad_input_ends_with_code_two(shell, network):
     done = shell(SCRIPT, "--dataset", "digits", "--model_path", network, "--norms", "3")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith(f"{SCRIPT}: error: ")

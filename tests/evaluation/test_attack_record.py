@@ -117,6 +117,7 @@ test_attack_record.measured(Path(sys.argv[1]), 2, attacks={{"a": test_attack_rec
 """
 
 
+@pytest.mark.slow
 def test_a_record_killed_twice_goes_on_to_the_same_one(tmp_path):
     whole, killed = measured(tmp_path / "whole", 2), tmp_path / "killed"
     for name in ("a", "b"):

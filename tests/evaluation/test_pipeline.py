@@ -89,6 +89,7 @@ def test_the_report(evaluated, capsys):
     assert recheck.recheck(Path("r.record/net"), Path("other.pt"), "data", build_model)["clean"][1] > COUNT // 2
 
 
+@pytest.mark.slow
 def test_verdicts_do_not_depend_on_batch_size_shards_or_interruptions(evaluated, script, tmp_path):
     whole = evaluated("whole.json", "--batch_size", 500)
     assert same(whole, evaluated("small.json", "--batch_size", 5))
@@ -145,6 +146,7 @@ def test_what_does_not_fit_is_refused(flags, message, script, lenet):
     assert not list(Path().glob("*.record"))
 
 
+@pytest.mark.slow
 def test_an_unknown_attack_is_one_line_and_exit_code_2(shell, lenet, tmp_path):
     torch.save(lenet, tmp_path / "net.pt")
     done = shell("eval_mnist.py", *FLAGS, "--attacks", "pdg")

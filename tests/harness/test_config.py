@@ -327,6 +327,7 @@ def end_of(tmp_path, *words, **environment):
     return done.returncode, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("end", "code", "line"), (
     ("user", 2, "not like that"), ("run", 1, "went wrong"), ("interrupt", 130, "interrupted"),
     ("disk", 1, "No space left on device: run/last.pt; what was saved before is intact")))
@@ -334,18 +335,22 @@ def test_a_mistake_a_failure_and_an_interruption_end_in_one_line_and_their_code(
     assert end_of(tmp_path, "--end", end) == (code, f"program.py: error: {line}\n")
 
 
+@pytest.mark.slow
 def test_a_bad_flag_ends_in_one_line_and_code_2(tmp_path):
     code, error = end_of(tmp_path, "--edn", "well")
     assert code == 2 and error.count("\n") == 1 and error.startswith("program.py: error: unknown flag --edn: did you mean --end?")
 
 
+@pytest.mark.slow
 def test_a_good_end_is_code_0_without_a_word_on_standard_error(tmp_path):
     assert end_of(tmp_path) == (0, "")
 
 
+@pytest.mark.slow
 def test_a_termination_is_code_143(tmp_path):
     assert end_of(tmp_path, "--end", "terminate")[0] == 128 + signal.SIGTERM
 
 
+@pytest.mark.slow
 def test_under_torchrun_a_failure_has_its_line_and_code_too(tmp_path):
     assert end_of(tmp_path, "--end", "run", TORCHELASTIC_RUN_ID="x") == (1, "program.py: error: went wrong\n")

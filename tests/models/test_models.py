@@ -262,6 +262,7 @@ assert not torch.are_deterministic_algorithms_enabled() and not torch.backends.c
 """
 
 
+@pytest.mark.slow
 def test_importing_models_attacks_and_losses_does_nothing_else():
     root = Path(__file__).parents[2]
     files = [path for package in ("models", "attacks", "losses") for path in sorted((root / package).glob("*.py"))]

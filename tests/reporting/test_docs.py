@@ -78,6 +78,7 @@ def test_runs_that_differ_in_the_seed_are_one_row_beside_the_ones_before(tmp_pat
     assert [row[7] for row in rows] == ["90.50 ± 0.71", "88.00"]
 
 
+@pytest.mark.slow
 def test_the_tables_need_neither_torch_nor_numpy():
     code = "import sys, harness.reporting.docs; sys.exit(bool({'torch', 'numpy'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

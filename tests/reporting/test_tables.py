@@ -411,6 +411,7 @@ def test_without_a_table_every_one_that_fits_and_then_all_results_with_notes(wri
     assert (tmp_path / "tables.md").read_text() == text
 
 
+@pytest.mark.slow
 def test_the_committed_results_give_the_first_table_of_zeng(shell):
     done = shell("tables.py", ROOT / "results/mnist", "--table", "zeng_table1")
     assert done.returncode == 0, done.stderr
@@ -449,6 +450,7 @@ def test_without_any_result_it_says_where_it_looked(script, tmp_path):
         script("tables", "--paths", "nowhere")
 
 
+@pytest.mark.slow
 def test_a_file_that_is_not_json_is_named_in_one_line(shell, tmp_path):
     (tmp_path / "runs/x").mkdir(parents=True)
     (tmp_path / "runs/x/eval.json").write_text('{"A_nat": 9')

@@ -93,6 +93,7 @@ def test_a_checkpoint_without_one_of_its_parts_does_not_continue_the_run(script,
         script("train_free", "--resume", "run", "--epochs", 2)
 
 
+@pytest.mark.slow
 def test_many_processes_give_the_weights_and_the_perturbation_of_one(script, shell, tmp_path):
     flags = (*PLAIN, "--max_batches", 3, "--batch_size", 65, "--num_replays", 2, "--lr", 0.01)  # 65: an uneven split
     script("train_free", *flags, "--out_dir", "one")
@@ -158,6 +159,7 @@ def test_seeds_train_one_after_the_other(script):
     assert not torch.equal(saved("all/seed5")["delta"]["values"], saved("alone")["delta"]["values"])
 
 
+@pytest.mark.slow
 def test_mistakes_give_one_line_and_exit_code_2(shell, script):
     done = shell("train_free.py", *PLAIN, "--num_replays", 0)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr

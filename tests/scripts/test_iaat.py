@@ -103,6 +103,7 @@ def test_after_it_every_radius_follows_the_rule(script):
     assert len(distinct(radii("run"))) >= 4
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(shell, script, tmp_path):
     flags = [*map(str, PLAIN), "--burn_in_epochs", "1", "--max_batches", "5", "--epochs", "4"]
     script("train_iaat", *flags, "--out_dir", "whole")
@@ -120,6 +121,7 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(shell, script, tmp_
     assert torch.equal(radii("whole"), radii("killed")) and len(distinct(radii("whole"))) > 3
 
 
+@pytest.mark.slow
 def test_many_processes_give_the_weights_and_radii_of_one(script, shell, tmp_path):
     flags = (*PLAIN, "--burn_in_epochs", 1, "--max_batches", 3, "--epochs", 2, "--batch_size", 65)  # 65: an uneven split
     script("train_iaat", *flags, "--out_dir", "one")
@@ -177,6 +179,7 @@ def test_seeds_train_one_after_the_other(script):
     assert torch.equal(radii("all/seed6"), radii("alone"))
 
 
+@pytest.mark.slow
 def test_mistakes_give_one_line_and_exit_code_2(shell, script):
     done = shell("train_iaat.py", *PLAIN, "--beta", 1.5)
     assert (done.returncode, done.stderr) == (2, "train_iaat.py: error: --beta must be between 0 and 1, not 1.5\n")

@@ -100,6 +100,7 @@ def test_the_command_runs(command, workplace, script, colour_folder):
     script(name.removesuffix(".py"), *flags, *quick(name, flags, colour_folder))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [command for command in COMMANDS if CURVES in command])
 def test_the_command_on_robustness_curves_runs(command, curves_workplace, shell, tmp_path):
     _, name, *flags = shlex.split(command)
@@ -119,6 +120,7 @@ def test_the_flags_of_a_command_that_takes_long_are_real(command):
     parse_config(module.Config, words[at + 1:], getattr(module, "RECIPES", None))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("python -m harness.")])
 def test_the_command_of_a_module_has_its_flags(command):
     _, _, module, *words = shlex.split(command)

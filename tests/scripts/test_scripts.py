@@ -58,6 +58,7 @@ def test_twins_differ_in_docstring_and_presets_only(mnist, cifar10):
     assert code_of(mnist) == code_of(cifar10)
 
 
+@pytest.mark.slow
 def test_importing_a_script_does_nothing_else(tmp_path):
     program = (f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import torch; before = torch.initial_seed(), os.listdir('.')\n"
                f"import {', '.join(SCRIPTS)}\n"
@@ -126,6 +127,7 @@ def test_a_run_cannot_be_resumed_to_fewer_epochs_than_are_done(script):
     assert {path.name: path.read_bytes() for path in Path("run").iterdir()} == before
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(shell, tmp_path):
     flags = ("--recipe", "digits", "--epochs", 3, "--num_steps", 5)
     assert shell("train_at_mnist.py", *flags, "--out_dir", "whole").returncode == 0
@@ -143,6 +145,7 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(shell, tmp_path):
     assert same_bits(weights(tmp_path / "whole/last.pt"), weights(tmp_path / "killed/last.pt"))
 
 
+@pytest.mark.slow
 def test_ctrl_c_says_how_to_go_on(shell, tmp_path):
     process = subprocess.Popen([sys.executable, str(ROOT / "train_at_mnist.py"), "--recipe", "digits", "--out_dir", "run"], cwd=tmp_path,
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
@@ -167,6 +170,7 @@ def test_a_second_run_never_touches_the_first(script):
     assert len(list(Path("runs/train_at_mnist").iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_torchrun_gives_the_weights_of_one_process(shell, tmp_path):
     flags = (*TINY, "--max_batches", 4, "--batch_size", 65, "--precision", "float32", "--epsilon_warmup_epochs", 0)  # 65: an uneven split
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
@@ -188,6 +192,7 @@ def children_of(process):
     return sorted(found)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_ends_the_run_and_leaves_one_that_goes_on(shell, tmp_path):
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     command = [*torchrun, str(ROOT / "train_at_mnist.py"), "--recipe", "digits", "--num_steps", "2", "--epochs", "4", "--out_dir", "run"]
@@ -377,6 +382,7 @@ def test_a_bad_checkpoint_gives_one_line_and_runs_nothing(kind, script):
     assert not Path("owned").exists()
 
 
+@pytest.mark.slow
 def test_mistakes_give_one_line_and_exit_code_2(shell, tmp_path):
     (tmp_path / "file").touch()
     for name, flags in (("train_at_mnist.py", ("--no_such_flag", "1")), ("train_at_mnist.py", ("--epsilon", "-0.1")),
@@ -397,6 +403,7 @@ def test_unknown_names_are_refused_before_anything_is_written(flags, says, scrip
     assert not Path("runs").exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk_fails_the_run_and_keeps_the_last_checkpoint(shell, tmp_path):
     import resource
 

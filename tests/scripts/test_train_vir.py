@@ -106,6 +106,7 @@ def test_both_weights_are_evaluated(script):
     assert result["training"]["script"] == "train_vir" and result["training"]["ema_decay"] == 0.9
 
 
+@pytest.mark.slow
 def test_seeds_train_one_after_the_other_and_go_on_where_they_stopped(shell, script):
     done = shell("train_vir.py", *QUICK, "--recipe", "at", "--seeds", 5, 6, "--out_dir", "all")
     assert done.returncode == 0, done.stderr
@@ -129,6 +130,7 @@ def test_seeds_train_one_after_the_other_and_go_on_where_they_stopped(shell, scr
     assert (twice.returncode, "twice" in twice.stderr) == (2, True)
 
 
+@pytest.mark.slow
 def test_seeds_train_under_torchrun(shell, script):
     done = shell("train_vir.py", *QUICK, "--recipe", "at", "--precision", "float32", "--seeds", 5, 6, "--out_dir", "all",
                  launcher=(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--"))
@@ -138,6 +140,7 @@ def test_seeds_train_under_torchrun(shell, script):
     assert all(torch.allclose(left[name], right[name], atol=1e-5) for name in left)
 
 
+@pytest.mark.slow
 def test_dry_run_names_the_source_of_every_value_and_trains_nothing(shell, tmp_path):
     done = shell("train_vir.py", "--recipe", "vir-at-svhn", "--lr", "0.02", "--dry_run")
     assert (done.returncode, done.stderr, list(tmp_path.iterdir())) == (0, "", [])
@@ -199,6 +202,7 @@ def test_generated_images_join_every_batch(script, colour_folder):
     assert not same_bits(weights("run/last.pt"), weights("without/last.pt"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ("gairat", "mail-at"))
 def test_torchrun_normalises_the_weights_over_the_batch_of_all_processes(recipe, shell, tmp_path):
     flags = (*QUICK, "--recipe", recipe, "--mail_norm", "batch", "--burn_in_epochs", 0, "--max_batches", 3, "--batch_size", 65,

@@ -223,6 +223,7 @@ def test_a_resumed_run_equals_the_undisturbed_one(script):
     assert rate == pytest.approx(0.1 / 5 * 0.1)  # divided by the passes, dropped once
 
 
+@pytest.mark.slow
 def test_many_processes_give_the_weights_of_one(script, shell, tmp_path):
     flags = (*PLAIN, "--max_batches", 3, "--batch_size", 65)  # 65: an uneven split
     script("train_yopo", *flags, "--out_dir", "one")
@@ -265,6 +266,7 @@ def test_seeds_train_one_after_the_other(script):
     assert not same_bits(weights("all/seed5/last.pt"), weights("alone/last.pt"))
 
 
+@pytest.mark.slow
 def test_mistakes_give_one_line_and_exit_code_2(shell, script, tmp_path):
     (tmp_path / "own.py").write_text(OWN)
     done = shell("train_yopo.py", *PLAIN, "--model", "own.py:Empty")

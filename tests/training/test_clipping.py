@@ -63,6 +63,7 @@ def test_a_run_with_both_is_resumed_to_the_same_bits(script):
     assert torch.equal(parameters("whole"), parameters("parts"))
 
 
+@pytest.mark.slow
 def test_two_processes_cut_the_gradient_of_the_whole_batch(shell, tmp_path):
     flags = (*TINY, "--max_batches", 4, "--batch_size", 65, "--precision", "float32", "--epsilon_warmup_epochs", 0, "--lr", 1,
              "--max_grad_norm", 0.02, "--lr_warmup_epochs", 2)

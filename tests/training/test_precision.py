@@ -25,6 +25,7 @@ def test_auto_takes_bfloat16_where_it_is_faster(amx, avx512_bf16, library, narro
     assert [choose_dtype(name, CPU, build_model("lenet", 10, 1)) for name in types] == list(types.values())  # what is named is taken
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("onednn", ["SSE41", "AVX2", "AVX512_CORE", "ALL"])
 @pytest.mark.parametrize("network", ["lenet", "small_cnn"])
 def test_both_precisions_train_whatever_the_library_has(network, onednn, shell, tmp_path):
@@ -34,6 +35,7 @@ def test_both_precisions_train_whatever_the_library_has(network, onednn, shell, 
         assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_without_bfloat16_in_the_library_auto_is_float32():
     program = ("import torch; from harness.device import choose_dtype; from models import build_model\n"
                "print(choose_dtype('auto', torch.device('cpu'), build_model('small_cnn', 10, 1)))")
