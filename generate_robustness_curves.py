@@ -64,41 +64,41 @@ NORMS = {"inf": "linf", "2": "l2", "1": "l1"}
 
 @dataclass(frozen=True)
 class Config:
-    command: Literal["compute", "compare", "exact", "distances", "surface", "figures"] = "compute"  # may stand first without its flag
+    command: Literal["compute", "compare", "exact", "distances", "surface", "figures"] = "compute"  # what to do; may stand first, without --command
     model: tuple[str, ...] = ()                  # compute: checkpoints, run folders or .mat files; --model_path is the same
     arch: str | None = None                      # network of foreign checkpoints: a model's name, or file.py:callable
-    nn_type: Literal["cnn", "fc1"] | None = None  # kind of a .mat network; its keys tell, this is only compared
+    nn_type: Literal["cnn", "fc1"] | None = None  # kind of a .mat network, compared with what its keys say
     dataset: str | None = None                   # data set, image folder, mat:FILE or npz:FILE; default: the checkpoint's
     data_dir: str | None = None                  # folder of the data sets; default: the checkpoint's, or data
-    split: Literal["test", "train"] = "test"     # of the data set
-    n_points: int | None = None                  # the first so many points; -1 or none: all
-    indices: str | None = None                   # text file with the places of the points to take
+    split: Literal["test", "train"] = "test"     # split of the data set
+    n_points: int | None = None                  # number of points, from the first on; -1 or none: all
+    indices: str | None = None                   # text file with the positions of the points to take
     norms: tuple[Literal["inf", "2", "1"], ...] = ("inf", "2", "1")  # norms of the perturbation
     budget: Literal["fast", "standard", "strong", "original"] = "standard"  # pool of attacks; original: PGD bisection, for comparison
-    num_starts: int = 2000                       # attacks begin also at the nearest image of another class among so many
+    num_starts: int = 2000                       # number of images among which attacks look for a start: the nearest of another class
     adversaries: bool = False                    # keep the adversarial examples in distances.npz
     certify: Literal["none", "crown"] = "none"   # lower bounds of the distances: CROWN, for chains of affine maps and ReLUs
     rel_gap: float = 1e-4                        # exact: a point is closed when upper / lower <= 1 + rel_gap
-    time_limit: float = 60.0                     # exact: seconds a point; what is not closed then is reported as open
+    time_limit: float = 60.0                     # exact: seconds per point; a point not closed by then is reported as open
     results: tuple[str, ...] = ()                # compare, exact, surface, figures: folders that compute wrote
     thresholds_linf: tuple[float, ...] = (0.01, 0.03, 0.1, 0.2, 0.3)  # l_inf sizes for intervals and tests, pixels in [0, 1]
     thresholds_l2: tuple[float, ...] = (0.5, 1.0, 2.0, 3.0)  # l_2 sizes, pixels in [0, 1]
     thresholds_l1: tuple[float, ...] = (2.0, 5.0, 10.0, 20.0)  # l_1 sizes, pixels in [0, 1]
-    confidence: float = 0.95                     # of bands and intervals
+    confidence: float = 0.95                     # confidence level of bands and intervals
     band: Literal["dkw", "cp"] = "dkw"           # simultaneous (DKW) or point-wise (Clopper-Pearson)
-    num_resamples: int = 2000                    # compare: of the paired bootstrap
+    num_resamples: int = 2000                    # compare: resamples of the paired bootstrap
     epsilons: tuple[float, ...] = tuple(round(0.025 * k, 3) for k in range(17))  # surface: l_inf sizes, pixels in [0, 1]
     alphas: tuple[float, ...] = (0.0, 0.5, 1.0, 1.5, 2.0)  # surface: the attacker's preference for small margins
     num_steps: int = 40                          # surface: PGD steps
-    units: Literal["raw", "255"] = "raw"         # of the axes: pixels in [0, 1] or grey levels
+    units: Literal["raw", "255"] = "raw"         # units of the axes: pixels in [0, 1] or grey levels
     save: bool = True                            # write the published system's JSON too
     plot: bool = True                            # draw the figures
     paper: bool = False                          # figures: the paper's as well
-    format: tuple[Literal["png", "pdf", "svg"], ...] = ("png", "pdf")  # of the figures
+    format: tuple[Literal["png", "pdf", "svg"], ...] = ("png", "pdf")  # file formats of the figures
     batch_size: int | None = None                # points at a time, which changes distances by rounding alone; default: what memory allows
-    seed: int = 0                                # of random starts, resamples and orders
+    seed: int = 0                                # seed of random starts, resamples and orders
     out: str | None = None                       # folder to write; default: runs/generate_robustness_curves/<time>
-    resume: str | None = None                    # compute: folder of a computation to go on with
+    resume: str | None = None                    # compute: folder of the computation to continue
     device: str = "auto"                         # auto, cpu, or an accelerator by its name in torch
 
     @property

@@ -47,7 +47,7 @@ class Config(RunOptions, CompileOptions):
     epsilon: float = 8 / 255            # l_inf radius in burn-in and validation, pixels in [0, 1]
     burn_in_epochs: int = 10            # epochs before each example has a radius of its own
     gamma: float = 1.9 / 255            # how far beyond its radius an example is tried, pixels in [0, 1]
-    beta: float = 0.1                   # part of the newly chosen radius in the next one, at most 1
+    beta: float = 0.1                   # share of the new radius in the running average, at most 1
     step_size: float = 2 / 255          # smallest PGD step, pixels in [0, 1]; else 2 / num_steps of radius
     num_steps: int = 10                 # PGD steps of each attack; three attacks per batch after the burn-in
     start: Literal["uniform", "gaussian", "clean"] = "uniform"  # where PGD starts
