@@ -64,7 +64,7 @@ NORMS = {"inf": "linf", "2": "l2", "1": "l1"}
 
 @dataclass(frozen=True)
 class Config:
-    command: Literal["compute", "compare", "exact", "distances", "surface", "figures"] = "compute"  # what to do; may stand first, without --command
+    command: Literal["compute", "compare", "exact", "distances", "surface", "figures"] = "compute"  # may stand first, without --command
     model: tuple[str, ...] = ()                  # compute: checkpoints, run folders or .mat files; --model_path is the same
     arch: str | None = None                      # network of foreign checkpoints: a model's name, or file.py:callable
     nn_type: Literal["cnn", "fc1"] | None = None  # kind of a .mat network, compared with what its keys say
