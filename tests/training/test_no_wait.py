@@ -13,10 +13,11 @@ from harness.training.run import Run
 
 WAITING = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique", "_unique2"}  # their host needs the values
 HARMLESS = {("require", "pgd.py"),             # on a GPU an assertion of the device instead
-            ("training_batches", "data.py"),   # of the order, which lives on the host
+            ("training_batches", "batches.py"),  # of the order, which lives on the host
             ("_update", "run.py"),             # of the averaged weights' counter, which lives on the host
             ("_check_finite", "run.py")}       # once a second
-ROOMS = {ROOT, *(ROOT / name for name in ("attacks", "harness", "losses", "models"))}
+ONCE = ("_make", "attack_view.py")             # the check of a form of the network, once for each of its states
+ROOMS = {ROOT, *(ROOT / name for name in ("attacks", "harness", "harness/training", "harness/datasets", "losses", "models"))}
 SCRIPTS = [("train_at_mnist", "--alpha", 1), ("train_trades_mnist", "--alpha", 1), ("train_free",), ("train_yopo",), ("train_iaat",),
            *(("train_vir", "--base", base, "--weights", kind, "--burn_in_epochs", 0)
              for base, kind in (("at", "vir"), ("at", "gairat"), ("trades", "mail"), ("mart", "margin"), ("trades", "vir")))]
@@ -33,8 +34,10 @@ class Waits(TorchDispatchMode):
         by_mask = function.overloadpacket.__name__.startswith("index") and any(
             index is not None and index.dtype == torch.bool for index in (args[1] if isinstance(args[1], (list, tuple)) else ()))
         if by_mask or function.overloadpacket.__name__ in WAITING:
-            own = [frame for frame in traceback.extract_stack() if Path(frame.filename).parent in ROOMS]
-            self.places.add((own[-1].name, own[-1].filename.rsplit("/", 1)[1]))
+            frames = [frame for frame in traceback.extract_stack() if Path(frame.filename).parent in ROOMS]
+            own = [(frame.name, Path(frame.filename).name) for frame in frames]
+            if ONCE not in own:
+                self.places.add(own[-1])
         return function(*args, **(kwargs or {}))
 
 
@@ -51,7 +54,7 @@ def test_no_training_loop_looks_at_a_value(flags, script, monkeypatch):
     tiny = TINY[:TINY.index("--num_steps")] + TINY[TINY.index("--num_steps") + 2:]
     extra = ("--crop_padding", 2, "--flip") if flags[0] != "train_vir" else ()
     script(*flags, *tiny, *sizes, *extra, "--model", "lenet", "--batch_size", 32, "--ema_decay", 0.9)
-    assert {("training_batches", "data.py"), ("_check_finite", "run.py")} <= waits.places <= HARMLESS  # the net catches
+    assert {("training_batches", "batches.py"), ("_check_finite", "run.py")} <= waits.places <= HARMLESS  # the net catches
 
 
 def test_on_a_gpu_the_checks_of_an_attack_are_the_devices_own():
