@@ -6,7 +6,8 @@ from torch import Tensor, nn
 class LeNet(nn.Module):
     """Two 5x5 convolutions (6 and 16 channels), three linear layers (120, 84, K); 28x28 is the native size.
 
-    Other image sizes are brought to the 5x5 map of the native size by adaptive average pooling, which leaves that map as it is.
+    Other image sizes are brought to the 5x5 map of the native size by adaptive average pooling, which leaves
+    that map as it is.
     """
 
     def __init__(self, num_classes: int = 10, in_channels: int = 1):

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 class SmallCNN(nn.Module):
     """Four 3x3 convolutions and three linear layers with dropout 0.5; the last layer starts at zero.
 
-    Parameter names are those of the published checkpoints. Image sizes other than 28x28 are brought to the 4x4 map of the
-    native size by adaptive average pooling, which leaves that map as it is.
+    Parameter names are those of the published checkpoints. Image sizes other than 28x28 are brought to the
+    4x4 map of the native size by adaptive average pooling, which leaves that map as it is.
     """
 
     def __init__(self, num_classes: int = 10, in_channels: int = 1, dropout: float = 0.5):

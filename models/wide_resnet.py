@@ -41,7 +41,8 @@ class WideResNet(nn.Module):
     """WRN-depth-width; any image size through the global average pool.
 
     Parameter names are those of the checkpoints published with TRADES, MART and GAIRAT.
-    Differs from the released code: no unused `sub_block1`, which those files carry and which takes no part in the output.
+    Differs from the released code: no unused `sub_block1`, which those files carry and which takes no part in
+    the output.
     """
 
     def __init__(self, depth: int = 34, width: int = 10, num_classes: int = 10, in_channels: int = 3):

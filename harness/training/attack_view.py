@@ -1,22 +1,24 @@
-"""The attack's view of a network: the same function, run faster where its layers are recognised, checked before it is used.
+"""The attack's view of a network: the same function, run faster, and checked before it is used.
 
-torch.fx traces the network, down to the modules of torch.nn; what is recognised in the graph runs by `harness.training.fused`:
+torch.fx traces the network, down to the modules of torch.nn. What is recognised in the graph runs by
+`harness.training.fused`:
 
     conv [-> BatchNorm] [-> addition] [-> ReLU]     one step
     ReLU -> 2x2 max-pooling                         the pooling first: a quarter of the ReLUs, the same bits
     BatchNorm -> ReLU                               in the memory of the BatchNorm's output
     adaptive average pooling to the map's own size  nothing: a mean of one number is the number
 
-A form belongs to one state of the network: its modules, their modes, what they hold beside tensors, and what is trainable.
-It is made at the first pass in that state, and is used only if
+A form belongs to one state of the network: its modules, their modes, what they hold beside tensors, and what
+is trainable. It is made at the first pass in that state, and is used only if
   - no module has a hook, a parametrization or a forward of its own instance, then or at any later pass;
-  - no tensor operation runs while the network is traced: its result would be a constant of the form; and the network turns
-    neither gradients nor autocast off or on, has no gradients of its own, and does without checkpointing;
+  - no tensor operation runs while the network is traced: its result would be a constant of the form; and the
+    network turns neither gradients nor autocast off or on, has no gradients of its own, and does without
+    checkpointing;
   - the network's own pass writes nothing that was there before, but the buffers of the modules of torch.nn;
-  - its logits, and the gradients with respect to the images and the trainable parameters, are the network's own.
-Else, and for control flow that depends on values, the network itself is run. All of this is silent, and leaves no trace on the
-network, its random numbers or its statistics. What `forward` reads from outside of the network, such as a global variable, is
-as it was when the form was made.
+  - its logits, and the gradients for the images and the trainable parameters, are the network's own.
+Else, and for control flow that depends on values, the network itself is run. All of this is silent, and
+leaves no trace on the network, its random numbers or its statistics. What `forward` reads from outside of the
+network, such as a global variable, is as it was when the form was made.
 """
 import enum
 import functools
@@ -42,19 +44,22 @@ from harness.training.rewrite import rewrite
 SAMPLE = 4  # images of the first batch that a form is checked on
 MOST = 32   # forms: a network that changes its state more often is run itself
 
-# How far a form may be from the network, as a part of the whole tensor's length. With every step as its modules it does the
-# same operations in the same order, which only a GPU's atomic additions round differently. With fused steps, sums of some
-# thousand products are added in another order, which is 1e-6 of a logit; ReLUs that are zero up to this then change sides,
-# and with them single pixels of the gradient.
+# How far a form may be from the network, as a part of the whole tensor's length. With every step as its
+# modules it does the same operations in the same order, which only a GPU's atomic additions round
+# differently. With fused steps, sums of some thousand products are added in another order, which is 1e-6 of a
+# logit; ReLUs that are zero up to this then change sides, and with them single pixels of the gradient: up to
+# 4e-3 of it was seen.
 SAME, SAME_GRADIENT = 1e-6, 1e-5
 ROUNDED, ROUNDED_GRADIENT = 1e-4, 5e-2
 
-REFUSED = [(torch.no_grad, "__enter__"), (torch.enable_grad, "__enter__"), (torch.set_grad_enabled, "__init__"),
-           (torch.inference_mode, "__enter__"), (torch.autocast, "__enter__"), (torch.autograd.Function, "apply"),
+REFUSED = [(torch.no_grad, "__enter__"), (torch.enable_grad, "__enter__"),
+           (torch.set_grad_enabled, "__init__"), (torch.inference_mode, "__enter__"),
+           (torch.autocast, "__enter__"), (torch.autograd.Function, "apply"),
            (torch.autograd.graph.saved_tensors_hooks, "__enter__")]
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-IRRELEVANT = {"_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
-              "_non_persistent_buffers_set", *(f"{name}_{kind}" for name in HOOKS for kind in ("with_kwargs", "always_called"))}
+KINDS_OF_HOOKS = {f"{name}_{kind}" for name in HOOKS for kind in ("with_kwargs", "always_called")}
+IRRELEVANT = KINDS_OF_HOOKS | {"_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks",
+                               "_load_state_dict_post_hooks", "_non_persistent_buffers_set"}
 GLOBAL_HOOKS = [getattr(torch_hooks, f"_global{name}") for name in HOOKS]
 FIXED = (bool, int, float, complex, str, bytes, type(None), type, range, slice, enum.Enum, Tensor, nn.Module,
          types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, functools.partial,
@@ -62,9 +67,10 @@ FIXED = (bool, int, float, complex, str, bytes, type(None), type, range, slice, 
 
 
 class AttackView:
-    """`view(x)` gives the logits of `network`, x [B, C, H, W]: by the fast form that fits its state, else by the network itself.
+    """`view(x)` gives the logits of `network`, x [B, C, H, W]: by the fast form of its state, else by itself.
 
-    No nn.Module, so that a parameter has one name. A copy of the view, or of what holds it, is a view of the copied network.
+    No nn.Module, so that a parameter has one name. A copy of the view, or of what holds it, is a view of the
+    copied network.
     """
 
     def __init__(self, network: nn.Module):
@@ -107,10 +113,15 @@ class _Form:
         self.state, self.surroundings, self.run = state, surroundings, run
 
 
+def _is_its_attributes(value: object) -> bool:
+    """Whether an object holds nothing beside what `vars` gives, as a random number generator does."""
+    return hasattr(value, "__dict__") and type(value).__basicsize__ <= _Form.__basicsize__
+
+
 def _is_transformed() -> bool:
     """Whether torch.compile, torch.jit, torch.func or inference mode has hold of this pass."""
-    return (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
-            or torch.is_inference_mode_enabled())
+    compiled = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return compiled or torch.is_inference_mode_enabled() or torch._C._are_functorch_transforms_active()
 
 
 def _surroundings(x: Tensor) -> tuple:
@@ -121,15 +132,16 @@ def _surroundings(x: Tensor) -> tuple:
 
 
 class _State:
-    """What a network is made of beside the values of its tensors; it can be compared with later, and put back.
+    """What a network is made of beside the values of its tensors; can be compared with later, and put back.
 
-    visible: whether every change of it would be seen; hooked: whether a pass does more than `forward` as its class has it.
+    visible: whether every change of it would be seen; hooked: whether a pass does more than `forward` as its
+    class has it.
     """
 
     def __init__(self, network: nn.Module):
         self.visible, self.hooked = True, False
         self.empty: list[object] = []                # containers without contents
-        self.full: list[tuple[object, tuple, tuple]] = []  # containers, their contents, and the names of these in a dictionary
+        self.full: list[tuple[object, tuple, tuple]] = []  # containers, their contents, their names
         self._seen: set[int] = set()
         for module in network.modules():
             attributes = vars(module)
@@ -161,15 +173,14 @@ class _State:
                 self._look_into(part)
         elif isinstance(value, FIXED):
             return
-        elif isinstance(value, types.SimpleNamespace) or (
-                hasattr(value, "__dict__") and type(value).__basicsize__ <= _Form.__basicsize__):  # nothing beside it
+        elif isinstance(value, types.SimpleNamespace) or _is_its_attributes(value):
             self._add(vars(value))
         else:
             self.visible = False
 
     def is_same(self) -> bool:
         """Whether all is as it was, by identity: at every pass, so in few steps of the interpreter."""
-        if [parameter.requires_grad for parameter in self.parameters] != self.trainable or any(self.empty):
+        if any(self.empty) or [parameter.requires_grad for parameter in self.parameters] != self.trainable:
             return False
         for container, contents, _ in self.full:
             values = container.values() if isinstance(container, dict) else container
@@ -191,10 +202,11 @@ class _State:
                 container.extend(contents)
 
 
-# ---- making a form ---------------------------------------------------------------------------------------------------------------
+# ---- making a form -----------------------------------------------------------------------------------------
 
 
-def _make(network: nn.Module, x: Tensor, state: _State, folded: WeakKeyDictionary) -> Callable[[Tensor], Tensor] | None:
+def _make(network: nn.Module, x: Tensor, state: _State,
+          folded: WeakKeyDictionary) -> Callable[[Tensor], Tensor] | None:
     """The form for this state of the network, None where it is to be run itself."""
     sample = x.detach()[:SAMPLE].clone(memory_format=torch.preserve_format)
     try:
@@ -206,7 +218,7 @@ def _make(network: nn.Module, x: Tensor, state: _State, folded: WeakKeyDictionar
             run = _traced(network, folded)
         with _nothing_hidden(state.parameters):
             return run if _agree(network, run, sample, state.parameters) else None
-    except Exception:  # of any kind: the network's own on fewer images, of tracing, of running what was traced
+    except Exception:  # of any kind: the network's own on fewer images, of tracing, of running the form
         return None
     finally:
         folded.clear()  # of the numbers in the place of zeros
@@ -220,7 +232,8 @@ def _traced(network: nn.Module, folded: WeakKeyDictionary) -> Callable[[Tensor],
         graph = _Tracer().trace(network, concrete_args=defaults)
 
     def conv_norm_relu(x, conv, norm, add, relu, in_place):
-        return fused.conv_norm_relu(x, conv, norm, add, relu, operator.iadd if in_place else operator.add, folded)
+        plus = operator.iadd if in_place else operator.add
+        return fused.conv_norm_relu(x, conv, norm, add, relu, plus, folded)
 
     rewrite(graph, dict(network.named_modules()), conv_norm_relu)
     return fx.GraphModule(network, graph).forward
@@ -232,7 +245,7 @@ class _Tracer(fx.Tracer):
 
 @contextmanager
 def _refused() -> Iterator[None]:
-    """Raise meanwhile at what a trace would leave out: gradients or autocast turned off or on, checkpointing, own gradients."""
+    """Raise at what a trace leaves out: switched gradients or autocast, checkpointing, own gradients."""
     def refuse(*args: object, **kwargs: object) -> None:
         raise RuntimeError("this does not show in a trace")
 
@@ -249,12 +262,13 @@ def _refused() -> Iterator[None]:
 class _Nothing(TorchDispatchMode):
     """Raises at any tensor operation."""
 
-    def __torch_dispatch__(self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> object:
+    def __torch_dispatch__(self, function: Callable, types: tuple, args: tuple = (),
+                           kwargs: dict | None = None) -> object:
         raise RuntimeError(f"{function} would be a constant of the form")
 
 
 class _Writes(TorchDispatchMode):
-    """Finds writes to a tensor that was there before, but to the buffers of modules of torch.nn; puts back its value at the end."""
+    """Finds writes to what was there before, but to buffers of torch.nn's modules, and undoes them."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
@@ -263,17 +277,19 @@ class _Writes(TorchDispatchMode):
         leaves = [module for module in network.modules() if tracer.is_leaf_module(module, "")]
         self.allowed = {_storage(buffer) for module in leaves for buffer in module.buffers()}
 
-    def __torch_dispatch__(self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> object:
+    def __torch_dispatch__(self, function: Callable, types: tuple, args: tuple = (),
+                           kwargs: dict | None = None) -> object:
         arguments = function._schema.arguments
-        given = [(argument, args[k]) for k, argument in enumerate(arguments) if k < len(args)]
-        given += [(argument, (kwargs or {})[argument.name]) for argument in arguments if argument.name in (kwargs or {})]
+        named = kwargs or {}
+        given = list(zip(arguments, args))
+        given += [(argument, named[argument.name]) for argument in arguments if argument.name in named]
         for argument, value in given:
             if argument.alias_info is not None and argument.alias_info.is_write:
                 for tensor in _tensors(value):
                     if _storage(tensor) not in self.allowed:
                         self.found.append((tensor, tensor.clone()))
-        before = {_storage(tensor) for tensor in _tensors((args, kwargs))}
-        result = function(*args, **(kwargs or {}))
+        before = {_storage(tensor) for tensor in _tensors((args, named))}
+        result = function(*args, **named)
         self.allowed |= {_storage(tensor) for tensor in _tensors(result)} - before
         return result
 
@@ -294,9 +310,9 @@ def _storage(tensor: Tensor) -> int:
 
 @contextmanager
 def _undisturbed(network: nn.Module, device: torch.device) -> Iterator[Callable[[], bool]]:
-    """Put back random states, buffers and what modules hold on exit; yields whether more has changed than dropout and BatchNorm may.
+    """Put back random states, buffers and what modules hold; yields whether more changed than layers change.
 
-    These change torch's random states and the values of buffers.
+    Dropout and BatchNorm change torch's random states and the values of buffers.
     """
     state, foreign, random_states = _State(network), _foreign_random_states(), _random_states(device)
     tensors = [(tensor, tensor.data) for tensor in (*network.parameters(), *network.buffers())]
@@ -340,10 +356,10 @@ def _equal(one: tuple[tuple, tuple], other: tuple[tuple, tuple]) -> bool:
 
 @contextmanager
 def _nothing_hidden(parameters: list[Tensor]) -> Iterator[None]:
-    """Random numbers for parameters of zeros only, as of a last layer at its start: behind these every network is the same."""
+    """Random numbers for parameters of zeros only, as of a last layer at its start: they hide the rest."""
     zeros = [parameter for parameter in parameters if not bool(parameter.any())]
     try:
-        for k, parameter in enumerate(zeros):  # to `data`, which a graph that waits for its backward pass does not notice
+        for k, parameter in enumerate(zeros):  # by `data`: a graph that is kept does not notice
             parameter.data.normal_(0.0, 0.1, generator=torch.Generator(parameter.device).manual_seed(k))
         yield
     finally:
@@ -351,15 +367,17 @@ def _nothing_hidden(parameters: list[Tensor]) -> Iterator[None]:
             parameter.data.zero_()
 
 
-def _agree(network: nn.Module, run: Callable[[Tensor], Tensor], sample: Tensor, parameters: list[Tensor]) -> bool:
-    """Whether `run` gives what the network gives: logits in the precision of the pass, then with gradients without autocast."""
+def _agree(network: nn.Module, run: Callable[[Tensor], Tensor], sample: Tensor,
+           parameters: list[Tensor]) -> bool:
+    """Whether `run` gives what the network gives: logits as in this pass, gradients without autocast."""
     def results(function: Callable, as_modules: bool, gradients: bool) -> list[list[Tensor]]:
         with _undisturbed(network, sample.device), fused.as_modules(as_modules):
             return _results(function, network, sample, parameters, gradients)
 
     kind, gradients = sample.device.type, torch.is_grad_enabled()
     if torch.is_autocast_enabled(kind):
-        with torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=False):  # a cast in the cache has no graph
+        dtype = torch.get_autocast_dtype(kind)
+        with torch.autocast(kind, dtype, cache_enabled=False):  # a cast that is kept would have no graph
             if not _near(results(run, True, False), results(network, True, False), SAME, SAME_GRADIENT):
                 return False
     cudnn = {name: getattr(torch.backends.cudnn, name) for name in ("enabled", "benchmark", "deterministic")}
@@ -371,15 +389,16 @@ def _agree(network: nn.Module, run: Callable[[Tensor], Tensor], sample: Tensor, 
         return not fuses or _near(results(run, False, gradients), expected, ROUNDED, ROUNDED_GRADIENT)
 
 
-def _results(function: Callable[[Tensor], Tensor], network: nn.Module, sample: Tensor, parameters: list[Tensor],
-             gradients: bool) -> tuple[list[Tensor], list[Tensor]]:
-    """What a pass gives and leaves behind, and its gradients with respect to the images and the trainable parameters."""
+def _results(function: Callable[[Tensor], Tensor], network: nn.Module, sample: Tensor,
+             parameters: list[Tensor], gradients: bool) -> tuple[list[Tensor], list[Tensor]]:
+    """What a pass gives and leaves behind, and its gradients for the images and the trainable parameters."""
     x = sample.clone(memory_format=torch.preserve_format).requires_grad_(gradients)
     sources = [x, *(parameter for parameter in parameters if parameter.requires_grad)]
     logits = function(x)
     found = []
     if gradients and logits.requires_grad:
-        slopes = torch.linspace(-1.0, 1.0, logits.numel(), dtype=logits.dtype, device=logits.device).view_as(logits)
+        slopes = torch.linspace(-1.0, 1.0, logits.numel(), dtype=logits.dtype, device=logits.device)
+        slopes = slopes.view_as(logits)
         found = torch.autograd.grad(logits, sources, slopes, allow_unused=True)
         found = [sample.new_zeros(()) if gradient is None else gradient for gradient in found]
     left = [buffer.clone() for buffer in network.buffers()] + _random_states(sample.device)

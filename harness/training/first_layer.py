@@ -1,4 +1,4 @@
-"""The first layer of any network, f = g(f0(x)): what YOPO (Zhang et al., NeurIPS 2019) attacks without the rest."""
+"""The first layer of a network, f = g(f0(x)), which YOPO (Zhang et al., NeurIPS 2019) attacks alone."""
 from collections.abc import Callable
 
 from torch import Tensor, nn
@@ -14,9 +14,10 @@ class _Reached(Exception):
 class FirstLayer(nn.Module):
     """f0 of a model: images x [B, C, H, W] -> the first layer's output, in float32 or wider, with a graph.
 
-    The first layer is the first module with parameters of its own that has done its work in a pass of the model, behind
-    normalisation where there is one. Its output is caught by a hook, in a pass that ends there or, by `with_logits`, in one
-    that goes on. Raises UserError for a network without such a module, and for one whose output is no tensor.
+    The first layer is the first module with parameters of its own that has done its work in a pass of the
+    model, behind normalisation where there is one. Its output is caught by a hook, in a pass that ends there
+    or, by `with_logits`, in one that goes on. Raises UserError for a network without such a module, and for
+    one whose output is no tensor.
     """
 
     def __init__(self, model: nn.Module, x: Tensor):
@@ -36,7 +37,7 @@ class FirstLayer(nn.Module):
         raise RuntimeError("the network does not reach its first layer")
 
     def with_logits(self, x: Tensor, cut: bool = False) -> tuple[Tensor, Tensor]:
-        """(f0(x), logits [B, K]) of one pass; f0(x) keeps its gradient, and with `cut` none goes from it into the first layer."""
+        """f0(x), which keeps its gradient, and logits [B, K]; cut: no gradient goes into the first layer."""
         caught: list[Tensor] = []
 
         def catch(layer: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
@@ -63,14 +64,16 @@ def _first(model: nn.Module, x: Tensor) -> nn.Module:
     def stop(module: nn.Module, args: tuple, output: object) -> None:
         raise _Reached(module, output)
 
-    handles = [module.register_forward_hook(stop) for module in model.modules() if any(True for _ in module.parameters(False))]
+    owners = [module for module in model.modules() if any(True for _ in module.parameters(recurse=False))]
+    handles = [module.register_forward_hook(stop) for module in owners]
     try:
         predict(model, x)
     except _Reached as reached:
         module, output = reached.args
         if isinstance(output, Tensor):
             return module
-        raise UserError(f"the first layer {type(module).__name__} of the network gives a {type(output).__name__}, not a tensor") from None
+        kinds = type(module).__name__, type(output).__name__
+        raise UserError("the network's first layer, a {}, gives a {}, not a tensor".format(*kinds)) from None
     finally:
         for handle in handles:
             handle.remove()

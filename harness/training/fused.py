@@ -1,18 +1,21 @@
-"""Convolution, normalisation, addition and ReLU as one step where the parameters are frozen: most of the work of an attack.
+"""Convolution, normalisation, addition and ReLU as one step where parameters are frozen: most of an attack.
 
     y = relu( norm(conv(x)) + add )
 
-In float64 this is just that sequence of modules. With frozen parameters, the first two on a GPU as well, all on a CPU,
+In float64 this is just that sequence of modules. With frozen parameters, the first two on a GPU as well, all
+on a CPU,
   - BatchNorm in eval mode, an affine map per channel, is folded into the convolution: W' = W s and
-    b' = (b - mean) s + beta with s = gamma / sqrt(var + eps), computed in float32 and rounded once (Jacob et al., CVPR 2018, Eq. 14);
+    b' = (b - mean) s + beta with s = gamma / sqrt(var + eps), computed in float32 and rounded once (Jacob et
+    al., CVPR 2018, Eq. 14);
   - the weights are folded and cast once for each attack, not in every pass;
   - addition and ReLU happen while the convolution writes its result;
-  - the input gradient of a convolution of few input channels, for which the library leaves most of its vector units idle,
-    is a convolution of the flipped kernel at the places of a tile at once, its stride the tile: its channels become the
-    tile's pixels.
-With trainable parameters too, a 3x3 convolution in bfloat16 on a map of 4x4 pixels or less is a matrix product of its
-patches, where the library's takes three times as long, and its weight gradient six times. Without a norm, on larger maps
-and with more channels it is bit for bit what the modules give; else the same function up to rounding.
+  - the input gradient of a convolution of few input channels, for which the library leaves most of its vector
+    units idle, is a convolution of the flipped kernel at the places of a tile at once, its stride the tile:
+    its channels become the tile's pixels.
+With trainable parameters too, a 3x3 convolution in bfloat16 on a map of 4x4 pixels or less is a matrix
+product of its patches, where the library's takes three times as long, and its weight gradient six times.
+Without a norm, on larger maps and with more channels it is bit for bit what the modules give; else the same
+function up to rounding.
 """
 import operator
 from collections.abc import Callable, Iterator, MutableMapping
@@ -25,7 +28,8 @@ from torch import Tensor, nn
 
 from attacks.frozen import current
 
-SMALL_MAP, SMALL_MAP_CHANNELS = 16, 128  # at most so many pixels, at least so many channels, for patches to be worth it
+SMALL_MAP = 16            # at most so many pixels a map,
+SMALL_MAP_CHANNELS = 128  # and at least so many channels, for patches to be worth it
 FEW_TO_POOL = 16  # below so many channels the library's max-pooling looks at one value at a time
 FEW_CHANNELS = 8  # at most so many channels of the input, for a tile to be worth it
 ENABLED = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
@@ -50,9 +54,10 @@ def conv_norm_relu(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d | None = Non
                    folded: "MutableMapping[nn.Module, Folded] | None" = None) -> Tensor:
     """relu(norm(conv(x)) + add) for x [B, C, H, W].
 
-    Differentiable in x and `add`, and in the parameters where they are trainable. plus: the addition where the summands have
-    not one type and shape. folded: holds the weights during an attack (`attacks.frozen.current`); without one, and between
-    attacks, they are folded in every pass, for a write to `.data` leaves no sign that weights have changed.
+    Differentiable in x and `add`, and in the parameters where they are trainable. plus: the addition where
+    the summands have not one type and shape. folded: holds the weights during an attack
+    (`attacks.frozen.current`); without one, and between attacks, they are folded in every pass, for a write
+    to `.data` leaves no sign that weights have changed.
     """
     kind = x.device.type
     double = x.dtype == torch.float64  # which autocast leaves alone
@@ -72,8 +77,11 @@ def conv_norm_relu(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d | None = Non
         else:
             out = F.conv2d(x.to(dtype), frozen.weight, frozen.bias, conv.stride, conv.padding)
     else:
-        parts = (x, conv.weight, conv.bias)
-        out = _convolve_patches(*(t if t is None else t.to(dtype) for t in parts), conv.stride) if small else conv(x)
+        if small:
+            bias = None if conv.bias is None else conv.bias.to(dtype)
+            out = _convolve_patches(x.to(dtype), conv.weight.to(dtype), bias, conv.stride)
+        else:
+            out = conv(x)
         if norm is not None:
             out = norm(out)
     return _add_relu(out, add, relu, plus)
@@ -98,9 +106,9 @@ def _shape(x: Tensor, conv: nn.Conv2d) -> torch.Size:
 
 
 def _regular(conv: nn.Conv2d) -> bool:
-    """A convolution of all channels with all channels, of zeros at the border, whose weights are what they are."""
-    return (conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros" and type(conv.padding) is tuple
-            and type(conv.weight) is nn.Parameter)
+    """A convolution of all channels with all channels, with zeros at the border."""
+    plain = conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
+    return plain and type(conv.padding) is tuple and type(conv.weight) is nn.Parameter
 
 
 def _folds_elsewhere(x: Tensor, norm: nn.BatchNorm2d | None) -> bool:
@@ -125,19 +133,19 @@ def _sources(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> list[Tensor | None
 
 @dataclass
 class Folded:
-    """A convolution with its norm folded in, in the type of the computation; weight [K, C, h, w], bias [K] or None."""
+    """A convolution with its norm folded in, in the pass's type; weight [K, C, h, w], bias [K] or None."""
 
     state: tuple
     weight: Tensor
     bias: Tensor | None
     stride: tuple[int, int]
     padding: tuple[int, int]
-    tiled: Tensor | None  # what makes the input gradient of few channels, see `_tiled`; None where the library's is used
+    tiled: Tensor | None  # makes the input gradient of few channels (`_tiled`); None: the library's is used
 
 
 def _frozen(conv: nn.Conv2d, norm: nn.BatchNorm2d | None, dtype: torch.dtype,
             folded: MutableMapping[nn.Module, Folded]) -> Folded:
-    """`conv` and `norm` in `dtype`, kept in `folded` for the attack that runs, until a parameter or a statistic changes."""
+    """`conv` and `norm` in `dtype`, kept in `folded` during an attack until one of their tensors changes."""
     attack = current()
     versions = ((tensor.data_ptr(), tensor._version) for tensor in _sources(conv, norm) if tensor is not None)
     state = (attack, dtype, *versions)
@@ -171,8 +179,8 @@ class _FusedConvolution(torch.autograd.Function):
             out = torch.ops.mkldnn._convolution_pointwise(x, conv.weight, conv.bias, *shape, last, [], "")
         else:
             last = "relu" if relu else None
-            out = torch.ops.mkldnn._convolution_pointwise.binary(x, add, conv.weight, conv.bias, *shape, "add", None, last,
-                                                                 [], None)
+            binary = torch.ops.mkldnn._convolution_pointwise.binary
+            out = binary(x, add, conv.weight, conv.bias, *shape, "add", None, last, [], None)
         ctx.save_for_backward(x, out if relu else None)
         ctx.conv, ctx.added = conv, add is not None
         return out
@@ -191,10 +199,10 @@ class _FusedConvolution(torch.autograd.Function):
 
 
 def _tile(channels: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Rows and columns of the input whose gradients are channels of one convolution: those measured to be fastest.
+    """Rows and columns of the input whose gradients are channels of one convolution: the fastest measured.
 
-    The more channels, up to a vector of 16 numbers, and the fewer taps of the larger kernel, the better; in bfloat16 the rows
-    of the map are to stay long as well.
+    The more channels, up to a vector of 16 numbers, and the fewer taps of the larger kernel, the better; in
+    bfloat16 the rows of the map are to stay long as well.
     """
     if dtype == torch.float32:
         return (4, 4) if channels == 1 else (2, 2)
@@ -202,7 +210,7 @@ def _tile(channels: int, dtype: torch.dtype) -> tuple[int, int]:
 
 
 def _tiled(conv: nn.Conv2d, weight: Tensor) -> Tensor | None:
-    """The flipped kernel of `weight` [K, C, h, w] at each place of a tile, [r c C, K, h + r - 1, w + c - 1] for r x c pixels."""
+    """The flipped kernel [C, K, h, w] at each place of a tile of r x c: [r c C, K, h + r - 1, w + c - 1]."""
     inside = all(0 <= pad < kernel for pad, kernel in zip(conv.padding, conv.kernel_size))
     if conv.in_channels > FEW_CHANNELS or conv.stride != (1, 1) or not inside:
         return None
@@ -218,18 +226,21 @@ def _input_gradient(gradient: Tensor, x: Tensor, conv: Folded) -> Tensor:
     batch, channels, height, width = x.shape
     rows, columns = _tile(channels, x.dtype)
     if conv.tiled is None or height % rows or width % columns or width == columns:
-        return torch.ops.aten.convolution_backward(gradient, x, conv.weight, None, conv.stride, conv.padding, (1, 1), False,
-                                                   (0, 0), 1, (True, False, False))[0]
+        shape = (conv.stride, conv.padding, (1, 1), False, (0, 0), 1)
+        backward = torch.ops.aten.convolution_backward
+        return backward(gradient, x, conv.weight, None, *shape, (True, False, False))[0]
     padding = [size - 1 - pad for size, pad in zip(conv.weight.shape[2:], conv.padding)]
     tiles = F.conv2d(gradient, conv.tiled, None, (rows, columns), padding)  # [B, r c C, H / r, W / c]
-    tiles = tiles.permute(0, 2, 3, 1).reshape(batch, height // rows, width // columns, rows, columns, channels)
+    tiles = tiles.permute(0, 2, 3, 1)
+    tiles = tiles.reshape(batch, height // rows, width // columns, rows, columns, channels)
     return tiles.transpose(2, 3).reshape(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
 def _small(x: Tensor, conv: nn.Conv2d, dtype: torch.dtype) -> bool:
     pixels = -(-x.shape[2] // conv.stride[0]) * -(-x.shape[3] // conv.stride[1])
-    return (dtype == torch.bfloat16 and conv.kernel_size == (3, 3) and conv.padding == (1, 1) and pixels <= SMALL_MAP
-            and min(conv.in_channels, conv.out_channels) >= SMALL_MAP_CHANNELS)
+    channels = min(conv.in_channels, conv.out_channels)
+    fits = dtype == torch.bfloat16 and conv.kernel_size == (3, 3) and conv.padding == (1, 1)
+    return fits and pixels <= SMALL_MAP and channels >= SMALL_MAP_CHANNELS
 
 
 def _convolve_patches(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int]) -> Tensor:
@@ -249,7 +260,7 @@ class _PatchConvolution(torch.autograd.Function):
         ctx.save_for_backward(padded, weight)
         ctx.stride = stride
         flat = patches.flatten(3).flatten(0, 2)
-        out = (_flat(weight) @ flat.t()).t().contiguous()  # this order keeps two cores busy, the other does not
+        out = (_flat(weight) @ flat.t()).t().contiguous()  # in this order two cores are busy
         return out if bias is None else out.add_(bias)
 
     @staticmethod
@@ -285,11 +296,12 @@ def _flat(weight: Tensor) -> Tensor:
 
 
 def max_pool(x: Tensor) -> Tensor:
-    """2x2 max-pooling with stride 2 of x [B, C, H, W]; the gradient goes to the first maximum of a window, as in the library.
+    """2x2 max-pooling with stride 2 of x [B, C, H, W]; the gradient goes to a window's first maximum.
 
-    Of a map of even sides on a CPU two maxima, of columns and of rows: for finite numbers the same bits, the gradient's too.
-    Without a gradient that takes a fifth of the library's time for a channels-last map of few channels, as the library keeps
-    the places too; with one, and only for few channels in float32 or bfloat16, two thirds.
+    Of a map of even sides on a CPU two maxima, of columns and of rows: for finite numbers the same bits, the
+    gradient's too. Without a gradient that takes a fifth of the library's time for a channels-last map of few
+    channels, as the library keeps the places too; with one, and only for few channels in float32 or bfloat16,
+    two thirds.
     """
     if _as_modules or x.ndim != 4:
         return F.max_pool2d(x, 2)
@@ -319,7 +331,8 @@ class _FewChannels(torch.autograd.Function):
         shape = (batch, channels, height // 2, width // 2)
         out = torch.empty(shape, dtype=torch.float32, device=x.device, memory_format=torch.channels_last)
         rows = columns.view(batch, height // 2, 2, width // 2 * channels)
-        torch.maximum(*rows.unbind(2), out=out.permute(0, 2, 3, 1).view(batch, height // 2, width // 2 * channels))
+        flat = out.permute(0, 2, 3, 1).view(batch, height // 2, width // 2 * channels)
+        torch.maximum(*rows.unbind(2), out=flat)
         return out.to(x.dtype)
 
     @staticmethod
@@ -327,9 +340,11 @@ class _FewChannels(torch.autograd.Function):
         """The gradient with respect to x [B, C, H, W]; of equal values the first has it all."""
         x, columns = ctx.saved_tensors
         batch, channels, height, width = x.shape
-        gradient = gradient.permute(0, 2, 3, 1).to(torch.float32).reshape(batch, height // 2, width // 2 * channels)
-        gradient = _share(gradient, columns.detach().view(batch, height // 2, 2, width // 2 * channels), 2).view(columns.shape)
-        return _share(gradient, _pairs(x.detach()), 3).view(batch, height, width, channels).permute(0, 3, 1, 2).to(x.dtype)
+        half = (height // 2, width // 2 * channels)
+        gradient = gradient.permute(0, 2, 3, 1).to(torch.float32).reshape(batch, *half)
+        gradient = _share(gradient, columns.detach().view(batch, half[0], 2, half[1]), 2).view(columns.shape)
+        gradient = _share(gradient, _pairs(x.detach()), 3).view(batch, height, width, channels)
+        return gradient.permute(0, 3, 1, 2).to(x.dtype)
 
 
 def _pairs(x: Tensor) -> Tensor:
@@ -339,9 +354,10 @@ def _pairs(x: Tensor) -> Tensor:
 
 
 def _share(gradient: Tensor, pairs: Tensor, dim: int) -> Tensor:
-    """Give the gradient of max(first, second) to the larger one, of two equal ones to the first; pairs [..., 2, ...] along `dim`."""
+    """The gradient of max(first, second) goes to the larger, of equals to the first; `dim` holds both."""
     first, second = pairs.unbind(dim)
-    chosen = torch.ge(first, second, out=torch.empty_like(first, memory_format=torch.contiguous_format))  # 1 or 0
+    chosen = torch.empty_like(first, memory_format=torch.contiguous_format)
+    torch.ge(first, second, out=chosen)  # 1 or 0
     if torch.is_grad_enabled():  # the gradient is to be differentiated again
         return torch.stack((gradient * chosen, gradient * (1.0 - chosen)), dim)
     result = gradient.new_empty(pairs.shape)

@@ -10,16 +10,17 @@ from harness.training.compilation import Compilation
 
 
 def to_device(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model on `device`, its convolution weights channels last (in float32 2.4x faster for LeNet on a CPU, 1.3x for SmallCNN)."""
+    """The model on `device`, its convolution weights channels last (on a CPU 2.4x faster for LeNet, 1.3x for SmallCNN)."""
     return model.to(device, memory_format=torch.channels_last)
 
 
 class TrainingPrecision(nn.Module):
     """`module` with its convolutions and products in `dtype` (autocast), channels last; logits come out in float32.
 
-    With `attack_view` it is passed in a faster form where one is recognised and checked (`harness.training.attack_view`).
-    With a `compilation` its passes and the steps of a PGD on it are compiled, once that has been proved to be the same and faster. The
-    logits are a copy: a CUDA graph writes its own outputs again in the next pass, when those of this one may still be needed.
+    With `attack_view` it is passed in a faster form where one is recognised and checked
+    (`harness.training.attack_view`). With a `compilation` its passes and the steps of a PGD on it are
+    compiled, once that has been proved to be the same and faster. The logits are a copy: a CUDA graph writes
+    its own outputs again in the next pass, when those of this one may still be needed.
     """
 
     def __init__(self, module: nn.Module, dtype: torch.dtype, compilation: Compilation | None = None,

@@ -1,7 +1,7 @@
 """A network's graph (torch.fx) with the layers that `harness.training.fused` knows in its place.
 
-Every rule keeps the function, whatever else the network does: what is replaced has one user, so that nobody else sees it; and
-a convolution moves down to the end of its chain only over nodes that write nothing.
+Every rule keeps the function, whatever else the network does: what is replaced has one user, so that nobody
+else sees it; and a convolution moves down to the end of its chain only over nodes that write nothing.
 """
 import operator
 from collections.abc import Callable
@@ -16,9 +16,9 @@ from harness.training.fused import max_pool
 RELUS = {F.relu, torch.relu, torch.relu_, "relu", "relu_"}
 ADDITIONS = {operator.add, torch.add, "add"}
 ADDITIONS_IN_PLACE = {operator.iadd, "add_"}
-WRITE_NOTHING = {F.relu, torch.relu, "relu", *ADDITIONS, operator.mul, torch.mul, torch.cat, torch.flatten, "flatten", "size",
-                 F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, max_pool}
-FRESH = (nn.Conv2d, nn.BatchNorm2d)  # layers whose output is new memory, and is not needed in their backward pass
+WRITE_NOTHING = {F.relu, torch.relu, "relu", *ADDITIONS, operator.mul, torch.mul, torch.cat, torch.flatten,
+                 "flatten", "size", F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, max_pool}
+FRESH = (nn.Conv2d, nn.BatchNorm2d)  # their output is new memory, which their backward pass does not need
 
 
 def rewrite(graph: Graph, modules: dict[str, nn.Module], conv_norm_relu: Callable) -> None:
@@ -44,7 +44,7 @@ class Rewriting:
             self._relu_in_place(node)
         self.graph.lint()
 
-    # ---- what a node is ----------------------------------------------------------------------------------------------------------
+    # ---- what a node is ------------------------------------------------------------------------------------
 
     def _is(self, node: Node, *kinds: type) -> bool:
         """A call, with one argument, of a module of exactly one of these classes."""
@@ -52,8 +52,9 @@ class Rewriting:
                 and isinstance(node.args[0], Node) and not node.kwargs)
 
     def _is_relu(self, node: Node) -> bool:
-        called = node.op in ("call_function", "call_method") and node.target in RELUS and isinstance(node.args[0], Node)
-        return self._is(node, nn.ReLU) or (called and len(node.args) <= 2 and set(node.kwargs) <= {"inplace"})
+        called = node.op in ("call_function", "call_method") and node.target in RELUS
+        fits = 1 <= len(node.args) <= 2 and isinstance(node.args[0], Node) and set(node.kwargs) <= {"inplace"}
+        return self._is(node, nn.ReLU) or (called and fits)
 
     def _writes(self, node: Node) -> bool:
         """Whether a ReLU works in place."""
@@ -72,17 +73,18 @@ class Rewriting:
             return plain and kernel in (2, (2, 2)) and stride in (2, (2, 2))
         if not (node.op == "call_function" and node.target in (F.max_pool2d, torch.max_pool2d)):
             return False
-        given = dict(zip(("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"), node.args))
-        given |= node.kwargs
+        names = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+        given = dict(zip(names, node.args)) | node.kwargs
         usual = {"stride": 2, "padding": 0, "dilation": 1, "ceil_mode": False, "return_indices": False}
         sizes = given.get("kernel_size") in (2, (2, 2)) and given.get("stride") in (None, 2, (2, 2))
-        return (isinstance(given.get("input"), Node) and sizes
-                and all(given.get(name, value) in (value, (value, value), None) for name, value in usual.items()))
+        plain = all(given.get(name, value) in (value, (value, value), None) for name, value in usual.items())
+        return isinstance(given.get("input"), Node) and sizes and plain
 
     def _only_user(self, node: Node) -> Node | None:
         """The one node that uses this one, once."""
         user = next(iter(node.users)) if len(node.users) == 1 else None
-        return user if user is not None and list(user.args).count(node) == 1 and node not in user.kwargs.values() else None
+        once = user is not None and list(user.args).count(node) == 1 and node not in user.kwargs.values()
+        return user if once else None
 
     def _is_fresh(self, node: Node) -> bool:
         return self._is(node, *FRESH) or (node.op == "call_function" and node.target is max_pool)
@@ -91,21 +93,24 @@ class Rewriting:
         """Whether a value has one user, and memory of its own."""
         if len(node.users) != 1:
             return False
-        return self._is_fresh(node) or (self._is_relu(node) and (not self._writes(node) or self._owns(node.args[0])))
+        if self._is_relu(node):
+            return not self._writes(node) or self._owns(node.args[0])
+        return self._is_fresh(node)
 
     def _writes_nothing(self, node: Node) -> bool:
-        """Whether a node certainly writes to no memory but its own, or that of a value that nobody else sees."""
+        """Whether a node certainly writes to no memory but its own, or that of a value with no other user."""
         if node.op in ("placeholder", "get_attr"):
             return True
         if node.op == "call_module":
             layer = self.modules[node.target]
-            inside = not getattr(layer, "inplace", False) and type(layer).__module__.startswith("torch.nn.modules")
-            return inside or (self._is_relu(node) and self._owns(node.args[0]))
+            known = type(layer).__module__.startswith("torch.nn.modules")
+            quiet = known and not getattr(layer, "inplace", False)
+            return quiet or (self._is_relu(node) and self._owns(node.args[0]))
         if self._is_relu(node) and self._writes(node):
             return self._owns(node.args[0])
         return node.target in WRITE_NOTHING or node.target is self.conv_norm_relu
 
-    # ---- rules -------------------------------------------------------------------------------------------------------------------
+    # ---- rules ---------------------------------------------------------------------------------------------
 
     def _pool(self, node: Node) -> None:
         """ReLU -> pooling as pooling -> ReLU; and our pooling."""
@@ -117,8 +122,9 @@ class Rewriting:
             relu = None
         with self.graph.inserting_before(node):
             pooled = self.graph.call_function(max_pool, (source if relu is None else relu.args[0],))
-            result = pooled if relu is None else self.graph.call_function(F.relu, (pooled,), {"inplace": True})
-        self._replace(node, result)
+            if relu is not None:
+                pooled = self.graph.call_function(F.relu, (pooled,), {"inplace": True})
+        self._replace(node, pooled)
         if relu is not None:
             self.graph.erase_node(relu)
 
@@ -126,12 +132,13 @@ class Rewriting:
         """Adaptive average pooling, left out where the map has its size already."""
         if self._is(node, nn.AdaptiveAvgPool2d):
             size = self.modules[node.target].output_size
-        elif node.op == "call_function" and node.target is F.adaptive_avg_pool2d and len(node.args) == 2 and not node.kwargs:
+        elif node.op == "call_function" and node.target is F.adaptive_avg_pool2d and len(node.args) == 2:
             size = node.args[1]
         else:
             return
         source, size = node.args[0], (size, size) if isinstance(size, int) else size
-        if not (isinstance(size, tuple) and all(isinstance(side, int) for side in size) and self._owns(source)):
+        fixed = isinstance(size, tuple) and all(isinstance(side, int) for side in size)
+        if not fixed or not self._owns(source):
             return
         with self.graph.inserting_before(node):
             self._replace(node, self.graph.call_function(average, (source, size)))
@@ -168,10 +175,9 @@ class Rewriting:
             return None
         node = chain[0].next
         while node is not user:
-            if node not in chain and not self._writes_nothing(node):
-                return None
-            if node not in chain and node.op == "call_module" and node.target in [one.target for one in chain]:
-                return None  # a BatchNorm of two calls, whose statistics depend on their order
+            again = node.op == "call_module" and node.target in [one.target for one in chain]
+            if node not in chain and (again or not self._writes_nothing(node)):
+                return None  # `again`: a BatchNorm of two calls, whose statistics depend on their order
             node = node.next
         return user
 

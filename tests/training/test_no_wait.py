@@ -14,8 +14,9 @@ from harness.training.run import Run
 WAITING = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique", "_unique2"}  # their host needs the values
 HARMLESS = {("require", "pgd.py"),               # on a GPU an assertion of the device instead
             ("training_batches", "batches.py"),  # of the order, which lives on the host
-            ("_update", "steps.py"),               # of the averaged weights' counter, which lives on the host
+            ("_update", "steps.py"),             # of the averaged weights' counter, which lives on the host
             ("check_finite", "batch.py")}        # once a second
+ONCE = ("_make", "attack_view.py")               # the check of a form of the network, once for each of its states
 ROOMS = {ROOT, *(path for name in ("attacks", "harness", "losses", "models") for path in (ROOT / name, *(ROOT / name).glob("*/")))}
 SCRIPTS = [("train_at_mnist", "--alpha", 1), ("train_trades_mnist", "--alpha", 1), ("train_free",), ("train_yopo",), ("train_iaat",),
            *(("train_vir", "--base", base, "--weights", kind, "--burn_in_epochs", 0)
@@ -33,8 +34,10 @@ class Waits(TorchDispatchMode):
         by_mask = function.overloadpacket.__name__.startswith("index") and any(
             index is not None and index.dtype == torch.bool for index in (args[1] if isinstance(args[1], (list, tuple)) else ()))
         if by_mask or function.overloadpacket.__name__ in WAITING:
-            own = [frame for frame in traceback.extract_stack() if Path(frame.filename).parent in ROOMS]
-            self.places.add((own[-1].name, own[-1].filename.rsplit("/", 1)[1]))
+            frames = [frame for frame in traceback.extract_stack() if Path(frame.filename).parent in ROOMS]
+            own = [(frame.name, Path(frame.filename).name) for frame in frames]
+            if ONCE not in own:
+                self.places.add(own[-1])
         return function(*args, **(kwargs or {}))
 
 
