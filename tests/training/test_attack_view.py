@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from attacks.frozen import frozen, predict
 from attacks.pgd import cross_entropy, pgd
-from harness.evaluation.attack_record import Steady
+from harness.evaluation.predictions import BatchInvariant
 from harness.training import attack_view, fused
 from harness.training.attack_view import AttackView
 from harness.training.precision import TrainingPrecision
@@ -671,10 +671,10 @@ def test_a_hook_on_all_modules_is_honoured():
 
 def test_a_write_to_data_between_two_evaluations_of_a_model_is_honoured():
     model, x, y = Plain().eval(), images(), torch.arange(6) % 4
-    steady = Steady(model)
+    steady = BatchInvariant(model)
     attack = {"epsilon": 0.1, "step_size": 0.05, "num_steps": 3, "start": "clean"}
     for _ in range(3):
-        assert torch.equal(pgd(steady, x, y, **attack), pgd(Steady(model), x, y, **attack))
+        assert torch.equal(pgd(steady, x, y, **attack), pgd(BatchInvariant(model), x, y, **attack))
         with torch.no_grad():
             torch.testing.assert_close(steady(x), model(x))
         model.conv.weight.data.mul_(-1.5)

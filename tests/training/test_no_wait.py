@@ -12,7 +12,7 @@ from attacks.pgd import pgd
 from harness.training.run import Run
 
 WAITING = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique", "_unique2"}  # their host needs the values
-HARMLESS = {("require", "pgd.py"),               # on a GPU an assertion of the device instead
+HARMLESS = {("require", "checks.py"),            # on a GPU an assertion of the device instead
             ("training_batches", "batches.py"),  # of the order, which lives on the host
             ("_update", "steps.py"),             # of the averaged weights' counter, which lives on the host
             ("check_finite", "batch.py")}        # once a second
