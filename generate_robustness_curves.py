@@ -55,7 +55,7 @@ from harness.evaluation.capacity import fitting_batch_size
 from harness.evaluation.predictions import BatchInvariant, num_outputs
 from harness.folder import resumable
 from harness.training.precision import to_device
-from losses.margin import margin_weights, probability_margin
+from losses.margin import margin_weights, misclassified, probability_margin
 from models import build_model
 
 SCRIPT = "generate_robustness_curves"
@@ -174,7 +174,7 @@ def fill(results: curve_store.Results, model: nn.Module, points: Split, others: 
             part = points[torch.from_numpy(rows)]
             keys = example_keys(part.index, cfg.seed)
             x, y = to_unit(part.images), part.labels
-            found = measure(steady, x, y, results.norms, margin_of=probability_margin,
+            found = measure(steady, x, y, results.norms, margin_of=probability_margin, misclassified=misclassified,
                             attack=lambda x, y, kept, keys=keys: attack(x, y, keys[kept]))
             for norm in results.norms if layers else ():
                 results.lower(norm)[rows] = certified_distances(layers, x, y, found.distance[norm], norm=norm).numpy()

@@ -37,17 +37,18 @@ def norms_of(delta: Tensor) -> dict[str, Tensor]:
 
 
 def measure(model: nn.Module, x: Tensor, y: Tensor, norms: tuple[str, ...], attack: Callable[[Tensor, Tensor, Tensor], Candidates],
-            margin_of: Callable[[Tensor, Tensor], Tensor]) -> Measured:
+            margin_of: Callable[[Tensor, Tensor], Tensor], misclassified: Callable[[Tensor, Tensor], Tensor]) -> Measured:
     """Attack the correctly classified points and keep, in each of `norms`, the closest adversarial example of all that came back.
 
     model: in eval mode; x: [B, ...] in [0, 1]; y: [B]. attack(x, y, rows) -> Candidates is called with the correctly classified
-    points alone, `rows` [b] being their places in the batch. margin_of(logits, y) -> [B] is negative exactly where y has lost. Each
-    candidate is clamped to [0, 1], classified again and measured in all norms, so that one found in any norm counts in every other.
+    points alone, `rows` [b] being their places in the batch. margin_of(logits, y) -> [B] is the margin, misclassified(logits, y)
+    -> [B] bool whether y has lost (`losses.margin`). Each candidate is clamped to [0, 1], classified again and measured in all norms,
+    so that one found in any norm counts in every other.
     """
     with torch.no_grad():
         logits = model(x).double()
     pred, clean_margin = logits.argmax(1), margin_of(logits, y)
-    wrong = pred != y
+    wrong = misclassified(logits, y)
     distance = {norm: torch.where(wrong, 0.0, torch.inf).double() for norm in norms}
     x_adv, margin = {norm: x.clone() for norm in norms}, {norm: clean_margin.clone() for norm in norms}
     rows = (~wrong).nonzero().squeeze(1)
@@ -58,7 +59,7 @@ def measure(model: nn.Module, x: Tensor, y: Tensor, norms: tuple[str, ...], atta
         with torch.no_grad():
             found = model(candidate).double()
         value, sizes = margin_of(found, y[rows]), norms_of(candidate.double() - x[rows].double())
-        adversarial = (value < 0) & found.isfinite().all(dim=1)
+        adversarial = misclassified(found, y[rows])
         for norm in norms:
             better = adversarial & (sizes[norm] < distance[norm][rows])
             distance[norm][rows[better]], margin[norm][rows[better]] = sizes[norm][better], value[better]

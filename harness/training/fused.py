@@ -12,10 +12,8 @@ on a CPU,
   - the input gradient of a convolution of few input channels, for which the library leaves most of its vector
     units idle, is a convolution of the flipped kernel at the places of a tile at once, its stride the tile:
     its channels become the tile's pixels.
-With trainable parameters too, a 3x3 convolution in bfloat16 on a map of 4x4 pixels or less is a matrix
-product of its patches, where the library's takes three times as long, and its weight gradient six times.
-Without a norm, on larger maps and with more channels it is bit for bit what the modules give; else the same
-function up to rounding.
+Without a norm and with more channels it is bit for bit what the modules give; else the same function up to
+rounding.
 """
 import operator
 from collections.abc import Callable, Iterator, MutableMapping
@@ -28,9 +26,6 @@ from torch import Tensor, nn
 
 from attacks.frozen import current
 
-SMALL_MAP = 16            # at most so many pixels a map,
-SMALL_MAP_CHANNELS = 128  # and at least so many channels, for patches to be worth it
-FEW_TO_POOL = 16  # below so many channels the library's max-pooling looks at one value at a time
 FEW_CHANNELS = 8  # at most so many channels of the input, for a tile to be worth it
 ENABLED = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
 BF16 = ENABLED and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # on this CPU
@@ -64,26 +59,16 @@ def conv_norm_relu(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d | None = Non
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and not double else x.dtype
     here = ENABLED and kind == "cpu"
     regular = not _as_modules and x.ndim == 4 and _regular(conv)
-    small = here and regular and _small(x, conv, dtype)
     if regular and (here or _folds_elsewhere(x, norm)) and _fusible(conv, norm, dtype):
         frozen = _frozen(conv, norm, dtype, {} if folded is None else folded)
-        if here and not small:
+        if here:
             fits = add is not None and _fits(add, _shape(x, conv), dtype)
             last = relu and (fits or add is None)
             out = _FusedConvolution.apply(x.to(dtype), add if fits else None, frozen, last)
             return out if fits or add is None else _add_relu(out, add, relu, plus)
-        if here:
-            out = _convolve_patches(x.to(dtype), frozen.weight, frozen.bias, conv.stride)
-        else:
-            out = F.conv2d(x.to(dtype), frozen.weight, frozen.bias, conv.stride, conv.padding)
+        out = F.conv2d(x.to(dtype), frozen.weight, frozen.bias, conv.stride, conv.padding)
     else:
-        if small:
-            bias = None if conv.bias is None else conv.bias.to(dtype)
-            out = _convolve_patches(x.to(dtype), conv.weight.to(dtype), bias, conv.stride)
-        else:
-            out = conv(x)
-        if norm is not None:
-            out = norm(out)
+        out = conv(x) if norm is None else norm(conv(x))
     return _add_relu(out, add, relu, plus)
 
 
@@ -234,134 +219,3 @@ def _input_gradient(gradient: Tensor, x: Tensor, conv: Folded) -> Tensor:
     tiles = tiles.permute(0, 2, 3, 1)
     tiles = tiles.reshape(batch, height // rows, width // columns, rows, columns, channels)
     return tiles.transpose(2, 3).reshape(batch, height, width, channels).permute(0, 3, 1, 2)
-
-
-def _small(x: Tensor, conv: nn.Conv2d, dtype: torch.dtype) -> bool:
-    pixels = -(-x.shape[2] // conv.stride[0]) * -(-x.shape[3] // conv.stride[1])
-    channels = min(conv.in_channels, conv.out_channels)
-    fits = dtype == torch.bfloat16 and conv.kernel_size == (3, 3) and conv.padding == (1, 1)
-    return fits and pixels <= SMALL_MAP and channels >= SMALL_MAP_CHANNELS
-
-
-def _convolve_patches(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int]) -> Tensor:
-    """3x3 convolution with padding 1 of x [B, C, H, W] by one matrix product; the result is channels last."""
-    out = _PatchConvolution.apply(x, weight, bias, stride)
-    return out.view(len(x), -(-x.shape[2] // stride[0]), -(-x.shape[3] // stride[1]), -1).permute(0, 3, 1, 2)
-
-
-class _PatchConvolution(torch.autograd.Function):
-    """Weights [K, 9 C] times patches [B H' W', 9 C], transposed: [B H' W', K], with all its gradients."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int]) -> Tensor:
-        """x [B, C, H, W], weight [K, C, 3, 3], bias [K] or None -> [B H' W', K]."""
-        padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)).contiguous()  # [B, H + 2, W + 2, C]
-        patches = _patches(padded, stride)  # [B, H', W', 3, 3, C], a view
-        ctx.save_for_backward(padded, weight)
-        ctx.stride = stride
-        flat = patches.flatten(3).flatten(0, 2)
-        out = (_flat(weight) @ flat.t()).t().contiguous()  # in this order two cores are busy
-        return out if bias is None else out.add_(bias)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients with respect to x, weight and bias, each where it is wanted."""
-        padded, weight = ctx.saved_tensors
-        gradient_x = gradient_weight = gradient_bias = None
-        if ctx.needs_input_grad[0]:
-            total = torch.zeros(padded.shape, dtype=torch.float32)
-            shares = (gradient @ _flat(weight)).view(_patches(total, ctx.stride).shape)
-            for row in range(3):  # within one position of the window no two patches share a pixel
-                for column in range(3):
-                    _patches(total, ctx.stride)[:, :, :, row, column] += shares[:, :, :, row, column]
-            gradient_x = total[:, 1:-1, 1:-1].to(gradient.dtype).permute(0, 3, 1, 2)
-        if ctx.needs_input_grad[1]:
-            product = gradient.t() @ _patches(padded, ctx.stride).flatten(3).flatten(0, 2)
-            gradient_weight = product.view(len(weight), 3, 3, -1).permute(0, 3, 1, 2)
-        if ctx.needs_input_grad[2]:
-            gradient_bias = gradient.sum(0)
-        return gradient_x, gradient_weight, gradient_bias, None
-
-
-def _patches(padded: Tensor, stride: tuple[int, int]) -> Tensor:
-    """The 3x3 windows of padded [B, H + 2, W + 2, C] as a view [B, H', W', 3, 3, C]."""
-    batch, height, width, channels = padded.shape
-    b, h, w, c = padded.stride()
-    shape = (batch, (height - 3) // stride[0] + 1, (width - 3) // stride[1] + 1, 3, 3, channels)
-    return padded.as_strided(shape, (b, h * stride[0], w * stride[1], h, w, c))
-
-
-def _flat(weight: Tensor) -> Tensor:
-    return weight.permute(0, 2, 3, 1).reshape(len(weight), -1)  # [K, 9 C]
-
-
-def max_pool(x: Tensor) -> Tensor:
-    """2x2 max-pooling with stride 2 of x [B, C, H, W]; the gradient goes to a window's first maximum.
-
-    Of a map of even sides on a CPU two maxima, of columns and of rows: for finite numbers the same bits, the
-    gradient's too. Without a gradient that takes a fifth of the library's time for a channels-last map of few
-    channels, as the library keeps the places too; with one, and only for few channels in float32 or bfloat16,
-    two thirds.
-    """
-    if _as_modules or x.ndim != 4:
-        return F.max_pool2d(x, 2)
-    batch, channels, height, width = x.shape
-    needs_places = torch.is_grad_enabled() and x.requires_grad
-    if x.device.type != "cpu" or height % 2 or width % 2:
-        return F.max_pool2d(x, 2)
-    if not needs_places:
-        rows = x.permute(0, 2, 3, 1).reshape(-1, 2, width * channels)  # [B H/2, 2, W C]
-        columns = torch.maximum(*rows.unbind(1)).view(batch, height // 2, width // 2, 2, channels)
-        return torch.maximum(*columns.unbind(3)).permute(0, 3, 1, 2)
-    if channels < FEW_TO_POOL and x.dtype in (torch.float32, torch.bfloat16):
-        return _FewChannels.apply(x)
-    return F.max_pool2d(x, 2)
-
-
-class _FewChannels(torch.autograd.Function):
-    """Computed in float32, which holds every value of bfloat16 and is faster here."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        """x [B, C, H, W] -> the maxima [B, C, H/2, W/2] in the type of x."""
-        batch, channels, height, width = x.shape
-        columns = torch.maximum(*_pairs(x).unbind(3))  # [B, H, W/2, C]
-        ctx.save_for_backward(x, columns)
-        # no view is returned: the caller may change it in place
-        shape = (batch, channels, height // 2, width // 2)
-        out = torch.empty(shape, dtype=torch.float32, device=x.device, memory_format=torch.channels_last)
-        rows = columns.view(batch, height // 2, 2, width // 2 * channels)
-        flat = out.permute(0, 2, 3, 1).view(batch, height // 2, width // 2 * channels)
-        torch.maximum(*rows.unbind(2), out=flat)
-        return out.to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        """The gradient with respect to x [B, C, H, W]; of equal values the first has it all."""
-        x, columns = ctx.saved_tensors
-        batch, channels, height, width = x.shape
-        half = (height // 2, width // 2 * channels)
-        gradient = gradient.permute(0, 2, 3, 1).to(torch.float32).reshape(batch, *half)
-        gradient = _share(gradient, columns.detach().view(batch, half[0], 2, half[1]), 2).view(columns.shape)
-        gradient = _share(gradient, _pairs(x.detach()), 3).view(batch, height, width, channels)
-        return gradient.permute(0, 3, 1, 2).to(x.dtype)
-
-
-def _pairs(x: Tensor) -> Tensor:
-    """Columns two by two: x [B, C, H, W] as [B, H, W/2, 2, C], in float32."""
-    batch, channels, height, width = x.shape
-    return x.permute(0, 2, 3, 1).to(torch.float32).contiguous().view(batch, height, width // 2, 2, channels)
-
-
-def _share(gradient: Tensor, pairs: Tensor, dim: int) -> Tensor:
-    """The gradient of max(first, second) goes to the larger, of equals to the first; `dim` holds both."""
-    first, second = pairs.unbind(dim)
-    chosen = torch.empty_like(first, memory_format=torch.contiguous_format)
-    torch.ge(first, second, out=chosen)  # 1 or 0
-    if torch.is_grad_enabled():  # the gradient is to be differentiated again
-        return torch.stack((gradient * chosen, gradient * (1.0 - chosen)), dim)
-    result = gradient.new_empty(pairs.shape)
-    to_first, to_second = result.unbind(dim)
-    torch.mul(gradient, chosen, out=to_first)
-    torch.sub(gradient, to_first, out=to_second)
-    return result

@@ -11,7 +11,7 @@ from attacks.frozen import frozen
 from attacks.pgd import pgd
 from harness.training import fused
 from harness.training.attack_view import AttackView
-from harness.training.fused import conv_norm_relu, max_pool
+from harness.training.fused import conv_norm_relu
 from harness.training.precision import TrainingPrecision, to_device
 from models import build_model
 from models.wide_resnet import WideResNet
@@ -78,42 +78,6 @@ def test_the_input_gradient_of_few_channels_is_the_librarys(shape, dtype, monkey
     fused_here = dtype == torch.float32 or fused.BF16  # else the convolution stays a module, as its only call
     assert len(tiled) == (fits if fused_here else 1) and ours.shape == x.shape
     torch.testing.assert_close(ours, theirs, **({"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.05}))
-
-
-@pytest.mark.parametrize("stride", (1, 2))
-def test_a_small_map_is_a_product_of_patches_with_the_same_value_and_gradients(stride, monkeypatch):
-    conv, batch_norm = layers(128, 128, stride=stride, bias=True)
-    x, add = torch.randn(3, 128, 4 * stride, 4 * stride).bfloat16(), torch.randn(3, 128, 4, 4).bfloat16()
-
-    def fast(x, add):
-        return conv_norm_relu(x, conv, batch_norm, add, relu=False)
-
-    with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(conv_norm_relu(x, conv, batch_norm, add), fast(x, add).relu(), rtol=0, atol=0)
-        ours = value_and_gradients(fast, x, add)
-        monkeypatch.setattr(fused, "SMALL_MAP", 0)
-        other = value_and_gradients(fast, x, add)
-    exact = value_and_gradients(lambda x, add: plain(x, conv, batch_norm, add, relu=False), x.float(), add.float())
-    for mine, theirs, truth in zip(ours, other, exact):
-        error, allowed = (mine.float() - truth).norm() / truth.norm(), (theirs.float() - truth).norm() / truth.norm()
-        assert error <= 1.5 * allowed < 0.02  # the sum is rounded before the addition as well
-
-
-@pytest.mark.parametrize("stride", (1, 2))
-def test_the_weight_and_bias_gradients_of_a_small_map_are_those_of_the_convolution(stride):
-    conv, _ = layers(128, 130, stride=stride, bias=True)
-    x = torch.randn(3, 128, 4 * stride, 4 * stride)
-    slope = torch.randn(3, 130, 4, 4)
-    found = {}
-    for name, fuse, dtype in (("ours", True, torch.bfloat16), ("theirs", False, torch.bfloat16), ("exact", False, torch.float32)):
-        conv.weight.requires_grad, conv.bias.requires_grad = True, True
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32), fused.as_modules(not fuse):
-            out = conv_norm_relu(x.to(dtype), conv, relu=False)
-        found[name] = torch.autograd.grad((out.float() * slope).sum(), (conv.weight, conv.bias))
-    for ours, theirs, exact in zip(*found.values()):
-        assert ours.dtype == torch.float32
-        error, allowed = (ours - exact).norm() / exact.norm(), (theirs - exact).norm() / exact.norm()
-        assert error <= 1.5 * allowed + 1e-4 < 0.02
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
@@ -272,25 +236,3 @@ def test_the_gradient_may_be_differentiated_again():
     y = x.detach().clone().requires_grad_()
     expected, = torch.autograd.grad(torch.autograd.grad(plain(y, conv, norm).pow(2).sum(), y, create_graph=True)[0].sum(), y)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("shape", ((3, 6, 28, 28), (2, 5, 7, 8), (1, 1, 2, 2), (4, 32, 10, 6), (0, 6, 28, 28)))
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64), ids=str)
-def test_max_pooling_is_that_of_the_library_with_and_without_a_gradient(shape, dtype):
-    tied = torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    for x in (tied, tied.contiguous(memory_format=torch.channels_last)):
-        ours, theirs = (x.clone().requires_grad_() for _ in range(2))
-        found, expected = max_pool(ours), F.max_pool2d(theirs, 2)
-        assert torch.equal(max_pool(x), expected) and torch.equal(found, expected)
-        slope = torch.randn(expected.shape).to(dtype)
-        assert torch.equal(*(torch.autograd.grad(out, source, slope)[0] for out, source in ((found, ours), (expected, theirs))))
-
-
-def test_the_gradient_of_max_pooling_can_be_differentiated_again():
-    x = torch.randint(-3, 4, (2, 3, 4, 6), generator=torch.Generator().manual_seed(0)).float()
-    second = []
-    for pool in (max_pool, lambda x: F.max_pool2d(x, 2)):
-        point = x.clone().requires_grad_()
-        gradient, = torch.autograd.grad((pool(point) ** 3).sum(), point, create_graph=True)
-        second.append((gradient, torch.autograd.grad((gradient ** 2).sum(), point)[0]))
-    assert torch.equal(second[0][0], second[1][0]) and torch.allclose(second[0][1], second[1][1]) and second[0][1].any()
