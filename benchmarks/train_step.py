@@ -20,7 +20,6 @@ The three take turns in one process, on synthetic images of the network's size, 
     python benchmarks/train_step.py --model resnet18 --method trades --batch_size 64 --json
     python benchmarks/train_step.py --model wrn34_10 --batch_size 8 --repeats 3
     python benchmarks/train_step.py --model lenet --repeats 20 --out results/train_step_lenet.json
-    python benchmarks/train_step.py --sweep --out results/steps.json  # and figures of the cost against batch size and attack steps
 """
 import copy
 import json
@@ -94,7 +93,6 @@ class Config:
     compile: bool = False                                 # of our step: torch.compile
     graphs: bool = False                                  # with compile, on a GPU: replay each compiled piece as one CUDA graph
     json: bool = False                                    # print one line of JSON and nothing else
-    sweep: bool = False                                   # then the cost against batch size and attack steps: OUT_sweep_METHOD.json, .png
     out: str | None = None                                # JSON file to write, never over another
 
 
@@ -265,22 +263,6 @@ def run_alone(form: str, name: str, method: str, cfg: Config) -> None:
                 step()
 
 
-def sweep_costs(cfg: Config, out: Path) -> None:
-    """`benchmarks/sweep.py` of the same networks, for each method, from an eighth of the batch size to twice of it."""
-    from benchmarks import sweep  # which measures by this module
-
-    sizes = tuple(dict.fromkeys(max(1, cfg.batch_size * eighths // 8) for eighths in (1, 2, 4, 8, 16)))
-    for method in cfg.method:
-        sweep.main(sweep.Config(model=cfg.model, eval_model=cfg.model, method=method, batch_sizes=sizes, eval_batch_sizes=sizes,
-                                batch_size=cfg.batch_size, steps=cfg.num_steps or sweep.Config.steps, repeats=cfg.repeats, seed=cfg.seed,
-                                device=cfg.device, precision=cfg.precision, out=str(sweep_file(out, method))))
-
-
-def sweep_file(out: Path, method: str) -> Path:
-    """Where the sweep of a method goes, beside the file of the steps."""
-    return out.with_name(f"{out.stem}_sweep_{method}.json")
-
-
 HEADER = (f"{'model':<10}{'method':<8}{'batch':>6}{'steps':>6}{'ours s':>10}{'published s':>13}{'ratio':>7}{'images/s':>10}"
           f"{'published':>11}{'overhead %':>12}{'GFLOP/s':>10}{'peak %':>8}{'MB':>9}{'published':>11}")
 
@@ -298,8 +280,6 @@ def check(cfg: Config) -> None:
     """Raise UserError for what the flags' types let through."""
     if unknown := [name for name in cfg.model if name not in MODELS]:
         raise UserError(f"unknown model '{unknown[0]}': choose among {', '.join(MODELS)}")
-    if cfg.sweep and (cfg.json or not cfg.out):
-        raise UserError("--sweep writes tables and files: give --out FILE, and not --json")
     for flag, least in {"model": 1, "method": 1, "repeats": 1, "warmup_rounds": 0, "matmul_size": 1}.items():
         value = getattr(cfg, flag)
         if (len(value) if isinstance(value, tuple) else value) < least:
@@ -309,8 +289,6 @@ def check(cfg: Config) -> None:
 def main(cfg: Config) -> None:
     check(cfg)
     out = output_path(cfg.out, Path(cfg.out), whole_run=False) if cfg.out else None
-    for method in cfg.method if cfg.sweep else ():
-        output_path(str(file := sweep_file(out, method)), file, whole_run=False)  # refused now, not after the steps
     device = choose_device(cfg.device)
     peak_of = cache(lambda dtype: matrix_peak(cfg.matmul_size, dtype, device, cfg.repeats))
     if not cfg.json:
@@ -331,8 +309,6 @@ def main(cfg: Config) -> None:
         where = facts["environment"]
         print(f"{where['hardware']}, {where['threads']} threads, torch {where['torch']}; ours in {rows[0]['precision']}, "
               f"peak {rows[0]['peak_gflops']:,.0f} GFLOP/s")
-    if cfg.sweep:
-        sweep_costs(cfg, out)
 
 
 if __name__ == "__main__":

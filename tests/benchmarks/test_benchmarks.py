@@ -198,24 +198,12 @@ def test_a_row_that_fails_leaves_the_rows_before_it(tmp_path, monkeypatch):
     assert [row["method"] for row in json.loads((tmp_path / "rows.json").read_text())["rows"]] == ["at"]
 
 
-def test_the_same_command_sweeps_batch_sizes_and_attack_steps_and_draws_them(tmp_path):
-    main(toy("--model", "lenet", "--method", "vir", "--sweep", "--out", str(tmp_path / "steps.json")))
-    assert {path.name for path in tmp_path.iterdir()} == {"steps.json", "steps_sweep_vir.json", "steps_sweep_vir.png"}
-    rows = json.loads((tmp_path / "steps_sweep_vir.json").read_text())["training"]
-    assert [(row["method"], row["batch_size"], row["num_steps"]) for row in rows] == [
-        ("vir", size, 2) for size in (1, 2, 4, 8)] + [("vir", 4, steps) for steps in (1, 5, 10, 20, 40)]
-    (tmp_path / "steps.json").unlink()
-    with pytest.raises(UserError, match="never overwritten"):
-        main(toy("--model", "lenet", "--method", "vir", "--sweep", "--out", str(tmp_path / "steps.json")))
-
-
 def die(*arguments):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.parametrize(("words", "message"), (
     (["--model", "lenot"], "unknown model 'lenot'"), (["--model"], "--model needs at least 1"), (["--repeats", "0"], "--repeats"),
-    (["--sweep"], "--sweep writes"),
     (["--matmul_size", "0"], "--matmul_size"), (["--out", __file__], "never overwritten"), (["--device", "nowhere"], "--device nowhere")))
 def test_what_cannot_be_timed_is_refused_at_once(words, message):
     with pytest.raises(UserError, match=message):
