@@ -52,7 +52,7 @@ def published_trades(model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tenso
     """One step of TRADES on the batch x [B, C, H, W], y [B]; returns its loss.  `start` as in `attacks.pgd.pgd`."""
     divergence = nn.KLDivLoss(reduction="sum")
     model.eval()
-    x_adv = raised(lambda x_adv: divergence(F.log_softmax(model(x_adv), dim=1), F.softmax(model(x), dim=1)), x, settings, start)
+    x_adv = maximised(lambda x_adv: divergence(F.log_softmax(model(x_adv), dim=1), F.softmax(model(x), dim=1)), x, settings, start)
     model.train()
     optimizer.zero_grad()
     natural = F.cross_entropy(model(x), y)
@@ -66,7 +66,7 @@ def published_trades(model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tenso
 def published_vir(model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor, settings: object, start: str | Tensor) -> Tensor:
     """One step of VIR-AT, after its burn-in, on the batch x [B, C, H, W], y [B]; returns its loss.  `start` as in `attacks.pgd.pgd`."""
     model.eval()
-    x_adv = raised(lambda x_adv: F.cross_entropy(model(x_adv), y), x, settings, start)
+    x_adv = maximised(lambda x_adv: F.cross_entropy(model(x_adv), y), x, settings, start)
     model.train()
     optimizer.zero_grad()
     with torch.no_grad():
@@ -82,7 +82,7 @@ def published_vir(model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor, 
     return loss.detach()
 
 
-def raised(loss_fn: Callable[[Tensor], Tensor], x: Tensor, settings: object, start: str | Tensor) -> Tensor:
+def maximised(loss_fn: Callable[[Tensor], Tensor], x: Tensor, settings: object, start: str | Tensor) -> Tensor:
     """x_adv [B, C, H, W] of PGD by the gradient of `loss_fn(x_adv)`, a scalar, with respect to the images alone."""
     x_adv = first_iterate(x, settings.epsilon, start)
     for _ in range(settings.num_steps):
