@@ -62,7 +62,8 @@ def conv_norm_relu(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d | None = Non
     if regular and (here or _folds_elsewhere(x, norm)) and _fusible(conv, norm, dtype):
         frozen = _frozen(conv, norm, dtype, {} if folded is None else folded)
         if here:
-            fits = add is not None and _fits(add, _shape(x, conv), dtype)
+            fits = add is not None and _fits(add, shape := _shape(x, conv), dtype)
+            fits = fits and shape[2:] != (1, 1)  # torch 2.6 refuses an addition to one pixel
             last = relu and (fits or add is None)
             out = _FusedConvolution.apply(x.to(dtype), add if fits else None, frozen, last)
             return out if fits or add is None else _add_relu(out, add, relu, plus)
