@@ -137,9 +137,11 @@ class _Parser(argparse.ArgumentParser):
             close = difflib.get_close_matches(unknown[1], flags, 1)
             message = f"unknown flag {unknown[1]}" + (f": did you mean {close[0]}?" if close else "")
         recipe = re.match(r"argument --recipe: invalid choice: '(.*?)' \(choose from (.*)\)", message)
-        if recipe and len(names := re.findall(r"[\w-]+", recipe[2])) > 12:
+        if recipe:
+            names = re.findall(r"[\w-]+", recipe[2])
             close = difflib.get_close_matches(recipe[1], names, 3, 0)
-            message = f"unknown recipe '{recipe[1]}': did you mean {' or '.join(close)}?"
+            choice = f"did you mean {' or '.join(close)}?" if len(names) > 12 else f"choose one of {', '.join(names)}"
+            message = f"unknown recipe '{recipe[1]}': {choice}"
         raise UserError(f"{message} (--help lists the flags)")
 
 

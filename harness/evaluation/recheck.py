@@ -1,13 +1,4 @@
-"""Check the adversaries that an evaluation has kept (`--save_adversaries`), from its files: no attack is run.
-
-    python -m harness.evaluation.recheck RECORD --checkpoint FILE
-
-RECORD is OUT.record/last or the like; FILE, by default, the checkpoint that it names.
-
-Every image must lie in its ball and box, and the network must see in it the class that the record says.
-"""
-import argparse
-import sys
+"""Adversaries that an evaluation has kept, checked from its files: no attack is run."""
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,30 +42,3 @@ def recheck(folder: Path, checkpoint: Path | None, data_dir: str,
         outside = ~((images >= 0) & (images <= 1)).flatten(1).all(1)  # NaN is outside too
         found[name] = len(position), int(((seen != prediction[position]) | far | outside).sum())
     return found
-
-
-def main() -> None:
-    """Check the record on the command line.
-
-    Exit code 1 where an adversary is not what the record says, 2 where nothing can be read.
-    """
-    parser = argparse.ArgumentParser("python -m harness.evaluation.recheck", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")
-    parser.add_argument("record", type=Path, help="folder of one checkpoint in a record")
-    parser.add_argument("--checkpoint", type=Path, help="file of the weights; default: the record's own")
-    parser.add_argument("--data_dir", default="data", help="folder of the data sets (default: data)")
-    flags = parser.parse_args()
-    try:
-        from models import build_model  # here alone: the function takes any
-        found = recheck(flags.record, flags.checkpoint, flags.data_dir, build_model)
-    except (UserError, OSError) as error:
-        parser.error(" ".join(str(error).split()))
-    for name, (count, wrong) in found.items():
-        said = f"{wrong:,} are not as recorded" if wrong else "all as recorded"
-        print(f"{name:<20}{count:>7,} images: {said}")
-    sys.exit(1 if any(wrong for _, wrong in found.values()) else 0)
-
-
-if __name__ == "__main__":
-    main()

@@ -15,11 +15,20 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from harness.training.options import CompileOptions, RunOptions
+
 RADIUS = 0.1  # of the comparison, pixels in [0, 1]: nearer to x, where a KL is flat, bfloat16's gradients are half rounding
 WARM_UP = 3   # calls before the comparison: compile, record the CUDA graph, replay it
 # How far from plain torch's moves, logits and gradients is still the same function, as a part of these. Rounding in bfloat16 alone
 # was seen to change 16 % of a step's moves and 34 % of ResNet-18's gradients; what has nothing to do with the plain form is 100 % away.
 FAR = 0.5
+
+
+def compilation_of(cfg: RunOptions, device: torch.device, say: Callable[[str], None]) -> "Compilation | None":
+    """What a run compiles with; None without --compile.  CUDA graphs are for a GPU."""
+    if not isinstance(cfg, CompileOptions) or not cfg.compile:
+        return None
+    return Compilation(cfg.graphs and device.type == "cuda", say)
 
 
 class Compilation:

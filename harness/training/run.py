@@ -18,9 +18,9 @@ from harness.device import choose_device, choose_dtype
 from harness.errors import Collapsed, UserError
 from harness.reporting import figures
 from harness.training.collapse import CollapseWatch, checkpoints_at_chance
-from harness.training.compilation import Compilation
+from harness.training.compilation import compilation_of
 from harness.training.first_layer import FirstLayer
-from harness.training.options import CompileOptions, RunOptions
+from harness.training.options import RunOptions
 from harness.training.precision import TrainingPrecision, bare, to_device
 from harness.training.rows import PersistentRows
 from harness.training.saving import RunFolder, make_folder, read_last, summary_of
@@ -83,9 +83,7 @@ class Run(Steps):
         self.architecture = {"name": self.cfg.model, "num_classes": self.data.num_classes, "in_channels": channels,
                              "mean": mean, "std": std}
         self.dtype = choose_dtype(self.cfg.precision, self.device, model)
-        compilation = None
-        if isinstance(self.cfg, CompileOptions) and self.cfg.compile:
-            compilation = Compilation(self.cfg.graphs and self.device.type == "cuda", self.say)
+        compilation = compilation_of(self.cfg, self.device, self.say)
         model = TrainingPrecision(to_device(model, self.device), self.dtype, compilation, self.cfg.attack_view)
         return distributed.parallel(model)
 

@@ -11,7 +11,7 @@ from conftest import TINY
 
 from harness.config import run_script
 from harness.errors import Collapsed
-from harness.evaluation.chance import ClassCounts, at_chance, collapsed_since, metrics_at_chance
+from harness.evaluation.chance import SOON, ClassCounts, at_chance, collapsed_since, metrics_at_chance
 
 # ---- the definition ------------------------------------------------------------------------------------------------------------------
 
@@ -50,6 +50,11 @@ def test_the_most_frequent_class_of_an_unbalanced_folder_is_a_guess_and_a_lower_
 def test_the_limit_is_the_interval_of_a_uniform_guess():
     se = (0.1 * 0.9 / 1000) ** 0.5
     assert at_chance([100 * (0.1 + 1.95 * se)] * 10, [100] * 10) and not at_chance([100 * (0.1 + 1.97 * se)] * 10, [100] * 10)
+
+
+@pytest.mark.parametrize("counts", [[1, 1], [2, 1], [1, 0, 1]])
+def test_all_right_is_never_at_chance_however_few_they_are(counts):
+    assert not at_chance(counts, counts)
 
 
 def test_nothing_right_is_at_chance_and_one_class_has_no_chance_level():
@@ -142,7 +147,7 @@ def test_a_strong_evaluation_of_a_network_at_chance_is_suspicious(script):
 def test_a_run_that_learns_late_is_not_named(script, capsys):
     script("train_at_mnist", *DIES, "--epochs", 24, "--lr", 0.1, "--max_grad_norm", 1, "--lr_warmup_epochs", 6, "--out_dir", "late")
     column, said = [int(row["epochs_at_chance"]) for row in read_log("late")], capsys.readouterr().out
-    assert column[0] == 1 and column[-1] == 0  # it begins at chance and leaves it
+    assert max(column) >= SOON and column[-1] == 0  # long enough at chance to be named, but for the patience
     assert "COLLAPSED" not in said and "at chance" not in said and "finished: 24 epochs" in said
 
 
@@ -156,6 +161,23 @@ def test_stop_on_collapse_ends_the_run_and_so_does_its_resumption(script, capsys
     assert len(read_log("run")) == done
     script("train_at_mnist", "--resume", "run", "--no-stop_on_collapse")
     assert len(read_log("run")) == 12
+
+
+def test_a_run_that_collapses_in_its_last_epochs_fails_too(script, capsys):
+    with pytest.raises(Collapsed, match="has ended at chance, where it has been since epoch 1"):
+        script("train_at_mnist", *DIES, "--epochs", 4, "--lr", 0, "--lr_warmup_epochs", 3, "--stop_on_collapse", "--out_dir", "run")
+    assert len(read_log("run")) == 4 and "finished, COLLAPSED" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_under_torchrun_a_collapsed_run_keeps_its_last_epoch(shell, tmp_path):
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    flags = (*DIES, "--epochs", 12, "--lr", 0, "--stop_on_collapse", "--device", "cpu")
+    done = shell("train_at_mnist.py", *flags, "--out_dir", "two", launcher=torchrun)
+    assert done.returncode != 0 and "last.pt and best.pt in two are at chance" in done.stderr
+    alone = shell("train_at_mnist.py", *flags, "--out_dir", "one")
+    assert alone.returncode == 1
+    assert len(read_log(tmp_path / "two")) == len(read_log(tmp_path / "one")) < 12
 
 
 def test_a_seed_that_collapses_does_not_end_the_others(monkeypatch, tmp_path, capsys):

@@ -110,9 +110,11 @@ def test_verdicts_do_not_depend_on_batch_size_shards_or_interruptions(evaluated,
 
 def test_the_worst_case_of_a_linear_model_is_its_closed_form(script):
     Path("net.py").write_text(LINEAR)
+    torch.manual_seed(0)
     model = trained(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10)), 45)
     torch.save(model.state_dict(), "linear.pt")
-    script("eval_mnist", *FLAGS[4:], "--epsilon", 0.03, "--checkpoint", "linear.pt", "--arch", "net.py:Net", "--attacks", "cw",
+    # MDMT goes to the corner of each class in turn; CW alone may end at the corner of a class that is no help
+    script("eval_mnist", *FLAGS[4:], "--epsilon", 0.03, "--checkpoint", "linear.pt", "--arch", "net.py:Net", "--attacks", "mdmt",
            "--out", "r.json", "--num_examples", 100)
     split = first_examples(load_dataset("digits", "data").test, 100)
     x, y, w, b = to_unit(split.images).flatten(1), split.labels, model[1].weight.detach(), model[1].bias.detach()

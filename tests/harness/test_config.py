@@ -233,6 +233,19 @@ def test_resume_takes_the_default_of_a_field_that_is_newer_than_the_run_and_says
 
 
 @dataclass(frozen=True)
+class Clipped:
+    max_grad_norm: float = 1.0                            # clips
+    lr: float = 0.1                                       # learning rate
+    resume: str | None = None                             # run folder
+
+
+def test_a_run_older_than_clipping_is_resumed_without_it(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps({"script": "test_config", "lr": 0.2}))
+    assert parse_config(Clipped, ["--resume", str(tmp_path)]) == Clipped(0.0, 0.2, str(tmp_path))
+    assert "max_grad_norm, here 0.0" in capsys.readouterr().err
+
+
+@dataclass(frozen=True)
 class Compiled:
     compile: bool = False                                 # whether to compile
     resume: str | None = None                             # run folder

@@ -394,7 +394,7 @@ def test_mistakes_give_one_line_and_exit_code_2(shell, tmp_path):
 
 
 @pytest.mark.parametrize(("flags", "says"), [(("--model", "none"), "unknown model 'none'"), (("--dataset", "none"), "no data set 'none'"),
-                                             (("--recipe", "none"), "invalid choice: 'none'"),
+                                             (("--recipe", "none"), "unknown recipe 'none': choose one of "),
                                              (("--device", "none"), "--device none is not"),
                                              (("--val_size", "5000"), "leaves nothing to train on")])
 def test_unknown_names_are_refused_before_anything_is_written(flags, says, script):
