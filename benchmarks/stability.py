@@ -33,7 +33,7 @@ from harness.config import run_script
 from harness.device import ROOT, choose_device, command_line, environment
 from harness.errors import RunError, UserError
 from harness.folder import write_text
-from harness.reporting.docs import stability_table
+from harness.reporting.page_tables import stability_table
 
 ZENG = {"AT": ("train_at_mnist", {}), "AT, alpha 0.5": ("train_at_mnist", {"alpha": 0.5}),
         "TRADES": ("train_trades_mnist", {}), "TRADES, alpha 2": ("train_trades_mnist", {"alpha": 2})}

@@ -44,6 +44,8 @@ def quick(name, flags, colour_folder):
     data = ("--dataset", colour_folder) if colour else ("--dataset", "digits")
     if name == "tables.py":
         return ("--paths", ROOT / "results/mnist")
+    if name == "eval_recheck.py":
+        return ()
     if name.startswith("eval"):
         return (*data, "--num_steps", 1, "--num_restarts", 1, "--num_examples", 6)
     if "--resume" in flags:
@@ -69,8 +71,11 @@ def workplace(script, colour_folder):
         elif name == "eval_cifar10.py":
             flags = (*TINY[2:], "--val_size", 4, "--model", "lenet")
             script("train_at_cifar10", "--dataset", colour_folder, *flags)
-        elif name == "eval_mnist.py" or "--resume" in flags:
+        elif name in ("eval_mnist.py", "eval_recheck.py") or "--resume" in flags:
             script("train_at_mnist", *TINY, "--out_dir", "runs/train_at_mnist/2026-01-31_12-00-00")
+        if name == "eval_recheck.py":
+            evaluation = ("--dataset", "digits", "--num_steps", 1, "--num_restarts", 1, "--num_examples", 6)
+            script("eval_mnist", *evaluation, "--out", "eval.json", "--save_adversaries")
 
     return prepare
 

@@ -1,0 +1,342 @@
+"""The tables of README.md and docs/, each made from the files in results/ as one piece of Markdown."""
+import csv
+import json
+import re
+import statistics
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from harness.reporting.tables import defense, markdown
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "results"
+
+# ---- what is written by hand: the order of rows, and their labels ------------------------------------------
+
+ALPHAS = ("1.0", "1.5", "2.0")  # of the attacker
+NETWORKS = {"lenet": "LeNet", "small_cnn": "SmallCNN", "resnet18": "ResNet-18", "wrn34_10": "WRN-34-10",
+            "wrn28_10": "WRN-28-10"}
+MNIST = {"at": ("AT", "PGD"), "at-alpha0.5": ("AT, alpha 0.5", "PGD+ours"),  # folder -> ours, the paper's
+         "trades": ("TRADES", "TRADES"), "trades-alpha2": ("TRADES, alpha 2", "TRADES+ours")}
+FAMILY = ("at", "trades", "mart", "gairat", "mail-at", "mail-trades", "vir-at", "vir-trades")
+FAST = {"mnist/lenet-at": "AT", "fast/free": "Free AT, m = 8, five epochs", "fast/yopo": "YOPO-5-3",
+        "fast/iaat": "IAAT"}
+BEFORE = ("mnist/*", "vir/*/seed*", "fast/*")  # whole runs by recipes without gradient clipping
+STRONG = {"pgd100": "PGD-100", "cw": "CW", "fmn100": "FMN-100", "autoattack": "AutoAttack (ours)",
+          "mde": "MDE"}
+BESIDE = {"at": "AT, 0.3", "trades": "TRADES, 0.3", "plain": "no attack, 0.1"}
+ATTACKS = {"fgsm": "FGSM", "pgd100": "PGD-100", "cw": "CW-20", "apgd-ce": "APGD-CE", "apgd-dlr": "APGD-DLR",
+           "apgd-t": "APGD-T", "fab-t": "FAB-T", "fmn100": "FMN-100", "md": "MD", "mdmt": "MDMT",
+           "square": "Square", "spsa": "SPSA", "spsa-short": "SPSA, a tenth of its passes",
+           "autoattack": "AutoAttack", "together": "MDE, CW-20 and the shorter SPSA together"}
+SEVERAL_SEEDS = ("md", "autoattack")
+CURVES = {"at": "AT", "at-alpha0.5": "AT, alpha 0.5", "trades": "TRADES", "trades-alpha2": "TRADES, alpha 2",
+          "vir-recipe-at": "AT, VIR's recipe", "vir-at": "VIR-AT", "gairat": "GAIRAT"}
+PROOF = {"fast": "bfloat16", "rounding": "bfloat16, other rounding",
+         "sixteen-bits": "bfloat16, first layer to sixteen bits", "float32": "float32, eager"}
+EVALUATED = {"autoattack": "AutoAttack (ours)", "pgd100": "PGD-100", "cw": "CW, 20 steps"}
+HELD_OUT = {"A_nat": "A_nat", "A_rob": "A_rob", "test_A_nat": "A_nat, test set",
+            "test_A_rob": "A_rob, test set"}
+CIFAR_TRAINED_ON = 49_000  # images of CIFAR-10 without those held out
+
+
+# ---- reading and formatting --------------------------------------------------------------------------------
+
+def load(path: str | Path) -> dict:
+    """A JSON file under results/."""
+    return json.loads((RESULTS / path).read_text(encoding="utf-8"))
+
+
+def rows_of(*names: str) -> list[dict]:
+    """The rows of these files of results/speed, one after the other."""
+    return [row for name in names for row in load(f"speed/{name}.json")["rows"]]
+
+
+def number(value: float, digits: int = 2) -> str:
+    return f"{value:,.{digits}f}"
+
+
+def pair(ours: float, theirs: float, digits: int = 1) -> str:
+    return f"{number(ours, digits)} / {number(theirs, digits)}"
+
+
+def spread(values: Iterable[float]) -> str:
+    """Mean ± sample standard deviation; of one value, the value."""
+    values = list(values)
+    if len(values) == 1:
+        return number(values[0])
+    return f"{number(statistics.mean(values))} ± {number(statistics.stdev(values))}"
+
+
+def extremes(values: list[float]) -> str:
+    """Minimum / median / maximum; of no values, nothing."""
+    found = (min(values), statistics.median(values), max(values)) if values else ()
+    return " / ".join(number(value, 1) for value in found)
+
+
+def metrics(alphas: Iterable[str] = ALPHAS) -> list[str]:
+    """The columns of `measures`."""
+    weighted = [f"{metric} {float(alpha):g}" for metric in ("A_sa", "A_tr") for alpha in alphas]
+    return ["A_nat", "A_rob", *weighted]
+
+
+def measures(folders: Iterable[Path], alphas: Iterable[str] = ALPHAS) -> list[str]:
+    """What the evaluations of runs found, over their seeds."""
+    results = [load(folder / "eval.json") for folder in folders]
+    columns = [[result[metric] for result in results] for metric in ("A_nat", "A_rob")]
+    for metric in ("A_sa", "A_tr"):
+        columns += [[result[metric][alpha] for result in results] for alpha in alphas]
+    return [spread(values) for values in columns]
+
+
+# ---- the results -------------------------------------------------------------------------------------------
+
+def mnist() -> str:
+    """The four defenses of Zeng et al. on both networks, beside the paper's Table 1."""
+    with (RESULTS / "paper/zeng_table1.csv").open(encoding="utf-8") as file:
+        printed = list(csv.DictReader(file))
+    rows = []
+    for folder, (label, theirs) in MNIST.items():
+        for network in ("lenet", "small_cnn"):
+            ours = measures([RESULTS / f"mnist/{network}-{folder}"])
+            rows.append([label, f"{NETWORKS[network]}, ours", *ours])
+        lines = [line for line in printed if line["defense"] == theirs]
+        weighted = [number(float(line[metric])) for metric in ("A_sa", "A_tr") for line in lines]
+        rows.append([label, "*SmallCNN, paper*", "-", number(float(lines[0]["A_rob"])), *weighted])
+    return markdown(["defense", "network", *metrics()], rows, left=2)
+
+
+def family() -> str:
+    """The eight methods of the VIR tables, over their seeds."""
+    rows = [[name.upper(), *measures(sorted((RESULTS / "vir" / name).glob("seed*")))] for name in FAMILY]
+    return markdown(["defense", *metrics()], rows, left=1)
+
+
+def fast() -> str:
+    """Free AT, YOPO and IAAT beside AT, with what they cost."""
+    costs = {row["result"]: row for row in rows_of("cost")}
+    rows = []
+    for folder, label in FAST.items():
+        cost = costs[f"results/{folder}"]
+        times = [number(cost["seconds"] / cost["epochs"], 1), number(cost["seconds"] / 60, 1)]
+        rows.append([label, *measures([RESULTS / folder]), *times])
+    return markdown(["defense", *metrics(), "s per epoch", "minutes"], rows, left=1)
+
+
+def name_of(training: dict) -> str:
+    """The defense of a training configuration, as these tables call it."""
+    name = defense(training).replace("AT4Free", "Free AT")
+    return re.sub(r"\+margin \(alpha (.*)\)", r", alpha \1", name)
+
+
+def kind_of(training: dict) -> tuple[str, str, str]:
+    return training["script"], name_of(training), training["model"]
+
+
+def over_seeds(folders: Iterable[Path]) -> Iterator[tuple[dict, str, list[Path]]]:
+    """(configuration, seeds, folders) of the runs that differ in nothing but the seed, in order of folder."""
+    groups: dict[tuple, list[tuple[int, Path, dict]]] = {}
+    for folder in sorted(folders):
+        config = load(folder / "config.json")
+        key = *kind_of(config), config["precision"], config["training_images"]
+        groups.setdefault(key, []).append((config["seed"], folder, config))
+    for runs in groups.values():
+        runs.sort(key=lambda run: run[:2])
+        yield runs[0][2], ", ".join(str(seed) for seed, _, _ in runs), [folder for _, folder, _ in runs]
+
+
+def full() -> str:
+    """The runs with today's recipes, each beside the ones before gradient clipping."""
+    today = over_seeds(file.parent for file in (RESULTS / "stability/full").glob("*/eval.json"))
+    before = list(over_seeds(folder for pattern in BEFORE for folder in RESULTS.glob(pattern)))
+    rows = []
+
+    def add(recipe: str, config: dict, seeds: str, folders: list[Path]) -> None:
+        network, images = NETWORKS.get(config["model"], config["model"]), config["training_images"]
+        facts = [name_of(config), network, recipe, config["precision"], number(images, 0), seeds]
+        rows.append([*facts, *measures(folders, ("2.0",))])
+
+    for config, seeds, folders in today:
+        add("today's", config, seeds, folders)
+        for other, *rest in before:
+            if kind_of(other) == kind_of(config):
+                add("before", other, *rest)
+    head = ["defense", "network", "recipe", "precision", "images", "seed", *metrics(("2.0",))]
+    return markdown(head, rows, left=4)
+
+
+def strong() -> str:
+    """What strong attacks leave of each result, the safest first."""
+    results = {file.stem: load(file) for file in (RESULTS / "strong").glob("*.json")}
+    rows = []
+    for name, result in sorted(results.items(), key=lambda item: (-item[1]["worst_case"]["accuracy"],
+                                                                  -item[1]["A_rob"], item[0])):
+        worst = result["worst_case"]
+        attacked = [result["attacks"][attack]["accuracy"] for attack in STRONG]
+        cells = [result["A_nat"], result["A_rob"], *attacked, worst["accuracy"], worst["A_sa"]["2.0"]]
+        signs = result["verdict"].removeprefix("suspicious: ").replace("ok", "-")
+        rows.append([name, signs, *(number(cell, 1) for cell in cells)])
+    head = ["result", "suspicious", "A_nat", "A_rob", *STRONG.values(), "worst case", "its A_sa 2"]
+    return markdown(head, rows, left=2)
+
+
+def attacks() -> str:
+    """Our attacks beside others' implementations of the same."""
+    files = [load(f"attacks/lenet-{name}.json") for name in BESIDE]
+    columns = [{(row["attack"], row["seed"]): row for row in file["rows"]} for file in files]
+    rows = []
+    for attack, label in ATTACKS.items():
+        seeds = sorted(seed for name, seed in columns[0] if name == attack)
+        for seed in seeds if attack in SEVERAL_SEEDS else seeds[:1]:
+            both = [column[attack, seed] for column in columns]
+            theirs = [row.get("published") or row["reference"] for row in both]
+            cells = [pair(row["ours"]["accuracy"], other["accuracy"]) for row, other in zip(both, theirs)]
+            rows.append([f"{label}, seed {seed}" if attack in SEVERAL_SEEDS else label, *cells])
+    return markdown(["attack", *BESIDE.values()], rows, left=1)
+
+
+def curves() -> str:
+    """Robustness curves at a few radii, and median distances."""
+    models = load("curves/summary.json")["models"]
+    rows = []
+    for name, label in CURVES.items():
+        norms = models[name]["norms"]
+        reached = {(norm, one["t"]): number(100 * one["R"], 1)
+                   for norm in norms for one in norms[norm]["thresholds"]}
+        median = {norm: number(norms[norm]["median"], 3) for norm in norms}
+        wrong = number(100 * norms["linf"]["clean_error"], 1)
+        rows.append([f"{label} (`{name}`)", wrong, reached["linf", 0.2], reached["linf", 0.3], median["linf"],
+                     reached["l2", 1.0], median["l2"], reached["l1", 2.0], median["l1"]])
+    head = ["network", "wrong unattacked", "R(0.2) l_inf", "R(0.3)", "median", "R(1) l_2", "median",
+            "R(2) l_1", "median"]
+    return markdown(head, rows, left=1)
+
+
+# ---- stability ---------------------------------------------------------------------------------------------
+
+def stability_table(rows: list[dict]) -> str:
+    """The rows of benchmarks/stability.py, a line for each defense and precision, with the runs' extremes."""
+    lines = []
+    for name, precision in dict.fromkeys((row["defense"], row["precision"]) for row in rows):
+        runs = [row for row in rows if (row["defense"], row["precision"]) == (name, precision)]
+        used = dict.fromkeys((row["aten"], row["onednn"]) for row in runs)
+        sets = ["native" if both == ("all", "all") else ", ".join(both) for both in used]
+        at_chance = sum(row["epochs_at_chance"] > 0 for row in runs)
+        found = [extremes([row[metric] for row in runs if metric in row]) for metric in HELD_OUT]
+        lines.append([name, precision, "; ".join(sets), str(len(runs)), str(at_chance), *found])
+    head = ["defense", "precision", "instruction sets", "runs", "at chance"]
+    return markdown([*head, *(f"{name}, min / median / max" for name in HELD_OUT.values())], lines, left=3)
+
+
+def stability() -> str:
+    """A table for each file, under a line with a link to it."""
+    parts = []
+    for file in sorted((RESULTS / "stability").glob("*.json")):
+        rows = load(file)["rows"]
+        stopped = sorted({row["epochs"] for row in rows if " --epochs " in row["command"]})
+        note = f", stopped after {' or '.join(map(str, stopped))} epochs" if stopped else ""
+        link = f"[`results/stability/{file.name}`](../results/stability/{file.name})"
+        parts.append(f"{link}{note}:\n\n{stability_table(rows)}")
+    return "\n\n".join(parts)
+
+
+# ---- speed -------------------------------------------------------------------------------------------------
+
+def train_step() -> str:
+    """Training steps beside the published form."""
+    rows = []
+    for row in rows_of("train_step_resnet18", "train_step_wrn34_10", "train_step_mnist"):
+        times = [number(row[f"{form}_seconds"], 3) for form in ("ours", "published_form")]
+        step = [NETWORKS[row["model"]], row["method"].upper(), str(row["batch_size"]), str(row["num_steps"])]
+        images = pair(row["images_per_second"], row["published_form_images_per_second"])
+        percent = [f"{number(row[name], 1)} %" for name in ("overhead_percent", "peak_percent")]
+        megabytes = pair(row["ours_mb"], row["published_form_mb"], 0)
+        speed = [percent[0], number(row["gflops"], 0), percent[1]]
+        rows.append([*step, *times, number(row["ratio"]), images, *speed, megabytes])
+    head = ["network", "method", "batch", "attack steps", "ours, s", "published form, s", "ratio",
+            "images/s, ours / published form", "overhead", "GFLOP/s", "of peak", "MB, ours / published form"]
+    return markdown(head, rows, left=2)
+
+
+def gains() -> str:
+    """What each measure gains over the published form."""
+    steps = {(row["model"], row["method"]): row for row in rows_of("train_step_resnet18", "train_step_mnist")}
+    rows = []
+    for model in ("resnet18", "small_cnn", "lenet"):
+        before = [load(f"speed/step_{model}_{precision}.json") for precision in ("float32", "bf16")]
+        ratios = [number(row["ratio"]) for row in (*before, steps[model, "trades"])]
+        rows.append([NETWORKS[model], "1", *ratios])
+    head = ["network, TRADES", "published form", "frozen parameters, one clean pass, channels last",
+            "and bfloat16", "and fused layers"]
+    return markdown(head, rows, left=1)
+
+
+def precisions() -> str:
+    """The same trainings in bfloat16 and in float32."""
+    rows = []
+    for path, label in PROOF.items():
+        folders = [RESULTS / f"proof/{path}-seed{seed}" for seed in range(3)]
+        cells = dict(zip(metrics(), measures(folders)))
+        each = ", ".join(number(load(folder / "eval.json")["A_rob"]) for folder in folders)
+        rows.append([label, *(cells[name] for name in ("A_nat", "A_rob", "A_sa 1", "A_sa 2")), each])
+    return markdown(["path", "A_nat", "A_rob", "A_sa 1", "A_sa 2", "A_rob of each seed"], rows, left=1)
+
+
+def breakdown() -> str:
+    """Where the time of an attack goes, in percent."""
+    results = load("speed/breakdown.json")["results"]
+    percent = [one["percent"] for one in results]
+    kinds = {kind: sum(column.get(kind, 0) for column in percent) for column in percent for kind in column}
+    rows = [[kind, *(number(column.get(kind, 0), 0) for column in percent)]
+            for kind in sorted(kinds, key=lambda kind: -kinds[kind])]
+    return markdown(["% of the attack's time", *(NETWORKS[one["model"]] for one in results)], rows, left=1)
+
+
+def expectation() -> str:
+    """What a user's machine takes for two usual jobs."""
+    at = next(row for row in rows_of("cost") if row["result"] == "results/mnist/lenet-at")
+    trades = next(row for row in rows_of("train_step_resnet18") if row["method"] == "trades")
+    steps = trades, load("speed/step_resnet18_float32.json")
+    fast, slow = (row["ours_seconds"] * CIFAR_TRAINED_ON / row["batch_size"] for row in steps)
+    whole_run, epoch = f"{number(at['seconds'] / 60, 1)} minutes", f"{number(fast / 60, 0)} minutes"
+    rows = [["two cores with AMX", whole_run, epoch],
+            ["two cores without", "not measured", f"{number(slow / 3600, 1)} hours (`--precision float32`)"],
+            ["one GPU, or several", "not measured", "not measured"]]
+    head = ["you have", "MNIST, LeNet, ten epochs of AT", "CIFAR-10, ResNet-18, one epoch of TRADES"]
+    return markdown(head, rows, left=3)
+
+
+def memory() -> str:
+    """The memory of a run."""
+    rows = []
+    for row in rows_of("memory", "memory_mnist_epoch", "memory_tiny-imagenet"):
+        megabytes = [number(row[name], 0) for name in ("images_mb", "first_mb", "end_mb", "peak_mb")]
+        rows.append([row["dataset"], NETWORKS[row["model"]], str(row["batches"]), *megabytes])
+    head = ["data set", "network", "batches", "images, MB", "after twenty batches, MB", "at the end, MB",
+            "at most, MB"]
+    return markdown(head, rows, left=2)
+
+
+def evaluation() -> str:
+    """Attacks whose broken images leave the batch, beside the same with every step."""
+    rows = []
+    for row in rows_of("evaluation", "evaluation_pgd"):
+        seconds = [number(row["compacted_seconds"], 1), number(row["whole_seconds"], 1)]
+        rows.append([EVALUATED[row["attack"]], str(row["epsilon"]), number(row["num_examples"], 0),
+                     number(row["robust_percent"]), *seconds, number(row["ratio"]), number(row["bound"])])
+    head = ["attack", "epsilon", "images", "robust, %", "s", "all steps, s", "ratio", "1 / R"]
+    return markdown(head, rows, left=1)
+
+
+def recipes() -> str:
+    """One step of every recipe of train_vir.py, over that of AT."""
+    rows = []
+    for row in rows_of("recipes_lenet"):
+        seconds = [number(row["seconds"], 4), number(row["spread"], 4)]
+        rows.append([row["recipe"], *seconds, number(row["ratio"], 3), number(row["expected_ratio"], 3)])
+    return markdown(["recipe", "s per step", "spread", "over AT", "expected"], rows, left=1)
+
+
+TABLES: dict[str, Callable[[], str]] = {table.__name__: table for table in (
+    mnist, family, fast, full, strong, attacks, curves, stability, train_step, gains, precisions, breakdown,
+    expectation, memory, evaluation, recipes)}
