@@ -6,6 +6,9 @@ import types
 import pytest
 import torch
 
+from attacks.apgd import apgd, apgd_targeted
+from attacks.fab import fab_targeted
+from attacks.square import square
 from benchmarks.attacks import Config, main
 from harness.config import parse_config
 from harness.errors import UserError
@@ -73,7 +76,10 @@ def test_our_fmn_leaves_no_more_than_foolbox_does_and_apgd_on_dlr_is_measured_to
     assert 0 < fmn["ours"]["robust"] <= fmn["reference"]["robust"] < 60 and dlr["ours"]["robust"] < 60
 
 
-def test_the_ensemble_leaves_the_images_that_its_members_leave_alone(tmp_path):
+def test_the_ensemble_leaves_the_images_that_its_members_leave_alone(tmp_path, monkeypatch):
+    for attack, name in ((apgd, "num_steps"), (apgd_targeted, "num_steps"), (fab_targeted, "num_steps"),
+                         (square, "num_queries")):
+        monkeypatch.setitem(attack.__kwdefaults__, name, 10)
     torch.manual_seed(0)
     torch.save(build_model("lenet", 10, 1).state_dict(), tmp_path / "net.pt")
     members = ("apgd-ce", "apgd-t", "fab-t", "square")
