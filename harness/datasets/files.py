@@ -1,7 +1,6 @@
-"""Files of images: decoded once and kept as one array, written whole or not at all, copied behind a progress bar."""
+"""Files of a data set: kept as one array, written whole or not at all, copied behind a progress bar."""
 import hashlib
 import secrets
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,29 +8,6 @@ from typing import BinaryIO
 
 import numpy as np
 from tqdm import tqdm
-
-from harness.errors import UserError
-
-
-def decode(files: list[Path | zipfile.Path], title: str) -> tuple[np.ndarray, bool]:
-    """The images [N, H, W, 3], and whether every file is grey."""
-    from PIL import Image
-
-    images, grey = None, True
-    for row, file in enumerate(tqdm(files, desc=title, unit="image", disable=None)):
-        try:
-            with file.open("rb") as stream, Image.open(stream) as image:
-                grey = grey and image.mode in ("1", "L")
-                pixels = np.asarray(image.convert("RGB"))
-        except Exception as error:  # PIL has no error of its own for a damaged file
-            raise UserError(f"{file} cannot be read as an image ({reason(error)}): mend or remove it") from error
-        if images is None:
-            images = np.empty((len(files), *pixels.shape), np.uint8)
-        if pixels.shape != images.shape[1:]:
-            (height, width), (first_height, first_width) = pixels.shape[:2], images.shape[1:3]
-            raise UserError(f"{file} has {width}x{height} pixels, {files[0]} {first_width}x{first_height}: bring all images to one size")
-        images[row] = pixels
-    return images, grey
 
 
 def listing(files: dict[str, Path]) -> str:

@@ -3,35 +3,59 @@ from pathlib import Path
 
 import numpy as np
 
-from harness.datasets.files import cached, decode, listing
+from harness.datasets.files import cached, listing
+from harness.datasets.pictures import decode, suffixes
 from harness.datasets.split import split_of
 from harness.errors import UserError
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".webp"}
+READING = "2"  # of how images are read: a cache of another reading is made again
 
 
 def load_image_folder(folder: Path) -> tuple:
     """An image folder, decoded once into one 8-bit array that is kept beside it as cache-<fingerprint>.npz.
 
-    All images have one size; a set of grey images has one channel, any other three. Raises UserError for a missing split, a class
-    that only one split has, images of different sizes, and a file that is no image.
+    All images have one size; a set of grey images has one channel, any other three. Classes are the sorted
+    names of the folders; names that begin with a dot are left out. The files are sorted by class, so the test
+    images come in one fixed random order (`Split.in_fixed_order`), whose first N are a sample of all. Raises
+    UserError for a missing split, a class that only one split has or that has no image, images of different
+    sizes, and a file that is no image.
     """
-    files = {split: sorted(p for p in (folder / split).glob("*/*") if p.suffix.lower() in IMAGE_SUFFIXES) for split in ("train", "test")}
-    classes = {split: sorted({p.parent.name for p in paths}) for split, paths in files.items()}
-    for split, paths in files.items():
-        if not paths:
+    files = {split: _images_of(folder / split) for split in ("train", "test")}
+    classes = {split: list(found) for split, found in files.items()}
+    for split, found in files.items():
+        if not found:
             raise UserError(f"{folder} is no image folder: it holds no images {split}/CLASS/*")
     if classes["train"] != classes["test"]:
         only = sorted(set(classes["train"]) ^ set(classes["test"]))
-        raise UserError(f"{folder}: train and test have different classes ({', '.join(only[:5])} in one of them only)")
+        raise UserError(f"{folder}: train and test have different classes ({', '.join(only[:5])} in one of "
+                        "them only)")
+    paths = {split: [path for part in found.values() for path in part] for split, found in files.items()}
 
     def decode_all() -> dict[str, np.ndarray]:
-        decoded = {split: decode(paths, f"decoding {folder.name}/{split}") for split, paths in files.items()}
+        decoded = {split: decode(part, f"decoding {folder.name}/{split}") for split, part in paths.items()}
         channels = 1 if all(grey for _, grey in decoded.values()) else 3
         return {split: images[..., :channels] for split, (images, _) in decoded.items()}
 
-    arrays = cached(folder / "cache", listing({str(p.relative_to(folder)): p for paths in files.values() for p in paths}), decode_all)
+    names = {str(path.relative_to(folder)): path for part in paths.values() for path in part}
+    arrays = cached(folder / f"cache-{READING}", listing(names), decode_all)
     if arrays["train"].shape[1:] != arrays["test"].shape[1:]:
-        raise UserError(f"{folder}: training images are {arrays['train'].shape[1:]}, test images {arrays['test'].shape[1:]}")
-    labels = {split: np.array([classes["train"].index(p.parent.name) for p in paths]) for split, paths in files.items()}
-    return classes["train"], split_of(arrays["train"], labels["train"]), split_of(arrays["test"], labels["test"])
+        raise UserError(f"{folder}: training images are {arrays['train'].shape[1:]}, test images "
+                        f"{arrays['test'].shape[1:]}")
+    counts = {split: [len(part) for part in found.values()] for split, found in files.items()}
+    labels = {split: np.repeat(np.arange(len(count)), count) for split, count in counts.items()}
+    train, test = (split_of(arrays[split], labels[split]) for split in ("train", "test"))
+    return classes["train"], train, test.in_fixed_order()
+
+
+def _images_of(folder: Path) -> dict[str, list[Path]]:
+    """Class -> its image files, both sorted.  Raises UserError for a class without one."""
+    if not folder.is_dir():
+        return {}
+    known, found = suffixes(), {}
+    for place in sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."):
+        files = sorted(path for path in place.iterdir() if path.is_file() and path.name[0] != ".")
+        found[place.name] = [path for path in files if path.suffix.lower() in known]
+        if not found[place.name]:
+            what = f"{len(files)} files, such as {files[0].name}" if files else "nothing"
+            raise UserError(f"the class {place} has no image: it holds {what}; remove the folder, or add images")
+    return found

@@ -5,6 +5,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+ORDER_SEED = 0  # the order is the same for every model, attack and command
+
 
 @dataclass(frozen=True)
 class Split:
@@ -23,6 +25,10 @@ class Split:
     def to(self, device: torch.device) -> "Split":
         """The same split on `device`."""
         return Split(self.images.to(device), self.labels.to(device), self.index.to(device))
+
+    def in_fixed_order(self) -> "Split":
+        """The same images in one random order, always the same: a part of it is a sample of all of it."""
+        return self[torch.randperm(len(self), generator=torch.Generator().manual_seed(ORDER_SEED))]
 
 
 def split_of(images: np.ndarray | Tensor, labels: np.ndarray | Tensor) -> Split:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from harness.datasets.files import cached, copy_stream, decode, listing, reason, written
+from harness.datasets.files import cached, copy_stream, listing, reason, written
+from harness.datasets.pictures import decode
 from harness.datasets.split import split_of
 from harness.errors import UserError
 

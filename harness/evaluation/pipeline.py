@@ -17,7 +17,7 @@ from tqdm import tqdm
 from attacks.catalogue import Attack, members_of, strong_attacks, weighted_attacks
 from attacks.pgd import cross_entropy, pgd_by_index
 from harness import distributed
-from harness.datasets.batches import first_examples
+from harness.datasets.batches import first_examples, image_order
 from harness.device import choose_device, command_line
 from harness.errors import RunError, UserError
 from harness.evaluation import report
@@ -143,6 +143,8 @@ def about_of(subject: Subject, ball: Ball, cfg: EvalConfig, count: int) -> dict:
              "save_adversaries")
     about = {"checkpoint": str(subject.path), "checkpoint_sha256": subject.sha256, "dataset": subject.dataset,
              "num_examples": count, "epsilon": ball.epsilon, "step_size": ball.step_size}
+    if (order := image_order(subject.dataset)) != "published":
+        about["image_order"] = order
     return json.loads(json.dumps(about | {name: getattr(cfg, name) for name in names}))
 
 

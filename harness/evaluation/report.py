@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from harness.datasets.batches import image_order
 from harness.device import command_line, environment
 from harness.errors import UserError
 from harness.evaluation.options import EvalConfig
@@ -54,7 +55,8 @@ def describe(subject: Subject, ball: Ball, cfg: EvalConfig, num_examples: int, d
         "norm": ball.norm, "epsilon": ball.epsilon, "step_size": ball.step_size, "num_steps": cfg.num_steps,
         "num_restarts": cfg.num_restarts, "start": cfg.start, "restart_kept": "largest cross-entropy"}
     return {
-        "num_examples": num_examples, "dataset": subject.dataset, "classes": list(subject.classes),
+        "num_examples": num_examples, "dataset": subject.dataset, "image_order": image_order(subject.dataset),
+        "classes": list(subject.classes),
         "alphas": list(cfg.alphas), "threat_model": threat_model, "checkpoint": str(subject.path),
         "checkpoint_sha256": subject.sha256, "epoch": subject.contents["epoch"] if own else None,
         "architecture": subject.arch or own["name"], "seed": cfg.seed, "batch_size": cfg.batch_size,
