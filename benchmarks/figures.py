@@ -27,38 +27,6 @@ def cost(rows: list[dict], path: Path) -> None:
     save(figure, path)
 
 
-def sweep(result: dict, path: Path) -> None:
-    """Milliseconds an image of a training step against batch size and attack steps, and of an attack step against batch size."""
-    figure, (left, middle, right) = new_figure(3, 15, 4.6)
-    names = list(dict.fromkeys(row["model"] for row in [*result["training"], *result["evaluation"]]))
-    for axis, across, fixed in ((left, "batch_size", "num_steps"), (middle, "num_steps", "batch_size")):
-        level = result["steps" if fixed == "num_steps" else fixed]
-        for name, colour in zip(names, COLOURS):
-            rows = sorted((row for row in result["training"] if row["model"] == name and row[fixed] == level), key=lambda row: row[across])
-            for form, (style, marker) in zip(("ours", "published_form") if rows else (), STYLES):
-                axis.plot([row[across] for row in rows], [1e3 * row[form] for row in rows], color=colour, linestyle=style, marker=marker,
-                          label=f"{name}, {form.replace('_', ' ')}")
-    for (name, colour), (_, marker) in zip(zip(names, COLOURS), STYLES * len(names)):
-        rows = sorted((row for row in result["evaluation"] if row["model"] == name), key=lambda row: row["batch_size"])
-        right.plot([row["batch_size"] for row in rows], [1e3 * row["seconds"] for row in rows], color=colour, marker=marker,
-                   label=name)
-    left.set(xlabel="images in a batch", ylabel="milliseconds an image", title=f"A training step, {result['steps']} attack steps")
-    middle.set(xlabel="attack steps", ylabel="milliseconds an image", title=f"A training step, {result['batch_size']} images in a batch",
-               xlim=(0, None), ylim=(0, None))
-    right.set(xlabel="images in a batch", ylabel="milliseconds an image", title="One attack step of an evaluation, float32")
-    for axis in (left, right):
-        axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
-        axis.xaxis.set_major_formatter("{x:.0f}")
-        low, high = axis.get_ylim()
-        axis.set_yticks([n * 10.0**k for k in range(-6, 7) for n in (1, 2, 5) if low <= n * 10.0**k <= high])
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.minorticks_off()
-    middle.legend(frameon=False, fontsize=9, title="left and middle", alignment="left")
-    right.legend(frameon=False, fontsize=9)
-    save(figure, path)
-
-
 def trace(rows: list[dict], path: Path) -> None:
     """Loss and gradient against the step on the left, silent units of each layer and the spread of the logits on the right."""
     figure, (left, right) = new_figure(2, 11, 4.2)

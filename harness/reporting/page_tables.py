@@ -282,16 +282,6 @@ def precisions() -> str:
     return markdown(["path", "A_nat", "A_rob", "A_sa 1", "A_sa 2", "A_rob of each seed"], rows, left=1)
 
 
-def breakdown() -> str:
-    """Where the time of an attack goes, in percent."""
-    results = load("speed/breakdown.json")["results"]
-    percent = [one["percent"] for one in results]
-    kinds = {kind: sum(column.get(kind, 0) for column in percent) for column in percent for kind in column}
-    rows = [[kind, *(number(column.get(kind, 0), 0) for column in percent)]
-            for kind in sorted(kinds, key=lambda kind: -kinds[kind])]
-    return markdown(["% of the attack's time", *(NETWORKS[one["model"]] for one in results)], rows, left=1)
-
-
 def expectation() -> str:
     """What a user's machine takes for two usual jobs."""
     at = next(row for row in rows_of("cost") if row["result"] == "results/mnist/lenet-at")
@@ -338,5 +328,5 @@ def recipes() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {table.__name__: table for table in (
-    mnist, family, fast, full, strong, attacks, curves, stability, train_step, gains, precisions, breakdown,
+    mnist, family, fast, full, strong, attacks, curves, stability, train_step, gains, precisions,
     expectation, memory, evaluation, recipes)}

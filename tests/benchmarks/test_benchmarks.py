@@ -17,7 +17,7 @@ import train_at_cifar10
 import train_at_mnist
 from attacks.noise import example_keys
 from attacks.pgd import first_iterate
-from benchmarks import breakdown, train_step
+from benchmarks import train_step
 from benchmarks.forms import PUBLISHED, count_flops, published_model
 from benchmarks.train_step import Config, main
 from harness.config import parse_config
@@ -233,18 +233,3 @@ def test_the_cost_of_a_result_is_its_batches_times_what_one_takes(trainer, flags
 def test_a_folder_without_a_result_has_no_cost(shell):
     refused = shell("benchmarks/cost.py", "--results", "nothing")
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
-
-
-# Where the time goes
-
-def test_the_breakdown_adds_up_and_names_what_a_network_does(tmp_path, capsys):
-    out = tmp_path / "breakdown.json"
-    breakdown.main(parse_config(breakdown.Config, ["--model", "lenet", "resnet18", "--batch_size", "16", "--num_steps", "2",
-                                                   "--repeats", "6", "--device", "cpu", "--out", str(out)]))
-    rows = json.loads(out.read_text())["results"]
-    assert [row["model"] for row in rows] == ["lenet", "resnet18"]
-    for row in rows:
-        assert sum(row["percent"].values()) == pytest.approx(100)
-        assert row["percent"]["convolutions"] > 5
-    assert rows[0]["percent"]["max-pooling"] > 1 and rows[1]["percent"].get("max-pooling", 0) < 1  # ResNet-18 here pools by a mean
-    assert "lenet" in capsys.readouterr().out
