@@ -20,8 +20,8 @@ def test_memory_is_measured_in_a_process_for_each_data_set(tmp_path):
 
 def test_a_stand_in_has_the_size_that_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(memory.STANDINS, "svhn", (300, 50, 7, (3, 16, 16)))
-    memory.write_standin("svhn", tmp_path)
-    data = memory.open_data("svhn-standin", memory.Config(inside=str(tmp_path)))
+    memory.write_standin("svhn", str(tmp_path))
+    data = memory.read_standin("svhn", str(tmp_path))
     assert (len(data.train), len(data.test), data.num_classes, data.image_shape) == (300, 50, 7, (3, 16, 16))
     assert data.train.images.unique().numel() == 256 and data.train.labels.max() == 6
 
