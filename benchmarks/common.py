@@ -1,7 +1,6 @@
 """What the benchmarks share: time, processes, noise to train on, networks to attack, tables and files."""
 import json
 import multiprocessing
-import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -137,7 +136,7 @@ def line(columns: Columns, row: dict[str, Any]) -> str:
 
 def width(spec: str) -> str:
     """The alignment and the width of a format."""
-    return re.match(r"[<>]\d+", spec)[0]
+    return spec.split(".")[0].rstrip(",")
 
 
 def out_file(out: str | None) -> Path | None:

@@ -70,7 +70,7 @@ class Watched(common.SilentRun):
 
 
 def megabytes(field: str) -> float:
-    return resident(field) / 1e6
+    return (resident(field) or 0) / 1e6  # main asks whether there is any
 
 
 def write_standin(name: str, folder: str) -> None:
