@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Trains and evaluates the four defenses of Zeng et al.'s MNIST table by the recipe of their code: SmallCNN, 100 epochs, 40 attack steps.
+# Trains and evaluates the four defenses of Zeng et al.'s MNIST table by the recipe of their code: SmallCNN,
+# 100 epochs, 40 attack steps.
 #
-#   benchmarks/paper_mnist.sh OUT [FLAG VALUE]...      flags go to the training scripts, such as --data_dir /data or --seed 2
+#   benchmarks/paper_mnist.sh OUT [FLAG VALUE]...   flags of the training scripts, such as --data_dir
 #
-# OUT/DEFENSE is a run folder with eval.json in it. Stopped at any moment, the same command goes on where it was. PYTHON names the
-# interpreter (default python).
+# OUT/DEFENSE is a run folder with eval.json in it. Stopped at any moment, the same command goes on where it
+# was. PYTHON names the interpreter (default python).
 set -euo pipefail
 out=${1:?usage: benchmarks/paper_mnist.sh OUT [FLAG VALUE]...}; shift
 scripts=$(cd "$(dirname "$0")/.." && pwd)
@@ -16,7 +17,8 @@ defense() { # NAME SCRIPT ALPHA [FLAG VALUE]...
   else
     "${PYTHON:-python}" "$script" --recipe paper --alpha "$alpha" --out_dir "$folder" "$@"
   fi
-  [ -f "$folder/eval.json" ] || "${PYTHON:-python}" "$scripts/eval_mnist.py" --checkpoint "$folder/last.pt" --out "$folder/eval.json"
+  [ -f "$folder/eval.json" ] || "${PYTHON:-python}" "$scripts/eval_mnist.py" \
+    --checkpoint "$folder/last.pt" --out "$folder/eval.json"
 }
 
 defense at train_at_mnist.py 0 "$@"

@@ -1,12 +1,14 @@
-"""Does a recipe always train?  Every short recipe of ours with many seeds, as its user would start it, side by side on single threads.
+"""Does a recipe always train?  Every short recipe of ours with many seeds, side by side on single threads.
 
-Each run is a process of its own; what it held out measures it: A_nat and A_rob in percent of the last epoch, and for how many epochs it has
-been at chance (harness/evaluation/chance.py). The file is written after every run, and the same command goes on with what is missing. The
-instruction sets are those of this environment: ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA choose smaller ones.
+Each run is a process of its own, as its user would start it; what it held out measures it: A_nat and A_rob
+in percent of the last epoch, and for how many epochs it has been at chance (harness/evaluation/chance.py).
+The file is written after every run, and the same command goes on with what is missing. The instruction sets
+are those of this environment: ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA choose smaller ones.
 
     python benchmarks/stability.py --out results/stability/digits.json
-    ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 python benchmarks/stability.py --precisions float32 --out results/stability/digits.json
-    python benchmarks/stability.py --setting mnist --seeds 0 1 2 3 4 --epochs 4 --out results/stability/mnist.json
+    ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 python benchmarks/stability.py --precisions float32 \\
+        --out results/stability/digits.json
+    python benchmarks/stability.py --setting mnist --seeds 0 1 2 --epochs 4 --out results/stability/mnist.json
     python benchmarks/stability.py --defenses AT --evaluate --out results/stability/quickstart.json
     python benchmarks/stability.py --table results/stability/digits.json
 """
@@ -27,7 +29,7 @@ from typing import Literal
 
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository: a script finds its own folder
 
 from harness.config import run_script
 from harness.device import ROOT, choose_device, command_line, environment
@@ -35,8 +37,8 @@ from harness.errors import RunError, UserError
 from harness.folder import write_text
 from harness.reporting.page_tables import stability_table
 
-ZENG = {"AT": ("train_at_mnist", {}), "AT, alpha 0.5": ("train_at_mnist", {"alpha": 0.5}),
-        "TRADES": ("train_trades_mnist", {}), "TRADES, alpha 2": ("train_trades_mnist", {"alpha": 2})}
+ZENG = {"AT": ("train_at_mnist",), "AT, alpha 0.5": ("train_at_mnist", "--alpha", "0.5"),
+        "TRADES": ("train_trades_mnist",), "TRADES, alpha 2": ("train_trades_mnist", "--alpha", "2")}
 VIR = ("at", "trades", "mart", "gairat", "mail-at", "mail-trades", "vir-at", "vir-trades")
 FAST = {"Free AT": "train_free", "YOPO": "train_yopo", "IAAT": "train_iaat"}
 VARIABLES = {"aten": "ATEN_CPU_CAPABILITY", "onednn": "ONEDNN_MAX_CPU_ISA"}  # what chooses instruction sets
@@ -44,25 +46,24 @@ VARIABLES = {"aten": "ATEN_CPU_CAPABILITY", "onednn": "ONEDNN_MAX_CPU_ISA"}  # w
 
 @dataclass(frozen=True)
 class Config:
-    setting: Literal["digits", "mnist", "mnist-small_cnn"] = "digits"  # whose recipes; SmallCNN has the first four
-    defenses: tuple[str, ...] = ()                        # only these rows of the table; default: all
+    setting: Literal["digits", "mnist", "mnist-small_cnn"] = "digits"  # whose recipes; SmallCNN has four
+    defenses: tuple[str, ...] = ()  # only these rows of the table; default: all
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9)  # of the trainings
-    precisions: tuple[str, ...] = ("bf16", "float32")     # of the trainings
-    epochs: int | None = None                             # stop after so many; default: the recipe's
-    evaluate: bool = False                                # measure last.pt on the test set too: PGD, 40 steps, one start
-    num_processes: int = 2                                # trainings side by side, of one thread each
-    data_dir: str = "data"                                # folder of the data sets
-    runs: str | None = None                               # folder to keep the runs in; default: they are deleted
-    out: str | None = None                                # JSON file to write, or to go on with
-    table: str | None = None                              # JSON file whose table is printed, without any training
+    precisions: tuple[str, ...] = ("bf16", "float32")  # of the trainings
+    epochs: int | None = None     # stop after so many; default: the recipe's
+    evaluate: bool = False        # measure last.pt on the test set too: PGD, 40 steps, one start
+    num_processes: int = 2        # trainings side by side, of one thread each
+    data_dir: str = "data"        # folder of the data sets
+    runs: str | None = None       # folder to keep the runs in; default: they are deleted
+    out: str | None = None        # JSON file to write, or to go on with
+    table: str | None = None      # JSON file whose table is printed, without any training
 
 
 def recipes(setting: str) -> dict[str, tuple[str, ...]]:
     """Defense -> script and flags of every recipe of ours in this setting."""
     short, suffix = ("digits", "-digits") if setting == "digits" else ("short", "-mnist")
     network = ("--model", "small_cnn") if setting == "mnist-small_cnn" else ()
-    zeng = {name: (script, "--recipe", short, *network, *(word for flag, value in flags.items() for word in (f"--{flag}", str(value))))
-            for name, (script, flags) in ZENG.items()}
+    zeng = {name: (script, "--recipe", short, *network, *flags) for name, (script, *flags) in ZENG.items()}
     if setting == "mnist-small_cnn":
         return zeng
     vir = {f"{method.upper()}, VIR's recipe": ("train_vir", "--recipe", method + suffix) for method in VIR}
@@ -83,7 +84,8 @@ def planned(cfg: Config, rows: list[dict]) -> Iterator[tuple[tuple[str, ...], di
         raise UserError(f"--defenses: there is no {unknown[0]!r}; choose among {', '.join(map(repr, known))}")
     for seed, precision, name in product(cfg.seeds, cfg.precisions, cfg.defenses or known):
         if (name, seed, precision, *sets.values()) not in done:
-            flags = ("--seed", str(seed), "--precision", precision, "--device", "cpu", "--data_dir", str(Path(cfg.data_dir).resolve()))
+            flags = ("--seed", str(seed), "--precision", precision, "--device", "cpu", "--data_dir",
+                     str(Path(cfg.data_dir).resolve()))
             flags += ("--val_size", "1000") if cfg.setting != "digits" else ()
             flags += ("--epochs", str(cfg.epochs)) if cfg.epochs else ()
             yield known[name] + flags, {"defense": name, "seed": seed, "precision": precision, **sets}
@@ -94,12 +96,14 @@ def start(script: str, *flags: str) -> None:
     words = [sys.executable, str(ROOT / f"{script}.py"), *flags]
     done = subprocess.run(words, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     if done.returncode:
-        raise RunError(f"{script} {' '.join(flags)}: {(done.stderr.strip().splitlines() or [f'exit code {done.returncode}'])[-1]}")
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise RunError(f"{script} {' '.join(flags)}: {reason}")
 
 
 def on_the_test_set(folder: Path) -> dict[str, float]:
     """A_nat and A_rob of a run's last.pt on the test set, in percent."""
-    start("eval_mnist", "--checkpoint", str(folder / "last.pt"), "--num_restarts", "1", "--alphas", "1", "--device", "cpu")
+    start("eval_mnist", "--checkpoint", str(folder / "last.pt"), "--num_restarts", "1", "--alphas", "1",
+          "--device", "cpu")
     result = json.loads((folder / "eval_last.json").read_text(encoding="utf-8"))
     return {f"test_{metric}": result[metric] for metric in ("A_nat", "A_rob")}
 
@@ -111,14 +115,19 @@ def train(command: tuple[str, ...], folder: Path, facts: dict, evaluate: bool) -
     with (folder / "log.csv").open(encoding="utf-8") as file:
         log = list(csv.DictReader(file))
     last, at_chance = log[-1], [int(row["epochs_at_chance"]) for row in log]
-    return facts | {"epochs": len(log), "A_nat": round(float(last["val_A_nat"]), 2), "A_rob": round(float(last["val_A_rob"]), 2),
-                    "epochs_at_chance": at_chance[-1], "most_epochs_at_chance": max(at_chance),
-                    "seconds": round(sum(float(row["seconds"]) for row in log), 1),
-                    "command": " ".join(("python", f"{command[0]}.py", *command[1:]))} | (on_the_test_set(folder) if evaluate else {})
+    row = facts | {"epochs": len(log), "A_nat": round(float(last["val_A_nat"]), 2),
+                   "A_rob": round(float(last["val_A_rob"]), 2), "epochs_at_chance": at_chance[-1],
+                   "most_epochs_at_chance": max(at_chance),
+                   "seconds": round(sum(float(row["seconds"]) for row in log), 1),
+                   "command": " ".join(("python", f"{command[0]}.py", *command[1:]))}
+    return row | (on_the_test_set(folder) if evaluate else {})
 
 
 def read_file(path: str) -> dict:
-    """A file that this script has written: setting, calls (command, date, environment) and rows.  Raises UserError for any other."""
+    """A file that this script has written: setting, calls (command, date, environment) and rows.
+
+    Raises UserError for any other.
+    """
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
         return {"setting": found["setting"], "calls": found["calls"], "rows": found["rows"]}
@@ -139,16 +148,18 @@ def main(cfg: Config) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     rows, hardware = contents["rows"], environment(choose_device("cpu")) | {"threads": 1}
     variables = "".join(f"{name}={os.environ[name]} " for name in VARIABLES.values() if name in os.environ)
-    contents["calls"].append({"command": variables + command_line(), "date": time.strftime("%Y-%m-%d"), "environment": hardware})
+    contents["calls"].append({"command": variables + command_line(), "date": time.strftime("%Y-%m-%d"),
+                              "environment": hardware})
     jobs = list(planned(cfg, rows))
     with tempfile.TemporaryDirectory() as temporary, tqdm(total=len(jobs), unit="run", disable=None) as bar:
 
         def work(job: tuple[tuple[str, ...], dict]) -> None:
             command, own = job
-            folder = Path(cfg.runs or temporary, "-".join(map(str, own.values())).replace(" ", "").replace(",", "-"))
-            row = train(command, folder, own, cfg.evaluate) | {"commit": hardware["commit"], "torch": hardware["torch"]}
+            name = "-".join(map(str, own.values())).replace(" ", "").replace(",", "-")
+            row = train(command, Path(cfg.runs or temporary, name), own, cfg.evaluate)
+            row |= {"commit": hardware["commit"], "torch": hardware["torch"]}
             with lock:
-                rows[:] = [other for other in rows if any(other[name] != value for name, value in own.items())] + [row]
+                rows[:] = [other for other in rows if any(other[key] != own[key] for key in own)] + [row]
                 write_text(out, json.dumps(contents, indent=1) + "\n")
                 bar.update()
 

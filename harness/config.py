@@ -37,7 +37,7 @@ LIMITS = {
     "lr_warmup_epochs": (0, math.inf), "crop_padding": (0, math.inf), "seed": (0, 2**31 - 1),
     "seeds": (0, 2**31 - 1), "ema_decay": (0, 0.999999), "burn_in_epochs": (0, math.inf),
     "inv_lambda": (0, math.inf), "gamma": (0, math.inf), "margin_alpha": (0, math.inf),
-    "extra_fraction": (0, 1), "batch_sizes": (1, math.inf), "eval_batch_sizes": (1, math.inf),
+    "extra_fraction": (0, 1),
     "n_points": (1, math.inf), "num_starts": (1, math.inf), "num_resamples": (100, 10**6),
     "rel_gap": (1e-6, 0.5), "time_limit": (0.1, math.inf), "confidence": (0.5, 0.9999), "epsilons": (0, 1),
     "thresholds_linf": (0, math.inf), "thresholds_l2": (0, math.inf), "thresholds_l1": (0, math.inf),

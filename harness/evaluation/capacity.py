@@ -11,7 +11,7 @@ from harness.evaluation.predictions import MULTIPLE, BatchInvariant, num_outputs
 
 PROBE = MULTIPLE     # images of the pass that is measured: attacks pad their batches to multiples of it
 SHARE = 0.5          # of the free memory for a forward and backward pass; the rest is for what the attacks keep beside it
-# On a CPU: from here on larger batches gain nothing (results/speed/sweep.json), and an interrupted evaluation loses one.
+# On a CPU larger batches gain next to nothing, and an interrupted evaluation loses one.
 FASTEST_ON_CPU = 512  # images
 
 

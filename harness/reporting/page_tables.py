@@ -56,6 +56,11 @@ def number(value: float, digits: int = 2) -> str:
     return f"{value:,.{digits}f}"
 
 
+def numbers(row: dict, **digits: int) -> list[str]:
+    """The values of these names in a row, each with so many digits."""
+    return [number(row[name], count) for name, count in digits.items()]
+
+
 def pair(ours: float, theirs: float, digits: int = 1) -> str:
     return f"{number(ours, digits)} / {number(theirs, digits)}"
 
@@ -83,10 +88,9 @@ def metrics(alphas: Iterable[str] = ALPHAS) -> list[str]:
 def measures(folders: Iterable[Path], alphas: Iterable[str] = ALPHAS) -> list[str]:
     """What the evaluations of runs found, over their seeds."""
     results = [load(folder / "eval.json") for folder in folders]
-    columns = [[result[metric] for result in results] for metric in ("A_nat", "A_rob")]
-    for metric in ("A_sa", "A_tr"):
-        columns += [[result[metric][alpha] for result in results] for alpha in alphas]
-    return [spread(values) for values in columns]
+    found = [spread(result[metric] for result in results) for metric in ("A_nat", "A_rob")]
+    return found + [spread(result[metric][alpha] for result in results)
+                    for metric in ("A_sa", "A_tr") for alpha in alphas]
 
 
 # ---- the results -------------------------------------------------------------------------------------------
@@ -97,9 +101,8 @@ def mnist() -> str:
         printed = list(csv.DictReader(file))
     rows = []
     for folder, (label, theirs) in MNIST.items():
-        for network in ("lenet", "small_cnn"):
-            ours = measures([RESULTS / f"mnist/{network}-{folder}"])
-            rows.append([label, f"{NETWORKS[network]}, ours", *ours])
+        rows += [[label, f"{NETWORKS[network]}, ours", *measures([RESULTS / f"mnist/{network}-{folder}"])]
+                 for network in ("lenet", "small_cnn")]
         lines = [line for line in printed if line["defense"] == theirs]
         weighted = [number(float(line[metric])) for metric in ("A_sa", "A_tr") for line in lines]
         rows.append([label, "*SmallCNN, paper*", "-", number(float(lines[0]["A_rob"])), *weighted])
@@ -246,13 +249,11 @@ def train_step() -> str:
     """Training steps beside the published form."""
     rows = []
     for row in rows_of("train_step_resnet18", "train_step_wrn34_10", "train_step_mnist"):
-        times = [number(row[f"{form}_seconds"], 3) for form in ("ours", "published_form")]
-        step = [NETWORKS[row["model"]], row["method"].upper(), str(row["batch_size"]), str(row["num_steps"])]
+        step = numbers(row, batch_size=0, num_steps=0, ours_seconds=3, published_form_seconds=3, ratio=2)
         images = pair(row["images_per_second"], row["published_form_images_per_second"])
-        percent = [f"{number(row[name], 1)} %" for name in ("overhead_percent", "peak_percent")]
-        megabytes = pair(row["ours_mb"], row["published_form_mb"], 0)
-        speed = [percent[0], number(row["gflops"], 0), percent[1]]
-        rows.append([*step, *times, number(row["ratio"]), images, *speed, megabytes])
+        overhead, gflops, peak = numbers(row, overhead_percent=1, gflops=0, peak_percent=1)
+        rows.append([NETWORKS[row["model"]], row["method"].upper(), *step, images, f"{overhead} %", gflops,
+                     f"{peak} %", pair(row["ours_mb"], row["published_form_mb"], 0)])
     head = ["network", "method", "batch", "attack steps", "ours, s", "published form, s", "ratio",
             "images/s, ours / published form", "overhead", "GFLOP/s", "of peak", "MB, ours / published form"]
     return markdown(head, rows, left=2)
@@ -273,23 +274,13 @@ def gains() -> str:
 
 def precisions() -> str:
     """The same trainings in bfloat16 and in float32."""
-    rows = []
+    shown, rows = ("A_nat", "A_rob", "A_sa 1", "A_sa 2"), []
     for path, label in PROOF.items():
         folders = [RESULTS / f"proof/{path}-seed{seed}" for seed in range(3)]
         cells = dict(zip(metrics(), measures(folders)))
         each = ", ".join(number(load(folder / "eval.json")["A_rob"]) for folder in folders)
-        rows.append([label, *(cells[name] for name in ("A_nat", "A_rob", "A_sa 1", "A_sa 2")), each])
-    return markdown(["path", "A_nat", "A_rob", "A_sa 1", "A_sa 2", "A_rob of each seed"], rows, left=1)
-
-
-def breakdown() -> str:
-    """Where the time of an attack goes, in percent."""
-    results = load("speed/breakdown.json")["results"]
-    percent = [one["percent"] for one in results]
-    kinds = {kind: sum(column.get(kind, 0) for column in percent) for column in percent for kind in column}
-    rows = [[kind, *(number(column.get(kind, 0), 0) for column in percent)]
-            for kind in sorted(kinds, key=lambda kind: -kinds[kind])]
-    return markdown(["% of the attack's time", *(NETWORKS[one["model"]] for one in results)], rows, left=1)
+        rows.append([label, *map(cells.get, shown), each])
+    return markdown(["path", *shown, "A_rob of each seed"], rows, left=1)
 
 
 def expectation() -> str:
@@ -308,10 +299,9 @@ def expectation() -> str:
 
 def memory() -> str:
     """The memory of a run."""
-    rows = []
-    for row in rows_of("memory", "memory_mnist_epoch", "memory_tiny-imagenet"):
-        megabytes = [number(row[name], 0) for name in ("images_mb", "first_mb", "end_mb", "peak_mb")]
-        rows.append([row["dataset"], NETWORKS[row["model"]], str(row["batches"]), *megabytes])
+    rows = [[row["dataset"], NETWORKS[row["model"]],
+             *numbers(row, batches=0, images_mb=0, first_mb=0, end_mb=0, peak_mb=0)]
+            for row in rows_of("memory", "memory_mnist_epoch", "memory_tiny-imagenet")]
     head = ["data set", "network", "batches", "images, MB", "after twenty batches, MB", "at the end, MB",
             "at most, MB"]
     return markdown(head, rows, left=2)
@@ -319,24 +309,21 @@ def memory() -> str:
 
 def evaluation() -> str:
     """Attacks whose broken images leave the batch, beside the same with every step."""
-    rows = []
-    for row in rows_of("evaluation", "evaluation_pgd"):
-        seconds = [number(row["compacted_seconds"], 1), number(row["whole_seconds"], 1)]
-        rows.append([EVALUATED[row["attack"]], str(row["epsilon"]), number(row["num_examples"], 0),
-                     number(row["robust_percent"]), *seconds, number(row["ratio"]), number(row["bound"])])
+    rows = [[EVALUATED[row["attack"]], str(row["epsilon"]),
+             *numbers(row, num_examples=0, robust_percent=2, compacted_seconds=1, whole_seconds=1, ratio=2,
+                      bound=2)]
+            for row in rows_of("evaluation", "evaluation_pgd")]
     head = ["attack", "epsilon", "images", "robust, %", "s", "all steps, s", "ratio", "1 / R"]
     return markdown(head, rows, left=1)
 
 
 def recipes() -> str:
     """One step of every recipe of train_vir.py, over that of AT."""
-    rows = []
-    for row in rows_of("recipes_lenet"):
-        seconds = [number(row["seconds"], 4), number(row["spread"], 4)]
-        rows.append([row["recipe"], *seconds, number(row["ratio"], 3), number(row["expected_ratio"], 3)])
+    rows = [[row["recipe"], *numbers(row, seconds=4, spread=4, ratio=3, expected_ratio=3)]
+            for row in rows_of("recipes_lenet")]
     return markdown(["recipe", "s per step", "spread", "over AT", "expected"], rows, left=1)
 
 
 TABLES: dict[str, Callable[[], str]] = {table.__name__: table for table in (
-    mnist, family, fast, full, strong, attacks, curves, stability, train_step, gains, precisions, breakdown,
+    mnist, family, fast, full, strong, attacks, curves, stability, train_step, gains, precisions,
     expectation, memory, evaluation, recipes)}

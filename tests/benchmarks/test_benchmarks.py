@@ -1,4 +1,4 @@
-"""benchmarks/train_step.py and forms.py: that the forms timed beside one another compute the same step, operations, memory, output."""
+"""benchmarks/train_step.py and forms.py: the forms compute one step; operations, memory, output."""
 import copy
 import json
 import os
@@ -17,7 +17,7 @@ import train_at_cifar10
 import train_at_mnist
 from attacks.noise import example_keys
 from attacks.pgd import first_iterate
-from benchmarks import breakdown, train_step
+from benchmarks import train_step
 from benchmarks.forms import PUBLISHED, count_flops, published_model
 from benchmarks.train_step import Config, main
 from harness.config import parse_config
@@ -27,7 +27,8 @@ from harness.training.precision import bare
 from models import build_model
 
 ROOT = Path(__file__).resolve().parents[2]
-TOY = ["--batch_size", "4", "--num_steps", "2", "--repeats", "1", "--matmul_size", "64", "--device", "cpu", "--no-memory"]
+TOY = ["--batch_size", "4", "--num_steps", "2", "--repeats", "1", "--matmul_size", "64", "--device", "cpu",
+       "--no-memory"]
 METHODS = ("at", "trades", "vir")
 every_method = pytest.mark.parametrize("method", METHODS)
 
@@ -40,8 +41,9 @@ def toy(*words):
 
 @every_method
 def test_ours_and_the_published_form_compute_the_same_step(method, tmp_path):
-    """In float32, from one start far enough from x, and of weights large enough, that no KL term or gradient of one drowns in rounding."""
-    settings = train_step.settings_of("lenet", method, toy("--precision", "float32", "--num_steps", "3"), str(tmp_path / "run"))
+    """In float32, from a start so far from x and weights so large that no KL term drowns in rounding."""
+    settings = train_step.settings_of("lenet", method, toy("--precision", "float32", "--num_steps", "3"),
+                                      str(tmp_path / "run"))
     settings = replace(settings, start="uniform")
     run = train_step.Rounds(settings, train_step.synthetic(train_step.MNIST, settings.batch_size, seed=0))
     model = run.build(build_model)
@@ -60,7 +62,8 @@ def test_ours_and_the_published_form_compute_the_same_step(method, tmp_path):
     for (name, ours), published in zip(bare(model).named_parameters(), theirs.parameters()):
         assert distance(ours.grad, published.grad) <= 1e-5, name
         assert distance(ours, published) <= 1e-6, name
-        assert distance(ours - before[name], published - before[name]) <= 1e-4, name  # the step: a difference of rounded weights
+        # the step: a difference of rounded weights
+        assert distance(ours - before[name], published - before[name]) <= 1e-4, name
 
 
 def distance(ours, published):
@@ -81,7 +84,8 @@ def test_every_form_moves_its_own_network_only(method, tmp_path):
 def test_the_published_network_is_nchw_and_holds_the_same_weights():
     model = build_model("resnet18").to(memory_format=torch.channels_last)
     theirs = published_model(model)
-    assert all(p.is_contiguous() and torch.equal(p, q) for p, q in zip(theirs.parameters(), model.parameters()))
+    assert all(p.is_contiguous() and torch.equal(p, q)
+               for p, q in zip(theirs.parameters(), model.parameters()))
     assert not model.conv1.weight.is_contiguous()
 
 
@@ -90,14 +94,15 @@ def test_the_published_network_is_nchw_and_holds_the_same_weights():
 @every_method
 @pytest.mark.parametrize("name", ("lenet", "small_cnn", "resnet18"))
 def test_flops_are_those_of_the_passes_that_the_algorithm_needs(name, method):
-    """An input gradient costs what a forward pass costs, a weight gradient too; the images of a training step need no gradient."""
+    """An input gradient costs a forward pass, a weight gradient too; a training step's images need none."""
     shape, layers = train_step.image_shape_of(name), []
     settings = train_step.settings_of(name, method, toy("--num_steps", "3"), "")
     with torch.device("meta"):
         model, x = build_model(name, 10, shape[0]), torch.empty(settings.batch_size, *shape)
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
-            module.register_forward_hook(lambda layer, _, out: layers.append(2 * out.numel() * layer.weight[0].numel()))
+            module.register_forward_hook(lambda layer, _,
+                                         out: layers.append(2 * out.numel() * layer.weight[0].numel()))
     model(x)
     forward, step = sum(layers), 3 * sum(layers) - layers[0]
     expected = 2 * 3 * forward + {"at": step, "trades": forward + 2 * step, "vir": forward + step}[method]
@@ -107,7 +112,8 @@ def test_flops_are_those_of_the_passes_that_the_algorithm_needs(name, method):
 # The command
 
 def check_row(row):
-    for key in ("ours_seconds", "published_form_seconds", "bare_seconds", "ratio", "images_per_second", "published_form_images_per_second",
+    for key in ("ours_seconds", "published_form_seconds", "bare_seconds", "ratio", "images_per_second",
+                "published_form_images_per_second",
                 "gflop", "gflops", "published_form_gflops", "peak_gflops", "peak_percent"):
         assert 0 < row[key] < float("inf"), key
     ours, published = row["ours_seconds"], row["published_form_seconds"]
@@ -123,25 +129,35 @@ def check_row(row):
 @pytest.mark.slow
 def test_the_command_prints_one_line_of_json_and_leaves_nothing_behind(tmp_path):
     words = [*TOY, "--model", "lenet", "--method", "trades", "--json", "--out", str(tmp_path / "row.json")]
-    done = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "train_step.py"), *words], cwd=tmp_path, text=True,
-                          capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}, check=False)
+    done = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "train_step.py"), *words], cwd=tmp_path,
+                          text=True,
+                          capture_output=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}, check=False)
     assert done.returncode == 0, done.stderr
     printed, = done.stdout.splitlines()
     row = json.loads(printed)
     check_row(row)
-    assert {key: row[key] for key in ("model", "method", "batch_size", "num_steps", "image_shape", "repeats", "seed")} == {
-        "model": "lenet", "method": "trades", "batch_size": 4, "num_steps": 2, "image_shape": [1, 28, 28], "repeats": 1, "seed": 0}
-    assert {form: len(seconds) for form, seconds in row["seconds"].items()} == {"ours": 1, "published": 1, "bare": 1}
-    assert row["environment"]["torch"] == torch.__version__ and row["command"].startswith("python benchmarks/train_step.py --batch_size 4")
-    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith("torchinductor_")] == ["row.json"]  # torch 2.14 makes that
+    assert {key: row[key]
+            for key in ("model", "method", "batch_size", "num_steps", "image_shape", "repeats", "seed")} == {
+        "model": "lenet", "method": "trades", "batch_size": 4, "num_steps": 2, "image_shape": [1, 28, 28],
+        "repeats": 1, "seed": 0}
+    assert {form: len(seconds)
+            for form, seconds in row["seconds"].items()} == {"ours": 1, "published": 1, "bare": 1}
+    assert row["environment"]["torch"] == torch.__version__
+    assert row["command"].startswith("python benchmarks/train_step.py --batch_size 4")
+    # torch 2.14 makes that
+    assert [path.name for path in tmp_path.iterdir()
+            if not path.name.startswith("torchinductor_")] == ["row.json"]
     assert json.loads((tmp_path / "row.json").read_text()) == row
 
 
 def test_several_combinations_are_rows_of_one_line(capsys):
     main(toy("--model", "lenet", "small_cnn", "--json", "--precision", "float32"))
     result = json.loads(capsys.readouterr().out)
-    assert [(row["model"], row["method"]) for row in result["rows"]] == list(product(("lenet", "small_cnn"), METHODS))
-    assert "environment" in result and all("environment" not in row and row["precision"] == "float32" for row in result["rows"])
+    assert [(row["model"], row["method"])
+            for row in result["rows"]] == list(product(("lenet", "small_cnn"), METHODS))
+    assert "environment" in result
+    assert all("environment" not in row and row["precision"] == "float32" for row in result["rows"])
     for row in result["rows"]:
         check_row(row)
 
@@ -155,8 +171,10 @@ def test_the_table_has_one_line_a_combination(capsys):
 
 @every_method
 def test_the_number_of_steps_is_that_of_the_at_scripts_unless_given(method):
-    for name, script in (("lenet", train_at_mnist), ("resnet18", train_at_cifar10), ("wrn34_10", train_at_cifar10)):
-        assert train_step.settings_of(name, method, parse_config(Config, []), "").num_steps == script.Config().num_steps
+    for name, script in (("lenet", train_at_mnist), ("resnet18", train_at_cifar10),
+                         ("wrn34_10", train_at_cifar10)):
+        assert train_step.settings_of(name, method, parse_config(Config, []),
+                                      "").num_steps == script.Config().num_steps
     assert train_step.settings_of("lenet", method, toy(), "").num_steps == 2
 
 
@@ -168,12 +186,15 @@ def test_vir_is_timed_with_its_weights_switched_on():
 
 # Memory
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the memory of a process is read from Linux's /proc")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(),
+                    reason="the memory of a process is read from Linux's /proc")
 @pytest.mark.parametrize("form", ("ours", "published"))
 def test_the_memory_is_that_of_network_gradients_momentum_and_a_batch(form):
-    """At 2 images a wide network is nearly all of it: weights, gradients and momentum; more images take more."""
+    """At 2 images a wide network is nearly all of it: weights, gradients, momentum; more images take more."""
     parameters = 4 * sum(parameter.numel() for parameter in build_model("resnet18").parameters()) / 1e6
-    few, many = (train_step.peak_mb(form, "resnet18", "at", replace(toy("--memory"), batch_size=size, num_steps=1)) for size in (2, 32))
+    few, many = (train_step.peak_mb(form, "resnet18", "at",
+                                    replace(toy("--memory"), batch_size=size, num_steps=1))
+                                    for size in (2, 32))
     assert 3 * parameters <= few <= 7 * parameters
     assert many > few + 32 * 2 * 64 * 32 * 32 * 2 / 1e6  # the first block's maps in bfloat16, at least
 
@@ -203,8 +224,10 @@ def die(*arguments):
 
 
 @pytest.mark.parametrize(("words", "message"), (
-    (["--model", "lenot"], "unknown model 'lenot'"), (["--model"], "--model needs at least 1"), (["--repeats", "0"], "--repeats"),
-    (["--matmul_size", "0"], "--matmul_size"), (["--out", __file__], "never overwritten"), (["--device", "nowhere"], "--device nowhere")))
+    (["--model", "lenot"], "unknown model 'lenot'"), (["--model"], "--model needs at least 1"),
+    (["--repeats", "0"], "--repeats"),
+    (["--matmul_size", "0"], "--matmul_size"), (["--out", __file__], "never overwritten"),
+    (["--device", "nowhere"], "--device nowhere")))
 def test_what_cannot_be_timed_is_refused_at_once(words, message):
     with pytest.raises(UserError, match=message):
         main(toy(*words))
@@ -214,13 +237,17 @@ def test_what_cannot_be_timed_is_refused_at_once(words, message):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("trainer", "flags", "phases"), (
-    ("train_vir", ("--recipe", "vir-at-digits", "--burn_in_epochs", 3, "--epochs", 4), {"burn-in": 3, "weighted": 1}),
+    ("train_vir", ("--recipe", "vir-at-digits", "--burn_in_epochs", 3, "--epochs", 4),
+     {"burn-in": 3, "weighted": 1}),
     ("train_free", ("--recipe", "digits", "--epochs", 2, "--num_replays", 2), {"all": 2})))
-def test_the_cost_of_a_result_is_its_batches_times_what_one_takes(trainer, flags, phases, script, shell, tmp_path):
+def test_the_cost_of_a_result_is_its_batches_times_what_one_takes(trainer, flags, phases, script, shell,
+                                                                  tmp_path):
     script(trainer, *flags, "--max_batches", 1, "--out_dir", "run")
-    script("eval_mnist", "--checkpoint", "run/last.pt", "--num_steps", 1, "--num_restarts", 1, "--num_examples", 20,
+    script("eval_mnist", "--checkpoint", "run/last.pt", "--num_steps", 1, "--num_restarts", 1,
+           "--num_examples", 20,
            "--out", "run/eval.json")
-    done = shell("benchmarks/cost.py", "--results", "run", "--batches", 2, "--repeats", 1, "--out", "cost.json")
+    done = shell("benchmarks/cost.py", "--results", "run", "--batches", 2, "--repeats", 1, "--out",
+                 "cost.json")
     assert done.returncode == 0, done.stderr
     row, = json.loads((tmp_path / "cost.json").read_text())["rows"]
     assert (tmp_path / "cost.png").exists() and row["seconds_per_batch"].keys() == phases.keys()
@@ -233,18 +260,3 @@ def test_the_cost_of_a_result_is_its_batches_times_what_one_takes(trainer, flags
 def test_a_folder_without_a_result_has_no_cost(shell):
     refused = shell("benchmarks/cost.py", "--results", "nothing")
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
-
-
-# Where the time goes
-
-def test_the_breakdown_adds_up_and_names_what_a_network_does(tmp_path, capsys):
-    out = tmp_path / "breakdown.json"
-    breakdown.main(parse_config(breakdown.Config, ["--model", "lenet", "resnet18", "--batch_size", "16", "--num_steps", "2",
-                                                   "--repeats", "6", "--device", "cpu", "--out", str(out)]))
-    rows = json.loads(out.read_text())["results"]
-    assert [row["model"] for row in rows] == ["lenet", "resnet18"]
-    for row in rows:
-        assert sum(row["percent"].values()) == pytest.approx(100)
-        assert row["percent"]["convolutions"] > 5
-    assert rows[0]["percent"]["max-pooling"] > 1 and rows[1]["percent"].get("max-pooling", 0) < 1  # ResNet-18 here pools by a mean
-    assert "lenet" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""benchmarks/stability.py and trace.py: what they run, what they write, and that they go on where they were."""
+"""benchmarks/stability.py and trace.py: what they run and write, and that they go on where they were."""
 import csv
 import json
 from pathlib import Path
@@ -21,9 +21,12 @@ def test_a_file_is_written_and_gone_on_with(tmp_path, monkeypatch, capsys):
     contents = stability.read_file("runs/stability.json")
     first, = contents["rows"]
     assert (first["defense"], first["seed"], first["epochs"], first["onednn"]) == ("AT", 0, 1, "all")
-    assert contents["calls"][0]["command"].startswith("python ") and contents["calls"][0]["environment"]["commit"] == first["commit"]
-    assert first["command"].startswith("python train_at_mnist.py --recipe digits --seed 0 --precision float32")
-    monkeypatch.setattr(stability, "train", lambda command, folder, facts, evaluate: first | facts | {"A_nat": 50.0, "epochs_at_chance": 1})
+    assert contents["calls"][0]["command"].startswith("python ")
+    assert contents["calls"][0]["environment"]["commit"] == first["commit"]
+    started = "python train_at_mnist.py --recipe digits --seed 0 --precision float32"
+    assert first["command"].startswith(started)
+    at_chance = {"A_nat": 50.0, "epochs_at_chance": 1}
+    monkeypatch.setattr(stability, "train", lambda command, folder, own, evaluate: first | own | at_chance)
     stability.main(parse_config(stability.Config, [*ONE, "--seeds", "0", "1"]))
     contents = stability.read_file("runs/stability.json")
     rows = contents["rows"]
@@ -36,11 +39,13 @@ def test_a_file_is_written_and_gone_on_with(tmp_path, monkeypatch, capsys):
 
 
 def row(defense, seed, **facts):
-    return {"defense": defense, "seed": seed, "precision": "float32", **stability.instruction_sets(), "epochs": 20, **facts}
+    return {"defense": defense, "seed": seed, "precision": "float32", **stability.instruction_sets(),
+            "epochs": 20, **facts}
 
 
 @pytest.mark.parametrize(("flags", "missing"), [
-    ((), 1), (("--epochs", "20"), 1), (("--epochs", "4"), 2), (("--evaluate",), 2), (("--evaluate", "--seeds", "3"), 0)])
+    ((), 1), (("--epochs", "20"), 1), (("--epochs", "4"), 2), (("--evaluate",), 2),
+    (("--evaluate", "--seeds", "3"), 0)])
 def test_what_is_missing_is_what_no_row_answers(flags, missing):
     rows = [row("AT", 0), row("AT", 3, test_A_nat=95.0)]
     seeds = () if "--seeds" in flags else ("--seeds", "0", "1")
@@ -56,7 +61,8 @@ def test_a_failure_leaves_the_runs_that_were_not_begun(tmp_path, monkeypatch):
         raise RunError("no")
 
     monkeypatch.setattr(stability, "train", fail)
-    flags = ["--defenses", "AT", "--num_processes", "1", "--out", str(tmp_path / "s.json"), "--seeds", *map(str, range(50))]
+    flags = ["--defenses", "AT", "--num_processes", "1", "--out", str(tmp_path / "s.json"), "--seeds",
+             *map(str, range(50))]
     with pytest.raises(RunError):
         stability.main(parse_config(stability.Config, flags))
     assert len(begun) < 10
@@ -82,7 +88,8 @@ def test_every_recipe_of_ours_is_in_its_setting(setting, count):
 def test_what_is_missing_is_refused_in_one_line(tmp_path):
     (tmp_path / "other.json").write_text("{}")
     (tmp_path / "mnist.json").write_text('{"setting": "mnist", "calls": [], "rows": []}')
-    for words, says in ((["--out", tmp_path / "other.json"], "no file of this script"), ([], "name the file to write"),
+    for words, says in ((["--out", tmp_path / "other.json"], "no file of this script"),
+                        ([], "name the file to write"),
                         (["--out", tmp_path / "mnist.json"], "is about --setting mnist"),
                         (["--out", tmp_path / "new.json", "--defenses", "None"], "there is no 'None'")):
         with pytest.raises(UserError, match=says):
@@ -93,13 +100,17 @@ def test_a_trace_has_a_row_a_step_and_a_figure(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     trace.main(parse_config(trace.Config, ["--epochs", "1", "--out", "trace.csv"]))
     rows = list(csv.DictReader(Path("trace.csv").read_text().splitlines()))
-    assert [int(row["step"]) for row in rows] == list(range(1, 22)) and float(rows[0]["loss"]) == pytest.approx(2.3, abs=0.05)
-    assert {"silent conv1", "silent fc3", "spread", "gradient"} <= rows[0].keys() and Path("trace.png").stat().st_size > 10_000
+    assert [int(row["step"]) for row in rows] == list(range(1, 22))
+    assert float(rows[0]["loss"]) == pytest.approx(2.3, abs=0.05)
+    assert {"silent conv1", "silent fc3", "spread", "gradient"} <= rows[0].keys()
+    assert Path("trace.png").stat().st_size > 10_000
     assert "of 21" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "results/stability").glob("*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("file", sorted((ROOT / "results/stability").glob("*.json")),
+                         ids=lambda path: path.stem)
 def test_no_run_of_our_recipes_ended_at_chance(file):
     facts = json.loads(file.read_text())
-    assert facts["rows"] and all("python " in call["command"] and call["environment"]["hardware"] for call in facts["calls"])
+    assert facts["rows"]
+    assert all("python " in call["command"] and call["environment"]["hardware"] for call in facts["calls"])
     assert all(row["epochs_at_chance"] == 0 for row in facts["rows"])

@@ -72,7 +72,8 @@ def test_runs_that_differ_in_the_seed_are_one_row_beside_the_ones_before(tmp_pat
     write("mnist/other", 1, 87.0, alpha=0.0)
     (tmp_path / "stability/full/unfinished").mkdir()
     monkeypatch.setattr(page_tables, "RESULTS", tmp_path)
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page_tables.full().splitlines()[2:]]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")]
+            for line in page_tables.full().splitlines()[2:]]
     assert [row[:6] for row in rows] == [["AT, alpha 0.5", "LeNet", "today's", "auto", "59,000", "2, 3"],
                                          ["AT, alpha 0.5", "LeNet", "before", "auto", "60,000", "1"]]
     assert [row[7] for row in rows] == ["90.50 ± 0.71", "88.00"]

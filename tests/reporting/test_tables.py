@@ -1,4 +1,4 @@
-"""The papers' tables with our numbers: the papers' data, labels, rows over seeds, what fits what, the text, and refusals."""
+"""The papers' tables with ours: the papers' data, labels, rows over seeds, what fits, the text, refusals."""
 import csv
 import json
 import re
@@ -30,7 +30,8 @@ from harness.reporting.tables import (
 )
 
 PAPERS = paper_tables()
-SCRIPTS = (train_vir, train_at_mnist, train_trades_mnist, train_trades_cifar10, train_free, train_yopo, train_iaat)
+SCRIPTS = (train_vir, train_at_mnist, train_trades_mnist, train_trades_cifar10, train_free, train_yopo,
+           train_iaat)
 CONFIGS = {script.__name__: script.RECIPES for script in SCRIPTS}
 
 
@@ -39,10 +40,13 @@ def training(script="train_vir", recipe="vir-at", **changes):
 
 
 def evaluation(sha, config, *, threat=None, **measured):
-    """What an eval script writes: all the evaluations of these tests have 20 steps of 0.003 unless `threat` says otherwise."""
-    model = {"norm": "linf", "epsilon": 8 / 255, "step_size": 0.003, "num_steps": 20, "num_restarts": 1, "start": "uniform"}
-    return {"A_nat": 80.0, "A_rob": 50.0, "num_examples": 10000, "dataset": "cifar10", "threat_model": model | (threat or {}),
-            "checkpoint": "runs/x/last.pt", "checkpoint_sha256": sha * 16, "epoch": config["epochs"] if config else None,
+    """What an eval script writes, with 20 steps of 0.003 unless `threat` says otherwise."""
+    model = {"norm": "linf", "epsilon": 8 / 255, "step_size": 0.003, "num_steps": 20, "num_restarts": 1,
+             "start": "uniform"}
+    return {"A_nat": 80.0, "A_rob": 50.0, "num_examples": 10000, "dataset": "cifar10",
+            "threat_model": model | (threat or {}),
+            "checkpoint": "runs/x/last.pt", "checkpoint_sha256": sha * 16,
+            "epoch": config["epochs"] if config else None,
             "architecture": "resnet18", "seed": 0, "training": config, "date": "2026-01-31",
             "command": "python eval_cifar10.py --checkpoint runs/x/last.pt"} | measured
 
@@ -84,22 +88,26 @@ def printed(script, tmp_path, capsys):
 
 def lines(text, *cells):
     """The cells of the table lines that have all of `cells`."""
-    table = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in text.splitlines() if line.startswith("| ")]
+    table = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in text.splitlines()
+             if line.startswith("| ")]
     return [line for line in table if set(cells) <= set(line)]
 
 
-# ---- the papers' data -----------------------------------------------------------------------------------------------------------------
+# ---- the papers' data --------------------------------------------------------------------------------------
 
 SPOTS = [("vir_table1", "VIR-AT", "AA", 48.21, 0.08), ("vir_table1", "AT", "A_nat", 84.12, 0.16),
          ("vir_table2", "MART", "MDE", 50.92, 0.15),
          ("vir_table4", "VIR-TRADES", "PGD20", 25.82, 0.13), ("vir_table5", "GAIRAT", "SPSA", 52.15, 0.30),
-         ("vir_table6", "VIR-AT, S_d only", "CW", 51.90, 0.35), ("vir_table7", "VIR-TRADES", "A_nat", 82.03, 0.13),
+         ("vir_table6", "VIR-AT, S_d only", "CW", 51.90, 0.35),
+         ("vir_table7", "VIR-TRADES", "A_nat", 82.03, 0.13),
          ("vir_table8", "VIR-AT", "CW", 66.95, 0.17), ("vir_table9", "VIR-AT, beta 0.1", "AA", 48.17, 0.13),
          ("vir_table10", "VIR-TRADES, beta 2", "PGD100", 54.58, 0.15),
          ("vir_table11", "VIR-AT, alpha 8, beta 0.007, gamma 10", "PGD100", 56.68, 0.12),
          ("vir_table12", "VIR-TRADES, alpha 2, beta 1.6, gamma 3", "A_nat", 82.13, 0.13),
-         ("zeng_table1", "TRADES+margin (alpha 2)", "A_tr 2", 65.61, None), ("zeng_table2", "AT", "A_sa 1.5", 17.33, None),
-         ("zeng_table3", "AT+margin (alpha 0.3)", "A_tr 0.5", 18.53, None), ("zeng_table4", "AT+margin (alpha 0.1)", "A_rob", 49.53, None),
+         ("zeng_table1", "TRADES+margin (alpha 2)", "A_tr 2", 65.61, None),
+         ("zeng_table2", "AT", "A_sa 1.5", 17.33, None),
+         ("zeng_table3", "AT+margin (alpha 0.3)", "A_tr 0.5", 18.53, None),
+         ("zeng_table4", "AT+margin (alpha 0.1)", "A_rob", 49.53, None),
          ("zeng_table5", "TRADES+margin (alpha 3.5)", "A_nat", 45.35, None)]
 
 
@@ -110,7 +118,8 @@ def test_a_number_of_a_paper(table, label, column, mean, std):
 
 
 def test_the_prefix_of_a_column_is_its_data_set():
-    (svhn,), (cifar,) = ([target for target in PAPERS["vir_table3"][1] if (target.dataset, target.label, target.column) == key]
+    (svhn,), (cifar,) = ([target for target in PAPERS["vir_table3"][1]
+                          if (target.dataset, target.label, target.column) == key]
                          for key in (("svhn", "VIR-AT", "AA"), ("cifar100", "MAIL-AT", "PGD100")))
     assert (svhn.mean, cifar.mean, cifar.std) == (45.91, 27.62, 0.27)
 
@@ -125,18 +134,21 @@ def test_every_number_of_every_table_is_read(file):
         count -= len(table) - len({line["defense"] for line in table})
     targets = PAPERS[file.stem][1]
     assert len(targets) == len(set(targets)) == count
-    assert all(0 < target.mean < 100 and (target.std is None) == file.stem.startswith("zeng") for target in targets)
-    assert PAPERS[file.stem][0]["title"] and set(PAPERS[file.stem][0]["test_images"]) == {target.dataset for target in targets}
+    assert all(0 < target.mean < 100 and (target.std is None) == file.stem.startswith("zeng")
+               for target in targets)
+    assert PAPERS[file.stem][0]["title"]
+    assert set(PAPERS[file.stem][0]["test_images"]) == {target.dataset for target in targets}
 
 
 def test_there_are_seventeen_tables_in_order():
     assert list(PAPERS) == [f"zeng_table{k}" for k in range(1, 6)] + [f"vir_table{k}" for k in range(1, 13)]
 
 
-# ---- labels ---------------------------------------------------------------------------------------------------------------------------
+# ---- labels ------------------------------------------------------------------------------------------------
 
 LABELS = [("at", "AT"), ("trades", "TRADES"), ("mart", "MART"), ("gairat", "GAIRAT"), ("mail-at", "MAIL-AT"),
-          ("mail-trades", "MAIL-TRADES"), ("vir-at", "VIR-AT"), ("vir-trades", "VIR-TRADES"), ("vir-trades-wrn", "VIR-TRADES")]
+          ("mail-trades", "MAIL-TRADES"), ("vir-at", "VIR-AT"), ("vir-trades", "VIR-TRADES"),
+          ("vir-trades-wrn", "VIR-TRADES")]
 
 
 @pytest.mark.parametrize(("recipe", "label"), LABELS)
@@ -148,19 +160,22 @@ def test_a_recipe_has_the_name_that_the_papers_give_it(recipe, label):
     ({"base": "mart"}, "VIR-MART"), ({"base": "trades", "weights": "gairat"}, "GAIR-TRADES"),
     ({"base": "mart", "weights": "mail"}, "MAIL-MART"), ({"weights": "margin"}, "AT+margin (alpha 0.5)"),
     ({"weights": "margin", "margin_alpha": 0.0}, "AT"), ({"vir_terms": "sv"}, "VIR-AT, S_v only"),
-    ({"base": "trades", "vir_terms": "sd"}, "VIR-TRADES, S_d only"), ({"weights": "mail", "vir_terms": "sd"}, "MAIL-AT")])
+    ({"base": "trades", "vir_terms": "sd"}, "VIR-TRADES, S_d only"),
+    ({"weights": "mail", "vir_terms": "sd"}, "MAIL-AT")])
 def test_any_base_with_any_weights_has_a_name(changes, label):
     assert defense(training(**changes)) == label
 
 
 @pytest.mark.parametrize(("script", "alpha", "label"), [
-    ("train_at_mnist", 0.0, "AT"), ("train_at_mnist", 0.5, "AT+margin (alpha 0.5)"), ("train_trades_cifar10", 0, "TRADES"),
+    ("train_at_mnist", 0.0, "AT"), ("train_at_mnist", 0.5, "AT+margin (alpha 0.5)"),
+    ("train_trades_cifar10", 0, "TRADES"),
     ("train_trades_mnist", 2.0, "TRADES+margin (alpha 2)")])
 def test_the_margin_weight_is_in_the_name(script, alpha, label):
     assert defense(training(script, "short", alpha=alpha)) == label
 
 
-@pytest.mark.parametrize(("script", "label"), [("train_free", "AT4Free"), ("train_yopo", "YOPO-5-3"), ("train_iaat", "IAAT")])
+@pytest.mark.parametrize(("script", "label"),
+                         [("train_free", "AT4Free"), ("train_yopo", "YOPO-5-3"), ("train_iaat", "IAAT")])
 def test_the_other_rows_of_zengs_table_4_have_its_names(script, label):
     assert defense(training(script, "paper")) == label
 
@@ -169,7 +184,7 @@ def test_another_script_is_named_by_itself():
     assert defense({"script": "train_other", "alpha": 0.5}) == "other"
 
 
-# ---- mean and spread ------------------------------------------------------------------------------------------------------------------
+# ---- mean and spread ---------------------------------------------------------------------------------------
 
 def test_mean_and_spread_by_hand():
     assert mean_and_spread([50.0, 52.0, 57.0]) == "53.00 ± 3.61 (3)"  # sqrt((9 + 1 + 16) / 2)
@@ -178,7 +193,8 @@ def test_mean_and_spread_by_hand():
 
 
 def test_the_difference_is_that_of_the_numbers_shown():
-    assert (difference([50.0, 52.0, 57.0], 51.5), difference([50.0], 51.25), difference([], 51.5)) == ("+1.50", "-1.25", "-")
+    assert (difference([50.0, 52.0, 57.0], 51.5), difference([50.0], 51.25),
+            difference([], 51.5)) == ("+1.50", "-1.25", "-")
     assert difference([48.2149], 48.21) == "+0.00"
 
 
@@ -187,14 +203,16 @@ def test_markdown_is_aligned_and_without_empty_columns():
     assert text.splitlines() == ["| a    |    c |", "|:-----|-----:|", "| x\\|y | 1.00 |", "| z    |    - |"]
 
 
-# ---- rows -----------------------------------------------------------------------------------------------------------------------------
+# ---- rows --------------------------------------------------------------------------------------------------
 
 def test_seeds_make_one_row_whatever_says_nothing_about_the_training(rows):
     places = [{"out_dir": "a", "data_dir": "/x", "device": "cpu", "command": "python a"},
               {"out_dir": "b", "environment": {"commit": "f00"}}, {}]
-    made, notes = rows(**{f"r{k}": evaluation(str(k), training(seed=k, **place), A_rob=rob, date=f"2026-01-0{k + 1}")
+    made, notes = rows(**{f"r{k}": evaluation(str(k), training(seed=k, **place), A_rob=rob,
+                                              date=f"2026-01-0{k + 1}")
                           for k, (place, rob) in enumerate(zip(places, (50.0, 52.0, 57.0)))})
-    assert [(row.label, mean_and_spread(row.values("A_rob"))) for row in made] == [("VIR-AT", "53.00 ± 3.61 (3)")]
+    assert [(row.label, mean_and_spread(row.values("A_rob")))
+            for row in made] == [("VIR-AT", "53.00 ± 3.61 (3)")]
     assert not notes
 
 
@@ -207,14 +225,18 @@ def test_another_hyperparameter_makes_another_row_that_says_which(change, settin
     assert setting in setting_column(made)
 
 
-@pytest.mark.parametrize("change", [{"seed": 1, "beta": 5.0}, {"gairat_lambda": 0.0}, {"mail_slope": 2.0}, {"inv_lambda": 6.0},
-                                    {"burn_in_epochs": 10}, {"momentum": 0.9, "margin_alpha": 2.0}, {"epsilon_warmup_epochs": 0.0}])
+@pytest.mark.parametrize("change", [{"seed": 1, "beta": 5.0}, {"gairat_lambda": 0.0}, {"mail_slope": 2.0},
+                                    {"inv_lambda": 6.0},
+                                    {"burn_in_epochs": 10}, {"momentum": 0.9, "margin_alpha": 2.0},
+                                    {"epsilon_warmup_epochs": 0.0}])
 def test_a_field_that_the_method_does_not_read_makes_no_other_row(change, rows):
-    made, _ = rows(a=evaluation("a", training(recipe="at", seed=0)), b=evaluation("b", training(recipe="at", seed=3) | change))
+    made, _ = rows(a=evaluation("a", training(recipe="at", seed=0)),
+                   b=evaluation("b", training(recipe="at", seed=3) | change))
     assert len(made) == 1
 
 
-@pytest.mark.parametrize("change", [{"threat": {"num_restarts": 10}}, {"threat": {"epsilon": 0.031}}, {"threat": {"num_steps": 40}},
+@pytest.mark.parametrize("change", [{"threat": {"num_restarts": 10}}, {"threat": {"epsilon": 0.031}},
+                                    {"threat": {"num_steps": 40}},
                                     {"num_examples": 1000}, {"dataset": "cifar10-jpeg"}])
 def test_other_protocols_are_never_averaged(change, rows):
     made, _ = rows(a=evaluation("a", training(seed=0)), b=evaluation("b", training(seed=1), **change))
@@ -229,18 +251,22 @@ def test_a_run_that_has_not_ended_is_another_row(rows):
 
 
 def test_rows_of_two_scripts_are_told_apart_by_what_both_have(rows):
-    made, _ = rows(a=evaluation("a", training(recipe="trades")), b=evaluation("b", training("train_trades_cifar10", "paper")))
+    made, _ = rows(a=evaluation("a", training(recipe="trades")),
+                   b=evaluation("b", training("train_trades_cifar10", "paper")))
     texts = setting_column(made)
-    assert all("script train_" in text and "inv_lambda" in text and "burn_in_epochs" not in text for text in texts)
+    assert all("script train_" in text and "inv_lambda" in text and "burn_in_epochs" not in text
+               for text in texts)
 
 
 def test_one_checkpoint_and_protocol_counts_once_and_its_attacks_are_joined(rows):
     made, notes = rows(a=evaluation("a", training()),
-                       b=evaluation("a", training(out_dir="elsewhere"), A_rob=49.0, attacks={"cw": {"accuracy": 48.0}}),
+                       b=evaluation("a", training(out_dir="elsewhere"), A_rob=49.0,
+                                    attacks={"cw": {"accuracy": 48.0}}),
                        c=evaluation("a", training(), threat={"num_restarts": 10}))
     assert sorted((row.values("A_rob"), row.values("CW")) for row in made) == [([50.0], []), ([50.0], [48.0])]
     (note,) = notes
-    assert "counts once" in note and "a/eval.json" in note and "b/eval.json" in note and "c/eval.json" not in note
+    assert "counts once" in note and "a/eval.json" in note
+    assert "b/eval.json" in note and "c/eval.json" not in note
 
 
 def test_two_trainings_with_one_seed_count_twice_and_are_told(rows):
@@ -251,12 +277,13 @@ def test_two_trainings_with_one_seed_count_twice_and_are_told(rows):
 
 def test_an_attack_on_fewer_images_is_not_averaged_with_the_others(rows):
     spsa = [{"accuracy": 60.0}, {"accuracy": 62.0}, {"accuracy": 10.0, "num_examples": 100}]
-    (row,), notes = rows(**{f"r{k}": evaluation(str(k), training(seed=k), attacks={"spsa": one}) for k, one in enumerate(spsa)})
+    (row,), notes = rows(**{f"r{k}": evaluation(str(k), training(seed=k), attacks={"spsa": one})
+                            for k, one in enumerate(spsa)})
     assert mean_and_spread(row.values("SPSA")) == "61.00 ± 1.41 (2)" and len(row.values("A_rob")) == 3
     assert len(notes) == 1 and "1 of the values of SPSA" in notes[0]
 
 
-# ---- files ----------------------------------------------------------------------------------------------------------------------------
+# ---- files -------------------------------------------------------------------------------------------------
 
 def test_the_configuration_may_lie_beside_the_result(write, rows, tmp_path):
     old = {name: value for name, value in evaluation("a", training()).items() if name != "training"}
@@ -268,11 +295,13 @@ def test_the_configuration_may_lie_beside_the_result(write, rows, tmp_path):
 
 
 def test_a_foreign_checkpoint_has_its_file_name_and_no_configuration(rows, tmp_path):
-    made, _ = rows(a=evaluation("a", None, checkpoint="theirs/net.pt"), b=evaluation("b", None, checkpoint="theirs/net.pt"),
+    made, _ = rows(a=evaluation("a", None, checkpoint="theirs/net.pt"),
+                   b=evaluation("b", None, checkpoint="theirs/net.pt"),
                    c=evaluation("c", training()))
     (tmp_path / "a/config.json").write_text(json.dumps(training()))
     results, _ = read_results(find_files([tmp_path]), "last")
-    assert [row.label for row in made] == ["VIR-AT", "net.pt", "net.pt"] and all(len(row.results) == 1 for row in made)
+    assert [row.label for row in made] == ["VIR-AT", "net.pt", "net.pt"]
+    assert all(len(row.results) == 1 for row in made)
     assert [result.label for result in results] == ["net.pt", "net.pt", "VIR-AT"]
 
 
@@ -298,7 +327,8 @@ def test_the_best_epoch_may_be_the_last_one(rows):
 
 
 def test_what_must_not_be_used_and_what_is_no_result_is_left_out(rows):
-    made, notes = rows(a=evaluation("a", training(), certificate={"ok": False}), b={"rows": []}, c=[1], d=evaluation("d", training()))
+    made, notes = rows(a=evaluation("a", training(), certificate={"ok": False}), b={"rows": []}, c=[1],
+                       d=evaluation("d", training()))
     assert [len(row.results) for row in made] == [1]
     assert [note.split("/")[-2] for note in (note.split("eval.json")[0] for note in notes)] == ["a", "b", "c"]
 
@@ -308,15 +338,18 @@ def test_folders_are_searched_and_files_are_taken_as_they_are(write, tmp_path):
     (tmp_path / "a/log.json").write_text("{}")
     (tmp_path / "a/eval_best-2.json").write_text("{}")
     (tmp_path / "a/eval-2.json").write_text("{}")
-    assert [path.name for path in find_files([tmp_path])] == ["eval.json", "eval-2.json", "eval_best-2.json", "eval.json"]
-    assert find_files([tmp_path / "a/log.json", files[1], tmp_path / "b"]) == [tmp_path / "a/log.json", files[1]]
+    assert [path.name for path in find_files([tmp_path])] == ["eval.json", "eval-2.json", "eval_best-2.json",
+                                                              "eval.json"]
+    assert find_files([tmp_path / "a/log.json", files[1],
+                       tmp_path / "b"]) == [tmp_path / "a/log.json", files[1]]
 
 
-# ---- what fits what -------------------------------------------------------------------------------------------------------------------
+# ---- what fits what ----------------------------------------------------------------------------------------
 
 def fitting(made):
     return [name for name, (setting, targets) in PAPERS.items()
-            if any(target.fits(row, setting) and row.values(target.source(row)) for target in targets for row in made)]
+            if any(target.fits(row, setting) and row.values(target.source(row)) for target in targets
+                   for row in made)]
 
 
 @pytest.mark.parametrize(("config", "changes", "tables"), [
@@ -339,37 +372,47 @@ def test_a_training_fits_the_tables_that_have_it(config, changes, tables, rows):
 @pytest.mark.parametrize(("recipe", "changes", "tables"), [
     ("at", {"dataset": "cifar100"}, ["vir_table3"]), ("at", {"dataset": "svhn"}, ["vir_table3"]),
     ("at", {"dataset": "data/CIFAR-10-jpeg"}, None),
-    ("vir-at-tiny-imagenet", {"dataset": "tiny-imagenet"}, ["vir_table4"]), ("vir-at", {"dataset": "tiny-imagenet"}, []),
-    ("at", {"dataset": "fashion-mnist", "threat": {"epsilon": 0.3}}, []), ("at", {"threat": {"epsilon": 0.1}}, []),
-    ("at", {"threat": {"norm": "l2"}}, []), ("at", {"dataset": "mnist", "threat": {"epsilon": 0.3}}, ["zeng_table1"])])
+    ("vir-at-tiny-imagenet", {"dataset": "tiny-imagenet"}, ["vir_table4"]),
+    ("vir-at", {"dataset": "tiny-imagenet"}, []),
+    ("at", {"dataset": "fashion-mnist", "threat": {"epsilon": 0.3}}, []),
+    ("at", {"threat": {"epsilon": 0.1}}, []),
+    ("at", {"threat": {"norm": "l2"}}, []),
+    ("at", {"dataset": "mnist", "threat": {"epsilon": 0.3}}, ["zeng_table1"])])
 def test_the_evaluation_must_fit_too(recipe, changes, tables, rows):
     made, _ = rows(a=evaluation("a", training(recipe=recipe), **changes))
-    assert fitting(made) == (["zeng_table2", "zeng_table4", "vir_table1", "vir_table6"] if tables is None else tables)
+    of_cifar10 = ["zeng_table2", "zeng_table4", "vir_table1", "vir_table6"]
+    assert fitting(made) == (of_cifar10 if tables is None else tables)
 
 
 @pytest.mark.parametrize(("threat", "attacks", "expected"), [
-    ({"num_steps": 100, "step_size": 1 / 255}, {}, "50.00 ± - (1)"), ({"num_steps": 100, "step_size": 0.001}, {}, "-"), ({}, {}, "-"),
+    ({"num_steps": 100, "step_size": 1 / 255}, {}, "50.00 ± - (1)"),
+    ({"num_steps": 100, "step_size": 0.001}, {}, "-"), ({}, {}, "-"),
     ({"num_steps": 100, "step_size": 1 / 255}, {"pgd100": {"accuracy": 49.5}}, "49.50 ± - (1)")])
 def test_a_hundred_steps_of_one_grey_level_are_a_pgd100(threat, attacks, expected, write, printed):
     write(a=evaluation("a", training(), threat=threat, attacks=attacks))
     (line,) = lines(printed("--table", "vir_table1"), "PGD100", "VIR-AT")
-    assert line[-3:] == [expected, "56.42 ± 0.18", "-" if expected == "-" else f"{float(expected[:5]) - 56.42:+.2f}"]
+    assert line[-3:] == [expected, "56.42 ± 0.18",
+                         "-" if expected == "-" else f"{float(expected[:5]) - 56.42:+.2f}"]
 
 
-# ---- the output -----------------------------------------------------------------------------------------------------------------------
+# ---- the output --------------------------------------------------------------------------------------------
 
-STRONG = {"fgsm": 61.0, "cw": {"accuracy": 52.0}, "fmn100": {"accuracy": 50.0}, "autoattack": {"accuracy": 48.0}, "mde": {"accuracy": 47.9}}
+STRONG = {"fgsm": 61.0, "cw": {"accuracy": 52.0}, "fmn100": {"accuracy": 50.0},
+          "autoattack": {"accuracy": 48.0}, "mde": {"accuracy": 47.9}}
 
 
 def test_a_table_has_ours_the_papers_and_the_difference(write, printed):
-    write(**{f"r{k}": evaluation(str(k), training(seed=k), attacks=STRONG | {"autoattack": {"accuracy": 48.0 + k}}) for k in range(3)},
+    write(**{f"r{k}": evaluation(str(k), training(seed=k),
+                                 attacks=STRONG | {"autoattack": {"accuracy": 48.0 + k}}) for k in range(3)},
           at=evaluation("a", training(recipe="at"), A_nat=84.5))
     text = printed("--table", "vir_table1")
     assert lines(text, "AA", "VIR-AT") == [["AA", "VIR-AT", "49.00 ± 1.00 (3)", "48.21 ± 0.08", "+0.79"]]
     assert lines(text, "AA", "AT") == [["AA", "AT", "-", "47.92 ± 0.35", "-"]]
     assert lines(text, "A_nat", "AT") == [["A_nat", "AT", "84.50 ± - (1)", "84.12 ± 0.16", "+0.38"]]
-    assert "No result of ours: TRADES; MART; GAIRAT; MAIL-AT; VIR-TRADES." in text and "All results" not in text
-    assert [line[0] for line in lines(text, "VIR-AT")] == ["A_nat", "FGSM", "PGD100", "CW", "FMN100", "AA", "MDE"]
+    assert "No result of ours: TRADES; MART; GAIRAT; MAIL-AT; VIR-TRADES." in text
+    assert "All results" not in text
+    assert [line[0] for line in lines(text, "VIR-AT")] == ["A_nat", "FGSM", "PGD100", "CW", "FMN100", "AA",
+                                                           "MDE"]
 
 
 def test_a_table_of_attacks_that_none_of_ours_has_is_not_printed(write, printed):
@@ -383,7 +426,8 @@ def test_the_differences_in_setting_are_told(write, printed):
     write(a=evaluation("a", short, num_examples=1000, dataset="cifar10-jpeg", threat={"epsilon": 0.031}))
     text = printed("--table", "zeng_table4")
     told = re.search(r"Ours differ from the paper in: (.*)\.\n", text)[1].split("; ")
-    assert set(told) == {"data set cifar10-jpeg (paper: cifar10)", "epochs 30 (paper: 100)", "test images 1,000 (paper: 10,000)",
+    assert set(told) == {"data set cifar10-jpeg (paper: cifar10)", "epochs 30 (paper: 100)",
+                         "test images 1,000 (paper: 10,000)",
                          "step at test time 0.003 (paper: 0.0031)", "restarts 1 (paper: not stated)"}
 
 
@@ -397,16 +441,20 @@ def test_the_paper_of_two_data_sets_names_them(write, printed):
     write(a=evaluation("a", training(recipe="at-svhn"), dataset="svhn", A_nat=93.0, num_examples=26032),
           b=evaluation("b", training(recipe="at-cifar100"), dataset="cifar100", A_nat=60.0))
     text = printed("--table", "vir_table3")
-    assert [line[-1] for metric in ("svhn A_nat", "cifar100 A_nat") for line in lines(text, metric, "AT")] == ["+0.06", "+0.40"]
+    assert [line[-1] for metric in ("svhn A_nat", "cifar100 A_nat")
+            for line in lines(text, metric, "AT")] == ["+0.06", "+0.40"]
 
 
 def test_without_a_table_every_one_that_fits_and_then_all_results_with_notes(write, printed, tmp_path):
-    write(a=evaluation("a", training(), attacks={"cw": 52.0}, A_sa={"1.0": 30.0}, worst_case=47.0), b={"no": "result"})
+    write(a=evaluation("a", training(), attacks={"cw": 52.0}, A_sa={"1.0": 30.0}, worst_case=47.0),
+          b={"no": "result"})
     text = printed("--out", tmp_path / "tables.md")
     assert re.findall(r"^## (.*)$", text, re.MULTILINE)[-2:] == ["All results", "Notes"]
-    assert re.findall(r"\((vir_\w+|zeng_\w+)\)", text) == ["vir_table1", "vir_table6", "vir_table9", "vir_table11"]
+    assert re.findall(r"\((vir_\w+|zeng_\w+)\)", text) == ["vir_table1", "vir_table6", "vir_table9",
+                                                           "vir_table11"]
     head, row = text.split("## All results")[1].split("\n| ")[1:3]
-    assert re.split(r" *\| *", head.split("\n")[0]) == ["defense", "network", "epochs", "A_nat", "A_rob", "A_sa 1", "CW", "worst case", ""]
+    assert re.split(r" *\| *", head.split("\n")[0]) == ["defense", "network", "epochs", "A_nat", "A_rob",
+                                                        "A_sa 1", "CW", "worst case", ""]
     assert re.split(r" *\| *", row.split("\n")[0])[3:5] == ["80.00 ± - (1)", "50.00 ± - (1)"]
     assert (tmp_path / "tables.md").read_text() == text
 
@@ -418,14 +466,16 @@ def test_the_committed_results_give_the_first_table_of_zeng(shell):
     assert "restarts 1 (paper: not stated)" in done.stdout
     for file in sorted((ROOT / "results/mnist").glob("*/eval.json")):
         result, config = json.loads(file.read_text()), json.loads((file.parent / "config.json").read_text())
-        for metric, value in [("A_rob", result["A_rob"]), *((f"A_tr {float(a):g}", value) for a, value in result["A_tr"].items())]:
-            found = [line for line in lines(done.stdout, metric, defense(config)) if f"model {config['model']}," in line[2] + ","]
+        for metric, value in [("A_rob", result["A_rob"]),
+                              *((f"A_tr {float(a):g}", value) for a, value in result["A_tr"].items())]:
+            found = [line for line in lines(done.stdout, metric, defense(config))
+                     if f"model {config['model']}," in line[2] + ","]
             assert any(line[3].startswith(f"{value:.2f} ± ") for line in found), (file, metric)
             assert all(f"{float(line[3][:5]) - float(line[4]):+.2f}" == line[5] for line in found)
     assert lines(done.stdout, "A_tr 2", "TRADES+margin (alpha 2)")[0][4] == "65.61"
 
 
-# ---- refusals -------------------------------------------------------------------------------------------------------------------------
+# ---- refusals ----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("flags", "message"), [
     (("--table", "vir_table13"), r"no such table; choose one of zeng_table1, .*vir_table12$"),
