@@ -24,19 +24,6 @@ class Stretch:
     supported: bool
 
 
-@dataclass(frozen=True)
-class Crossing:
-    """The curves change places at `at`.
-
-    Where both sides are supported, the supported stretches end at `after` and begin at `before`.
-    """
-
-    at: float
-    supported: bool
-    after: float
-    before: float
-
-
 def difference(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(t, R_first(t) - R_second(t)) at every jump of the curves of two models' distances [n]."""
     one, other = Curve(first), Curve(second)
@@ -60,16 +47,18 @@ def stretches(first: np.ndarray, second: np.ndarray, half_width: float) -> list[
     return found
 
 
-def crossings(parts: list[Stretch]) -> list[Crossing]:
-    """The changes of sign between stretches that follow one another.
+def crossings(parts: list[Stretch]) -> list[dict[str, float | bool]]:
+    """The changes of sign between stretches that follow one another: the curves change places at `at`.
 
-    Near a crossing two samples' curves change places many times by chance: those changes are listed as
-    unsupported, and between two supported stretches of opposite sign one crossing is, at the last change of
-    sign before the second of them.
+    Where both sides are `supported`, the supported stretches end at `after` and begin at `before`. Near a
+    crossing two samples' curves change places many times by chance: those changes are listed as unsupported,
+    and between two supported stretches of opposite sign one crossing is, at the last change of sign before
+    the second of them.
     """
     kept = [part for part in parts if part.supported]
     ends = {right.start: left.end for left, right in pairwise(kept) if left.gap * right.gap < 0}
-    return [Crossing(right.start, right.start in ends, ends.get(right.start, left.end), right.start)
+    return [{"at": right.start, "supported": right.start in ends,
+             "after": ends.get(right.start, left.end), "before": right.start}
             for left, right in pairwise(parts) if left.gap * right.gap < 0]
 
 
@@ -86,5 +75,4 @@ def compare(first: np.ndarray, second: np.ndarray, confidence: float = 0.95, num
     parts = stretches(first, second, half_width)
     largest = max(parts, key=lambda part: abs(part.gap), default=None)
     return {"half_width": half_width, "stretches": [asdict(part) for part in parts],
-            "crossings": [asdict(crossing) for crossing in crossings(parts)],
-            "largest_gap": asdict(largest) if largest else None}
+            "crossings": crossings(parts), "largest_gap": asdict(largest) if largest else None}

@@ -8,13 +8,18 @@ is closer by a little, or proves that there is none.
 import time
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from scipy import optimize, sparse
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from curves.certified import Layers, affine_layers, certified_distances, crown_bounds, forward, margin_bounds
+from curves.store import OK, Results, saving
+from harness.datasets.batches import to_unit
+from harness.datasets.split import Split
 from losses.margin import logit_margin
 
 try:
@@ -74,6 +79,20 @@ def exact_distances(model: nn.Module | Layers, x: Tensor, y: Tensor, x_adv: Tens
     return [_exact_distance(layers, *point, rel_gap, time_limit) for point in zip(images, y.tolist(), starts)]
 
 
+def prove(results: Results, layers: Layers, points: Split, folder: Path, rel_gap: float,
+          time_limit: float) -> None:
+    """Enter the bracket of every point that was attacked, from its stored adversary on, and save."""
+    bar = tqdm(results.rows(OK), desc=results.name, unit="point", disable=None)
+    with bar, saving(results, folder) as saved:
+        for row in bar:
+            one = points[slice(row, row + 1)]
+            x_adv = torch.from_numpy(results.columns["x_adv_linf"][row:row + 1])
+            found, = exact_distances(layers, to_unit(one.images), one.labels, x_adv, rel_gap=rel_gap,
+                                     time_limit=time_limit)
+            results.put_proof(row, found)
+            saved()
+
+
 def _exact_distance(layers: Layers, x: Tensor, y: int, x_adv: Tensor, rel_gap: float,
                     time_limit: float) -> Exact:
     """`exact_distances` of one point: x and x_adv [D], float64."""
@@ -106,10 +125,9 @@ def _margin(layers: Layers, x: Tensor, y: int) -> float:
 # ---- closer within the activation pattern: a linear program ------------------------------------------------
 
 def _closest_in_pattern(layers: Layers, x: Tensor, y: int, x_adv: Tensor) -> tuple[Tensor, float]:
-    """The closest point to x with x_adv's activation pattern at which its class still ties with y.
+    """The closest point to x with x_adv's activation pattern at which a class ties with y, and its distance.
 
-    With its distance. Variables: the image and the distance. Only ReLUs that can switch in the ball of x_adv
-    give constraints.
+    Variables: the image and the distance t. Only ReLUs that can switch in the ball of x_adv give constraints.
     """
     upper = float((x_adv - x).abs().max())
     weight, bias = layers[0]  # of each layer as a function of the image, within the pattern
@@ -125,23 +143,17 @@ def _closest_in_pattern(layers: Layers, x: Tensor, y: int, x_adv: Tensor) -> tup
     rival = int((weight @ x_adv + bias).index_fill(0, torch.tensor([y]), -torch.inf).argmax())
     rows.append((weight[y] - weight[rival])[None])
     limits.append((bias[rival] - bias[y])[None])
-    program = _distance_program(x.numpy(), torch.cat(rows).numpy(), torch.cat(limits).numpy(), upper)
+    one, column = sparse.identity(len(x)), -np.ones((len(x), 1))
+    matrix = sparse.bmat([[one, column], [-one, column], [sparse.csr_matrix(torch.cat(rows).numpy()), None]])
+    low, high = (np.clip(x.numpy() + step, 0, 1) for step in (-upper, upper))
+    program = Program(np.append(np.zeros(len(x)), 1.0), matrix.tocsr(), torch.cat([x, -x, *limits]).numpy(),
+                      np.append(low, 0.0), np.append(high, upper))
     found, _ = _solve(program, 60.0)
     if found is None:
         return x_adv, upper
     point = torch.from_numpy(found[:-1]).clamp(0, 1)
     distance = float((point - x).abs().max())
     return (point, distance) if distance < upper and _margin(layers, point, y) <= 1e-6 else (x_adv, upper)
-
-
-def _distance_program(x: np.ndarray, rows: np.ndarray, limits: np.ndarray, upper: float) -> Program:
-    """minimise t subject to |x' - x| <= t, rows x' <= limits, and x' in the box: variables (x', t)."""
-    one = sparse.identity(len(x))
-    column = -np.ones((len(x), 1))
-    matrix = sparse.bmat([[one, column], [-one, column], [sparse.csr_matrix(rows), None]]).tocsr()
-    low = np.append(np.clip(x - upper, 0, 1), 0.0)
-    high = np.append(np.clip(x + upper, 0, 1), upper)
-    return Program(np.append(np.zeros(len(x)), 1.0), matrix, np.concatenate([x, -x, limits]), low, high)
 
 
 # ---- an adversary in a ball, or the proof that there is none: integer programs -----------------------------

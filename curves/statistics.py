@@ -20,10 +20,7 @@ def dkw_half_width(n: int, confidence: float = 0.95) -> float:
 
 
 def clopper_pearson(k: np.ndarray | int, n: int, confidence: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
-    """The exact interval of a proportion, (low, high) shaped as k, from k successes in n trials.
-
-    Clopper & Pearson, Biometrika 1934.
-    """
+    """(low, high) around k successes in n trials, exact (Clopper & Pearson, Biometrika 1934), shaped as k."""
     k = np.asarray(k)
     if n < 1 or (k < 0).any() or (k > n).any():
         raise ValueError(f"{k} successes in {n} trials")

@@ -24,27 +24,15 @@ def correlations(distances: dict[str, np.ndarray]) -> dict[str, float | None]:
     return {f"{a}-{b}": spearman(distances[a], distances[b]) for a, b in combinations(distances, 2)}
 
 
-def quantile_pairs(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The i-th smallest of the paired distances in one norm, and the i-th smallest in the other."""
-    first, second = paired(first, second)
-    return np.sort(first), np.sort(second)
-
-
 def image_scale(images: np.ndarray) -> float:
-    """Mean over the images [n, ...] of ||x||_2 / ||x||_inf: stretches an l_inf axis onto an l_2 axis.
-
-    The paper's first method. Images that are all zero are left out.
-    """
+    """The paper's first scale from l_inf to l_2: mean of ||x||_2 / ||x||_inf over images [n, ...] not 0."""
     flat = images.reshape(len(images), -1).astype(np.float64)
     peak = np.abs(flat).max(axis=1)
     return float((np.linalg.norm(flat[peak > 0], axis=1) / peak[peak > 0]).mean())
 
 
 def scales(linf: np.ndarray, l2: np.ndarray) -> dict[str, float | None]:
-    """The other scales from l_inf to l_2: the mean ratio of the paired distances, and of the sorted ones.
-
-    The ratio of quantiles is the paper's second method. None where no distances are paired.
-    """
+    """The mean ratios of sorted (the paper's second scale) and of paired distances; None without a pair."""
     small, large = paired(linf, l2)
     if not len(small):
         return {"quantile": None, "paired": None}
