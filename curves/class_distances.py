@@ -1,25 +1,30 @@
 """How far apart the classes of a data set are, in exact integers on 8-bit images.
 
-    inter(x_i) = min over j with y_j != y_i of ||x_i - x_j||_p,    intra(x_i) = min over j != i with y_j = y_i
+    inter(x_i) = min over j with y_j != y_i of ||x_i - x_j||_p
+    intra(x_i) = min over j != i with y_j = y_i of ||x_i - x_j||_p
 
-A classifier that is right on all of the data can be robust everywhere at size t only if t is below half the smallest inter-class distance.
+A classifier that is right on all of the data can be robust everywhere at size t only if t is below half the
+smallest inter-class distance.
 """
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
-NORMS = ("linf", "l2", "l1")
+from curves import NORMS
+
 BLOCK_BYTES = 150_000  # of images at a time: three such blocks stay in a core's second-level cache
 NONE = np.iinfo(np.int64).max
 
 
 @dataclass(frozen=True)
 class ClassDistances:
-    """Per point the smallest distances in one norm, in grey levels of 0 to 255 (l_2: squared), [n] int64; NONE where there is none.
+    """Per point the smallest distances in one norm, [n] int64; NONE where there is none.
 
-    prefix: [n], entry j is the smallest inter-class distance among the first j + 1 points of a random order, NONE as long as there is none.
+    In grey levels of 0 to 255, l_2 squared. prefix: entry j is the smallest inter-class distance among the
+    first j + 1 points of a random order, copies in another class left out.
     """
 
     norm: str
@@ -47,37 +52,42 @@ class ClassDistances:
 
 
 def summarize(found: ClassDistances, thresholds: tuple[float, ...]) -> dict[str, object]:
-    """Smallest, median and largest distances of images in [0, 1], and what each threshold t means on their scale.
+    """Smallest, median and largest distances of images in [0, 1], and what each threshold t means.
 
-    `of_half`: t over half the smallest inter-class distance; `within_2t`: share of the points with a point of another class within 2 t.
+    `of_half`: t over half the smallest inter-class distance; `within_2t`: share of the points with a point of
+    another class within 2 t.
     """
     inter, intra = found.inter_unit(), found.intra_unit()
-    scale = [{"t": t, "of_half": t / (inter.min() / 2), "within_2t": float((inter <= 2 * t).mean())} for t in thresholds]
-    sizes = {name: {"min": float(values.min()), "median": float(np.median(values)), "max": float(values.max()), "points": len(values)}
+    half = float(inter.min() / 2)
+    scale = [{"t": t, "of_half": t / half, "within_2t": float((inter <= 2 * t).mean())} for t in thresholds]
+    sizes = {name: {"min": float(values.min()), "median": float(np.median(values)),
+                    "max": float(values.max()), "points": len(values)}
              for name, values in (("inter", inter), ("intra", intra)) if len(values)}
-    return sizes | {"half_min_inter": float(inter.min() / 2), "duplicates": found.duplicates, "thresholds": scale}
+    return sizes | {"half_min_inter": half, "duplicates": found.duplicates, "thresholds": scale}
 
 
-def class_distances(images: torch.Tensor, labels: torch.Tensor, norms: tuple[str, ...] = NORMS, seed: int = 0,
-                    progress: Callable[[Iterator], Iterator] = iter) -> dict[str, ClassDistances]:
-    """`ClassDistances` in each of `norms` for images [n, ...] uint8 and labels [n] int64, on the device of the images.
+def class_distances(images: Tensor, labels: Tensor, norms: tuple[str, ...] = NORMS, seed: int = 0,
+                    progress: Callable[[range], Iterable[int]] = iter) -> dict[str, ClassDistances]:
+    """`ClassDistances` in each norm for images [n, ...] uint8 and labels [n] int64, on the images' device.
 
-    Every pair is measured once: points are taken in a random order, each against those before it. `progress` wraps the iteration
-    over blocks of points. Raises ValueError for images of another type and for fewer than two classes.
+    Every pair is measured once: points are taken in a random order, each against those before it. `progress`
+    wraps the iteration over blocks of points. Raises ValueError for images of another type and for fewer than
+    two classes.
     """
     if images.dtype != torch.uint8 or len(images) != len(labels):
-        raise ValueError(f"{len(images)} images of {images.dtype} and {len(labels)} labels: uint8 images and a label for each are needed")
+        raise ValueError(f"{len(images)} images of {images.dtype} and {len(labels)} labels: uint8 images and "
+                         "a label for each are needed")
     if len(torch.unique(labels)) < 2:
         raise ValueError("all points have one class: there is no inter-class distance")
     order = np.random.default_rng(seed).permutation(len(labels))
-    flat, y = images.flatten(1)[torch.from_numpy(order).to(images.device)], labels.cpu().numpy()[order]
+    flat = images.flatten(1)[torch.from_numpy(order).to(images.device)]
+    y = labels.cpu().numpy()[order]
     nearest = {norm: _Nearest(len(y)) for norm in norms}
-    measure = _on_cpu(flat.numpy(), norms) if flat.device.type == "cpu" else _on_device(flat, norms)
+    block_of = _pairs(flat, bytewise=flat.device.type == "cpu")
     rows = max(1, min(len(y), 2**24 // len(y)))
     for first in progress(range(0, len(y), rows)):
-        last = min(first + rows, len(y))
-        for norm, block in measure(first, last).items():  # [last - first, last] int64
-            nearest[norm].update(block, y, first)
+        for norm, found in nearest.items():
+            found.update(block_of(norm, first, min(first + rows, len(y))), y, first)
     return {norm: found.result(norm, order) for norm, found in nearest.items()}
 
 
@@ -88,67 +98,51 @@ class _Nearest:
         self.inter, self.intra, self.prefix = (np.full(n, NONE) for _ in range(3))
 
     def update(self, block: np.ndarray, y: np.ndarray, first: int) -> None:
-        """Take the distances of the points from `first` on to all before them and in their block: [b, first + b]."""
+        """Take the distances [b, first + b] of b points from `first` on to all up to the last of them."""
         last = first + len(block)
         earlier = np.arange(last) < np.arange(first, last)[:, None]
         alike = y[first:last, None] == y[:last]
-        for target, chosen in ((self.inter, ~alike & earlier), (self.intra, alike & earlier)):
-            masked = np.where(chosen, block, NONE)
-            closest = masked.min(axis=1, initial=NONE)
-            if target is self.inter:
-                self.prefix[first:last] = np.where(masked > 0, masked, NONE).min(axis=1, initial=NONE)
-            target[first:last] = np.minimum(target[first:last], closest)
-            target[:last] = np.minimum(target[:last], masked.min(axis=0, initial=NONE))
+        inter = np.where(~alike & earlier, block, NONE)
+        for target, masked in ((self.inter, inter), (self.intra, np.where(alike & earlier, block, NONE))):
+            target[first:last] = np.minimum(target[first:last], masked.min(axis=1))
+            target[:last] = np.minimum(target[:last], masked.min(axis=0))
+        self.prefix[first:last] = np.where(inter > 0, inter, NONE).min(axis=1)
 
     def result(self, norm: str, order: np.ndarray) -> ClassDistances:
-        """The minima in the order of the data set; a duplicate pair does not count towards the smallest distance of a subset."""
+        """The minima in the order of the data set."""
         back = np.argsort(order)
         return ClassDistances(norm, self.inter[back], self.intra[back], np.minimum.accumulate(self.prefix))
 
 
-def _on_cpu(flat: np.ndarray, norms: tuple[str, ...]) -> Callable[[int, int], dict[str, np.ndarray]]:
-    """A function (first, last) -> distances of the rows first ... last - 1 of flat [n, D] uint8 to rows 0 ... last - 1.
+def _pairs(flat: Tensor, bytewise: bool) -> Callable[[str, int, int], np.ndarray]:
+    """A function (norm, first, last) -> distances [last - first, last] of the rows of flat [n, D].
 
-    l_inf and l_1 share |a - b| as max - min of 8-bit integers, a block of rows in the cache at a time; l_2 is a product in float64,
-    in which all the sums are exact.
+    All sums are exact in float64. l_inf and l_1 are `torch.cdist`, which is fast on an accelerator, or, which
+    is fast on a CPU, `bytewise`: each row to those before it alone, 0 in place of the others.
     """
-    height = max(1, BLOCK_BYTES // flat.shape[1])
-    high, low = np.empty((height, flat.shape[1]), np.uint8), np.empty((height, flat.shape[1]), np.uint8)
-    wide = flat.astype(np.float64) if "l2" in norms else None
-    squares = (wide**2).sum(axis=1) if "l2" in norms else None
-    bytewise = [norm for norm in norms if norm != "l2"]
-
-    def measure(first: int, last: int) -> dict[str, np.ndarray]:
-        found = {norm: np.zeros((last - first, last), np.int64) for norm in bytewise}
-        for row in range(first, last) if bytewise else ():
-            for start in range(0, row, height):
-                part = flat[start:min(start + height, row)]
-                top, bottom = high[:len(part)], low[:len(part)]
-                np.maximum(part, flat[row], out=top)
-                np.minimum(part, flat[row], out=bottom)
-                np.subtract(top, bottom, out=top)
-                for norm in bytewise:
-                    found[norm][row - first, start:start + len(part)] = top.max(1) if norm == "linf" else top.sum(1, dtype=np.uint32)
-        if "l2" in norms:
-            found["l2"] = (squares[first:last, None] + squares[:last] - 2 * (wide[first:last] @ wide[:last].T)).astype(np.int64)
-        return found
-
-    return measure
-
-
-def _on_device(flat: torch.Tensor, norms: tuple[str, ...]) -> Callable[[int, int], dict[str, np.ndarray]]:
-    """The same on an accelerator, where `torch.cdist` is fast: l_inf and l_1 in float64, exact like the product for l_2."""
     wide = flat.double()
     squares = (wide**2).sum(dim=1)
 
-    def measure(first: int, last: int) -> dict[str, np.ndarray]:
-        found = {}
-        for norm in norms:
-            if norm == "l2":
-                block = squares[first:last, None] + squares[:last] - 2 * (wide[first:last] @ wide[:last].T)
-            else:
-                block = torch.cdist(wide[first:last], wide[:last], p=torch.inf if norm == "linf" else 1.0)
-            found[norm] = block.round().long().cpu().numpy()
-        return found
+    def block_of(norm: str, first: int, last: int) -> np.ndarray:
+        if norm == "l2":
+            block = squares[first:last, None] + squares[:last] - 2 * (wide[first:last] @ wide[:last].T)
+        elif bytewise:
+            return _bytewise(flat.numpy(), norm, first, last)
+        else:
+            block = torch.cdist(wide[first:last], wide[:last], p=torch.inf if norm == "linf" else 1.0)
+        return block.round().long().cpu().numpy()
 
-    return measure
+    return block_of
+
+
+def _bytewise(flat: np.ndarray, norm: str, first: int, last: int) -> np.ndarray:
+    """|a - b| as max - min of 8-bit integers, as many rows at a time as the cache holds."""
+    found = np.zeros((last - first, last), np.int64)
+    height = max(1, BLOCK_BYTES // flat.shape[1])
+    for row in range(first, last):
+        for start in range(0, row, height):
+            part = flat[start:min(start + height, row)]
+            apart = np.maximum(part, flat[row]) - np.minimum(part, flat[row])
+            sizes = apart.max(axis=1) if norm == "linf" else apart.sum(axis=1, dtype=np.uint32)
+            found[row - first, start:start + len(part)] = sizes
+    return found

@@ -1,7 +1,8 @@
-"""The robustness curve as an empirical distribution function (Risse, Göpfert & Göpfert, "How to Compare Adversarial Robustness of
-Classifiers from a Global Perspective", ICANN 2021).
+"""The robustness curve as an empirical distribution function (Risse, Göpfert & Göpfert, "How to Compare
+Adversarial Robustness of Classifiers from a Global Perspective", ICANN 2021).
 
-    R(t) = #{i : d_i <= t} / n,    d_i = 0 where the clean point is misclassified, inf where no adversarial example was found (censored)
+    R(t) = #{i : d_i <= t} / n,    d_i = 0 where the clean point is misclassified,
+                                   inf where no adversarial example was found (censored)
 """
 from dataclasses import dataclass
 
@@ -10,10 +11,10 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Curve:
-    """A right-continuous step function on [0, inf) from distances [n] in any order; robust accuracy at t is 1 - R(t).
+    """A right-continuous step function on [0, inf) from distances [n] in any order; robust accuracy is 1 - R.
 
-    A censored point stays in the denominator and never enters the numerator, so R(inf) < 1 where there is one.
-    Raises ValueError for no points, and for a distance that is negative or not a number.
+    A censored point stays in the denominator and never enters the numerator, so R(inf) < 1 where there is
+    one. Raises ValueError for no points, and for a distance that is negative or not a number.
     """
 
     distances: np.ndarray
@@ -35,8 +36,8 @@ class Curve:
         return int(np.isinf(self.distances).sum())
 
     def count(self, t: np.ndarray | float) -> np.ndarray:
-        """#{i : d_i <= t} at each finite t: at a jump its point is included."""
-        t = np.minimum(np.asarray(t, dtype=np.float64), np.finfo(np.float64).max)  # inf: all but the censored points
+        """#{i : d_i <= t} at each t, for t = inf that of the points that are not censored."""
+        t = np.minimum(np.asarray(t, dtype=np.float64), np.finfo(np.float64).max)
         return np.searchsorted(self.distances, t, side="right")
 
     def at(self, t: np.ndarray | float) -> np.ndarray:
@@ -53,7 +54,7 @@ class Curve:
         return t, self.at(t)
 
     def quantile(self, share: float) -> float:
-        """The smallest t with R(t) >= share, inf where the curve never gets there.  share in (0, 1]."""
+        """The smallest t with R(t) >= share in (0, 1], inf where the curve never gets there."""
         if not 0 < share <= 1:
             raise ValueError(f"a share lies in (0, 1], not {share}")
         return float(self.distances[int(np.ceil(share * len(self) - 1e-9)) - 1])

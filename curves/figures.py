@@ -1,28 +1,21 @@
-"""Which figures are drawn from which stored results: those of one measurement, of a comparison, and the ones of the paper."""
-from dataclasses import dataclass
+"""The figures of a measurement, of a comparison, of class distances and of surfaces, from stored results."""
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from curves import plots
+from curves import surface as surfaces
+from curves.canvas import NORM_NAMES, Look, curve_panels, halo, legend_above, note_at, save, steps, style
 from curves.class_distances import ClassDistances
 from curves.curve import Curve
-from curves.report import curve_points
 from curves.store import Results
-from curves.toys import crossing_pair, sine_points
-from curves.transfer import correlations, image_scale, quantile_pairs, scales
+from curves.transfer import correlations, paired
+from harness.reporting.figures import BLUE, GREY, ORANGE, new_axes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 PAIRS = (("linf", "l2"), ("linf", "l1"), ("l2", "l1"))
-
-
-@dataclass(frozen=True)
-class Look:
-    """How figures are drawn: level and kind of the bands, units of the axes, file formats."""
-
-    confidence: float = 0.95
-    band: str = "dkw"
-    units: str = "raw"
-    formats: tuple[str, ...] = ("png",)
 
 
 def shared_norms(several: list[Results]) -> tuple[str, ...]:
@@ -30,132 +23,171 @@ def shared_norms(several: list[Results]) -> tuple[str, ...]:
     return tuple(norm for norm in several[0].norms if all(norm in results.norms for results in several))
 
 
-def panels(several: list[Results], look: Look) -> dict[str, list[dict]]:
-    """norm -> models with the columns of their curves, as `plots.curves` takes them."""
-    return {norm: [{"label": results.name, "n": len(results), "censored": Curve(results.upper(norm)).censored}
-                   | curve_points(results.upper(norm), results.lower(norm), look.band, look.confidence) for results in several]
-            for norm in shared_norms(several)}
-
-
-def draw_curves(several: list[Results], folder: Path, look: Look, marks: dict[str, tuple[float, ...]]) -> list[Path]:
+def draw_curves(several: list[Results], folder: Path, look: Look) -> list[Path]:
     """curves.png: R(t) of every model, a panel a norm."""
-    return plots.curves(panels(several, look), folder / "curves", confidence=look.confidence, band=look.band, units=look.units, marks=marks,
-                        formats=look.formats)
+    panels = {norm: [results.labelled(norm) for results in several] for norm in shared_norms(several)}
+    return curve_panels(panels, folder / "curves", look)
 
 
-def draw_comparison(several: list[Results], compared: dict[str, list[dict]], folder: Path, look: Look) -> list[Path]:
-    """difference.png of the first model and every other, and transfer.png and rank_correlation.png where there are several norms.
+# ---- a comparison ------------------------------------------------------------------------------------------
 
-    compared: norm -> pairs as `curves.report.pair` gives them, with the models' names as `first` and `second`.
+def draw_comparison(several: list[Results], compared: dict[str, list[dict]], folder: Path,
+                    look: Look) -> None:
+    """difference.png; where there are several norms, transfer.png and rank_correlation.png too.
+
+    compared: norm -> `curves.report.pair` of every pair of models in their order.
     """
-    by_name = {results.name: results for results in several}
-    rows = {norm: [_difference(by_name, entry, norm) for entry in entries if entry["first"] == several[0].name]
-            for norm, entries in compared.items()}
-    drawn = plots.differences(rows, folder / "difference", units=look.units, confidence=look.confidence, formats=look.formats)
+    draw_differences(several, compared, folder / "difference", look)
     if len(norms := shared_norms(several)) > 1:
-        drawn += draw_transfer(several, norms, folder, look)
-    return drawn
+        draw_quantiles(several, norms, folder / "transfer", look)
+        draw_rank_correlations(several, norms, folder / "rank_correlation", look)
 
 
-def _difference(by_name: dict[str, Results], entry: dict, norm: str) -> dict[str, object]:
-    first, second = (Curve(by_name[entry[side]].upper(norm)) for side in ("first", "second"))
+def draw_differences(several: list[Results], compared: dict[str, list[dict]], stem: Path, look: Look) -> None:
+    """R_first(t) - R_second(t) of the first model and every other with its band, one column a norm."""
+    figure, axes = new_axes(len(several) - 1, len(compared), height=3.4)
+    for column, (norm, entries) in zip(axes.T, compared.items()):
+        for axis, second, entry in zip(column, several[1:], entries):
+            _difference(axis, Curve(several[0].upper(norm)), Curve(second.upper(norm)), entry, look)
+            axis.set_title(f"{several[0].name} $-$ {second.name}, {NORM_NAMES[norm]}", fontsize=9)
+        column[-1].set_xlabel(look.size_label(norm))
+    for axis in axes[:, 0]:
+        axis.set_ylabel(f"difference of R, points of %\n({100 * look.confidence:g} % simultaneous band)",
+                        fontsize=9)
+    save(figure, stem, look)
+
+
+def _difference(axis: "Axes", first: Curve, second: Curve, entry: dict, look: Look) -> None:
+    """The difference of two curves with its band, and a line at each crossing that is supported."""
     t = np.union1d(first.steps()[0], second.steps()[0])
-    return {"first": entry["first"], "second": entry["second"], "t": t, "gap": first.at(t) - second.at(t),
-            "half_width": entry["half_width"], "crossings": [crossing["at"] for crossing in entry["crossings"] if crossing["supported"]]}
+    end = 1.02 * look.scale * t[-1] or 1.0
+    gap = 100 * (first.at(t) - second.at(t))
+    gap, half = np.append(gap, gap[-1]), 100 * entry["half_width"]
+    ends = np.append(look.scale * t, end)
+    axis.step(ends, gap, where="post", color=BLUE, linewidth=1.4)
+    axis.fill_between(ends, gap - half, gap + half, step="post", color=BLUE, alpha=0.18, linewidth=0)
+    axis.axhline(0, color="black", linewidth=0.9)
+    for crossing in entry["crossings"]:
+        if crossing["supported"]:
+            at = look.scale * crossing["at"]
+            axis.axvline(at, color=ORANGE, linestyle="--", linewidth=1.2)
+            note_at(axis, at, f"cross at {at:.3g}", ORANGE)
+    axis.set_xlim(0, end)
 
 
-def draw_transfer(several: list[Results], norms: tuple[str, ...], folder: Path, look: Look) -> list[Path]:
-    """transfer.png, quantiles of one norm against another, and rank_correlation.png."""
-    pairs = {(a, b): [{"label": results.name, **dict(zip(("first", "second"), quantile_pairs(results.upper(a), results.upper(b))))}
-                      for results in several] for a, b in PAIRS if a in norms and b in norms}
-    ranks = [{"label": results.name, "values": correlations({norm: results.upper(norm) for norm in norms})} for results in several]
-    return (plots.quantiles(pairs, folder / "transfer", look.formats)
-            + plots.rank_correlations(ranks, folder / "rank_correlation", look.formats))
+def draw_quantiles(several: list[Results], norms: tuple[str, ...], stem: Path, look: Look) -> None:
+    """Quantiles of the distances in one norm against those in another."""
+    pairs = [pair for pair in PAIRS if set(pair) <= set(norms)]
+    figure, axes = new_axes(1, len(pairs), 4.8)
+    for axis, (first, second) in zip(axes[0], pairs):
+        for k, results in enumerate(several):
+            x, y = paired(results.upper(first), results.upper(second))
+            axis.plot(np.sort(x), np.sort(y), linewidth=1.4, label=results.name, **style(k))
+        axis.set(xlabel=f"distance, {NORM_NAMES[first]} norm", ylabel=f"distance, {NORM_NAMES[second]} norm",
+                 title=f"Quantiles, {NORM_NAMES[second]} against {NORM_NAMES[first]}")
+        axis.set_xlim(left=0)
+        axis.set_ylim(bottom=0)
+    legend_above(figure, axes[0])
+    save(figure, stem, look)
 
 
-def draw_classes(found: dict[str, ClassDistances], folder: Path, look: Look, title: str) -> list[Path]:
-    """class_distances.png, and class_distances_subsets.png: how the smallest one falls as points are added."""
-    spread = {norm: {"inter": part.inter_unit(), "intra": part.intra_unit()} for norm, part in found.items()}
-    least = {norm: part.unit(part.prefix) for norm, part in found.items()}
-    return (plots.class_distances(spread, folder / "class_distances", units=look.units, title=title, formats=look.formats)
-            + plots.subsets(least, folder / "class_distances_subsets", units=look.units, title=title, formats=look.formats))
+def draw_rank_correlations(several: list[Results], norms: tuple[str, ...], stem: Path, look: Look) -> None:
+    """Spearman's correlations between norms as a table of colours, a row a model."""
+    rows = [correlations({norm: results.upper(norm) for norm in norms}) for results in several]
+    table = np.array([list(row.values()) for row in rows], dtype=float)  # None becomes nan
+    figure, axes = new_axes(1, 1, 1.9 + 1.3 * table.shape[1] + 2.0, 1.4 + 0.42 * len(rows))
+    axis = axes[0][0]
+    axis.imshow(table, cmap="cividis", vmin=0, vmax=1, aspect="auto")
+    for (row, column), value in np.ndenumerate(table):
+        text = "-" if np.isnan(value) else f"{value:.3f}"
+        axis.text(column, row, text, ha="center", va="center", fontsize=9,
+                  color="black" if value > 0.5 else "white")
+    pairs = [" and ".join(NORM_NAMES[norm] for norm in pair.split("-")) for pair in rows[0]]
+    axis.set_xticks(range(len(pairs)), pairs)
+    axis.set_yticks(range(len(rows)), [results.name for results in several])
+    axis.grid(False)
+    axis.set_title("Rank correlation of the distances in two norms", fontsize=10)
+    save(figure, stem, look)
 
 
-def draw_surfaces(found: dict[str, dict[str, np.ndarray]], epsilons: np.ndarray, alphas: np.ndarray, folder: Path,
-                  look: Look) -> list[Path]:
-    """surface_MODEL.png for each model, and surface_difference.png of the first two.  found: model -> as `curves.surface.both`."""
-    drawn, names = [], list(found)
-    for name, part in found.items():
-        drawn += plots.surface(epsilons, alphas, {metric: part[metric] for metric in ("A_sa", "A_tr")}, part["n_eff_sa"],
-                               folder / f"surface_{name.replace('/', '-')}", title=f"{name}: ", units=look.units, formats=look.formats)
-    if len(names) > 1:
-        apart = {metric: found[names[0]][metric] - found[names[1]][metric] for metric in ("A_sa", "A_tr")}
-        drawn += plots.surface_difference(epsilons, alphas, apart, folder / "surface_difference", title=f"{names[0]} $-$ {names[1]}",
-                                          units=look.units, formats=look.formats)
-    return drawn
+# ---- class distances ---------------------------------------------------------------------------------------
+
+def draw_classes(found: dict[str, ClassDistances], folder: Path, look: Look, title: str) -> None:
+    """class_distances.png: how far the nearest points of another and of the same class are."""
+    figure, axes = new_axes(1, len(found))
+    for axis, (norm, part) in zip(axes[0], found.items()):
+        inter, intra = (look.scale * np.sort(values) for values in (part.inter_unit(), part.intra_unit()))
+        for k, (name, t) in enumerate((("another class", inter), ("the same class", intra))):
+            shares = np.arange(len(t) + 1) / len(t)
+            steps(axis, np.append(0, t), shares, t[-1], f"nearest point of {name}", k)
+        half = inter[0] / 2
+        axis.axvline(half, color=GREY, linestyle="--", linewidth=1.1,
+                     label="half the smallest inter-class distance")
+        note_at(axis, half, f"{half:.3g}", GREY)
+        axis.set(xlabel=look.size_label(norm, "distance"), title=f"{title}{NORM_NAMES[norm]}", ylim=(0, 101))
+        axis.set_xlim(left=0)
+    axes[0][0].set_ylabel("points within that distance, %")
+    legend_above(figure, axes[0])
+    save(figure, folder / "class_distances", look)
 
 
-def draw_paper(several: list[Results], images: np.ndarray | None, folder: Path, look: Look) -> tuple[list[Path], list[str]]:
-    """The paper's figures from stored results, and a line for each that they do not suffice for.
+def draw_subsets(found: dict[str, ClassDistances], folder: Path, look: Look, title: str) -> None:
+    """class_distances_subsets.png: the smallest inter-class distance among the first j points against j."""
+    figure, axes = new_axes(1, len(found))
+    for axis, (norm, part) in zip(axes[0], found.items()):
+        least = look.scale * part.unit(part.prefix)
+        shown = np.isfinite(least)
+        axis.step(1 + np.flatnonzero(shown), least[shown], where="post", color=BLUE, linewidth=1.4)
+        axis.set(xscale="log", xlabel="number of points (random order)", title=f"{title}{NORM_NAMES[norm]}",
+                 ylabel=look.size_label(norm, "smallest inter-class distance").replace(", ", ",\n", 1))
+        axis.set_ylim(bottom=0)
+    save(figure, folder / "class_distances_subsets", look)
 
-    images: the clean points of the first results, [n, C, H, W] in [0, 1], or None where their data set is not at hand.
+
+# ---- surfaces ----------------------------------------------------------------------------------------------
+
+def draw_surfaces(found: dict[str, dict[str, np.ndarray]], epsilons: np.ndarray, alphas: np.ndarray,
+                  folder: Path, look: Look) -> None:
+    """surface_MODEL.png of each model, surface_difference.png of the first two.
+
+    found: model -> as `curves.surface.both`. Hatched where fewer than surfaces.FEW effective points are; the
+    thick line of a difference is where the two agree: the crossing curve.
     """
-    norms, missing = shared_norms(several), []
-    drawn = draw_toys(folder, look) + draw_sample_size(several, folder, look)
-    if len(several) > 1:
-        drawn += plots.grid({norm: rows for norm, rows in panels(several, look).items() if norm != "l1"} or panels(several, look),
-                            folder / "model_comparison", units=look.units, formats=look.formats)
-    else:
-        missing.append("model_comparison: needs the results of two models")
-    if {"linf", "l2"} <= set(norms) and images is not None:
-        drawn += draw_scaled(several, images, folder, look)
-    else:
-        missing.append("scaled: needs distances in l_inf and l_2, and the images")
-    if images is not None and all(f"x_adv_{norm}" in several[0].columns for norm in norms):
-        drawn += draw_examples(several[0], images, folder, look)
-    else:
-        missing.append("examples: needs adversarial examples in the first results (compute --adversaries)")
-    if not any((results.lower(norm) > 0).any() for results in several for norm in norms):
-        missing.append("bracket: no result has lower bounds")
-    return drawn, missing
+    grid = look.scale * epsilons, alphas
+    levels = [0, surfaces.FEW]
+    for name, part in found.items():
+        figure, axes = new_axes(1, 2, 5.6)
+        few = (part["n_eff_sa"] < surfaces.FEW).any()
+        note = f"   (hatched: fewer than {surfaces.FEW} effective points)" if few else ""
+        for axis, metric in zip(axes[0], ("A_sa", "A_tr")):
+            _heat(axis, grid, 100 * part[metric], "cividis", (0, 100), f"{metric}, %", look)
+            if few:
+                axis.contourf(*grid, part["n_eff_sa"].T, levels=levels, colors="none", hatches=["//"])
+            axis.set_title(f"{name}: {metric}{note}", fontsize=10)
+        save(figure, folder / f"surface_{name.replace('/', '-')}", look)
+    if len(found) > 1:
+        first, second, *_ = found
+        figure, axes = new_axes(1, 2, 5.6)
+        for axis, metric in zip(axes[0], ("A_sa", "A_tr")):
+            table = found[first][metric] - found[second][metric]
+            size = max(100 * np.abs(table).max(), 1e-9)
+            label = f"difference of {metric}, points of %"
+            _heat(axis, grid, 100 * table, "PuOr_r", (-size, size), label, look)
+            if table.min() < 0 < table.max():
+                axis.contour(*grid, table.T, levels=[0.0], colors="black", linewidths=2.4)
+            axis.set_title(f"{metric}: {first} $-$ {second}", fontsize=10)
+        save(figure, folder / "surface_difference", look)
 
 
-def draw_toys(folder: Path, look: Look) -> list[Path]:
-    """toy.png: two curves of equal area that cross, and three norms at a sine-shaped boundary."""
-    first, second = map(Curve, crossing_pair(400))
-    _, found = sine_points(4000)
-    lines = {f"{name}: area under $1 - R$ {curve.area():.3f}": curve.steps() for name, curve in (("model A", first), ("model B", second))}
-    sine = {plots.NORM_NAMES[norm]: Curve(values).steps() for norm, values in found.items()}
-    return plots.distributions([{"title": "Equal area, order reversed at 1.5", "xlabel": r"perturbation size, $\epsilon$", "lines": lines},
-                                {"title": r"Points at $\ell_2$ distance 1 from $y = \sin x$", "xlabel": "distance to the boundary",
-                                 "lines": sine}], folder / "toy", look.formats)
-
-
-def draw_sample_size(several: list[Results], folder: Path, look: Look) -> list[Path]:
-    """sample_size.png: the first model's curve from all its points and from a tenth of them, each with its band."""
-    results = several[0]
-    rows = np.sort(np.random.default_rng(0).permutation(len(results))[:max(1, len(results) // 10)])
-    norm = results.norms[0]
-    models = [{"label": f"{len(values):,} points", "n": len(values), "censored": Curve(values).censored}
-              | curve_points(values, np.zeros(len(values)), look.band, look.confidence)
-              for values in (results.upper(norm), results.upper(norm)[rows])]
-    return plots.curves({norm: models}, folder / "sample_size", confidence=look.confidence, band=look.band, units=look.units,
-                        formats=look.formats)
-
-
-def draw_scaled(several: list[Results], images: np.ndarray, folder: Path, look: Look) -> list[Path]:
-    """scaled.png: l_inf curves stretched onto the l_2 axis by both of the paper's factors and by the paired one."""
-    factor, models = image_scale(images), []
-    for results in several[:4]:
-        found = {"images": factor, **scales(results.upper("linf"), results.upper("l2"))}
-        models.append({"label": results.name, "l2": Curve(results.upper("l2")).steps(), "linf": Curve(results.upper("linf")).steps(),
-                       "scales": {name: value for name, value in found.items() if value is not None}})
-    return plots.scaled(models, folder / "scaled", look.formats)
-
-
-def draw_examples(results: Results, images: np.ndarray, folder: Path, look: Look) -> list[Path]:
-    """examples.png: the first points that were attacked, and their perturbations in each norm."""
-    sizes = results.upper(results.norms[0])
-    rows = np.flatnonzero((sizes > 0) & np.isfinite(sizes))[:8]
-    return plots.examples(images[rows], [(norm, results.columns[f"x_adv_{norm}"][rows] - images[rows]) for norm in results.norms],
-                          folder / "examples", look.formats) if len(rows) else []
+def _heat(axis: "Axes", grid: tuple[np.ndarray, np.ndarray], table: np.ndarray, cmap: str,
+          limits: tuple[float, float], label: str, look: Look) -> None:
+    """A heat map of table [E, A] over the grid (epsilons, alphas), with contours."""
+    mesh = axis.pcolormesh(*grid, table.T, cmap=cmap, vmin=limits[0], vmax=limits[1], shading="gouraud")
+    if np.ptp(table) > 0:
+        lines = axis.contour(*grid, table.T, levels=8, colors="black", linewidths=0.7)
+        for text in axis.clabel(lines, fontsize=8, fmt="%g"):
+            text.set_path_effects(halo())
+    axis.figure.colorbar(mesh, ax=axis, label=label)
+    axis.grid(False)
+    axis.set(xlabel=look.size_label("linf", r"perturbation size $\epsilon$"),
+             ylabel=r"$\alpha$, the attacker's preference for small margins")

@@ -1,7 +1,9 @@
-"""MATLAB 5 files of the robust-network collection of Croce & Hein (AISTATS 2019, ICLR 2020): two small ReLU networks, and image sets.
+"""MATLAB 5 files of the robust-network collection of Croce & Hein (AISTATS 2019, ICLR 2020): two small ReLU
+networks, and image sets.
 
-cnn   conv 4x4 stride 2 (16), conv 4x4 stride 2 (32), linear (100), linear (K): TensorFlow's layouts, kernels HWIO, padding "same"
-      (one pixel a side at these sizes), features flattened in the order height, width, channel
+cnn   conv 4x4 stride 2 (16), conv 4x4 stride 2 (32), linear (100), linear (K): TensorFlow's layouts, kernels
+      HWIO, padding "same" (one pixel a side at these sizes), features flattened in the order height, width,
+      channel
 fc1   linear (hidden), linear (K), on images flattened in that order too
 
 Inputs are in [0, 1] without normalisation. Only arrays of numbers are read; nothing in a file is executed.
@@ -11,28 +13,28 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy import io
 from torch import Tensor, nn
 
-from harness.datasets.split import Split
+from harness.datasets.split import Split, split_of
 from harness.errors import UserError
 
-CNN_KEYS = tuple(f"{kind}_{layer}" for layer in ("conv1", "conv2", "fc1", "fc2") for kind in ("weights", "biases"))
+CNN_KEYS = ("weights_conv1", "biases_conv1", "weights_conv2", "biases_conv2",
+            "weights_fc1", "biases_fc1", "weights_fc2", "biases_fc2")
 FC1_KEYS = ("U", "W", "bU", "bW")
-KINDS = {"cnn": CNN_KEYS, "fc1": FC1_KEYS}
+Shape = tuple[int, int, int]  # C, H, W
 
 
 def read_arrays(path: str | Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Those of `names` that a MATLAB 5 file holds, as arrays of numbers.  Raises UserError in one line for any other file."""
+    """Those of `names` that a MATLAB 5 file holds, numbers alone.  Raises UserError for any other file."""
     path = Path(path)
     try:
-        from scipy import io
-    except ImportError:
-        raise UserError(f"{path} needs scipy to be read: pip install -r requirements.txt") from None
-    try:
         with path.open("rb") as file:
-            if not (head := file.read(128)).startswith(b"MATLAB 5.0 MAT-file"):
-                said = "MATLAB 7.3 (HDF5): save it with -v6 or -v7" if head.startswith(b"MATLAB 7.3") else "no MATLAB 5 file, or cut off"
-                raise UserError(f"{path} is {said}")
+            head = file.read(128)
+        if not head.startswith(b"MATLAB 5.0 MAT-file"):
+            later = head.startswith(b"MATLAB 7.3")
+            raise UserError(f"{path} is MATLAB 7.3 (HDF5): save it with -v6 or -v7" if later else
+                            f"{path} is no MATLAB 5 file, or cut off")
         found = io.loadmat(str(path), appendmat=False, variable_names=names)
         keys = [name for name, _, _ in io.whosmat(str(path), appendmat=False)]
     except FileNotFoundError:
@@ -44,64 +46,76 @@ def read_arrays(path: str | Path, names: tuple[str, ...]) -> dict[str, np.ndarra
     except Exception as error:  # a damaged file fails in scipy, zlib and struct in their own ways
         raise UserError(f"{path} is damaged or cut off: copy it again") from error
     arrays = {name: found[name] for name in names if name in found}
+    if not arrays:
+        raise UserError(f"{path} has the keys {', '.join(keys[:8]) or '(none)'}: a network has weights_conv1 "
+                        "... biases_fc2, or U, W, bU, bW; a data set has images and labels")
     for name, value in arrays.items():
         if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiu" or not np.isfinite(value).all():
             raise UserError(f"{path}: {name} is no array of finite numbers")
-    return arrays if arrays else _foreign(path, keys)
-
-
-def _foreign(path: Path, keys: list[str]) -> dict:
-    raise UserError(f"{path} has the keys {', '.join(keys[:8]) or '(none)'}: a network has weights_conv1 ... biases_fc2, or U, W, bU, bW; "
-                    "a data set has images and labels")
+    return arrays
 
 
 def load_network(path: str | Path) -> tuple[nn.Sequential, str]:
-    """The network in a file, in eval mode on the CPU, and its kind: "cnn" or "fc1", which the file's keys tell.
+    """The network in a file, in eval mode on the CPU, and its kind: "cnn" or "fc1", which its keys tell.
 
     Raises UserError in one line for missing keys and for shapes that do not fit one another.
     """
     arrays = read_arrays(path, CNN_KEYS + FC1_KEYS)
     kind = "fc1" if "U" in arrays or "W" in arrays else "cnn"
-    if missing := [name for name in KINDS[kind] if name not in arrays]:
+    keys = FC1_KEYS if kind == "fc1" else CNN_KEYS
+    if missing := [name for name in keys if name not in arrays]:
         raise UserError(f"{path} is a network of the kind {kind}, but lacks {', '.join(missing)}")
-    image_shape = _image_shape(arrays, kind)
-    for name, shape in {"cnn": _cnn_shapes, "fc1": _fc1_shapes}[kind](arrays, image_shape).items():
+    image_shape, shapes = (_fc1_shapes if kind == "fc1" else _cnn_shapes)(arrays)
+    for name, shape in shapes.items():
         if arrays[name].shape != shape:
-            raise UserError(f"{path}: {name} has the shape {arrays[name].shape} where this kind of network ({kind}) has {shape}")
-    tensors = {name: torch.from_numpy(np.ascontiguousarray(arrays[name], dtype=np.float32)) for name in KINDS[kind]}
-    return {"cnn": _cnn, "fc1": _fc1}[kind](tensors, image_shape).eval(), kind
+            raise UserError(f"{path}: {name} has the shape {arrays[name].shape} where this kind of network "
+                            f"({kind}) has {shape}")
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(arrays[name], dtype=np.float32)) for name in keys}
+    return (_fc1 if kind == "fc1" else _cnn)(tensors, image_shape).eval(), kind
 
 
-def _image_shape(arrays: dict[str, np.ndarray], kind: str) -> tuple[int, int, int]:
-    """(C, H, W) of the square images that the weights are for: C from the first kernel, for fc1 3 where that makes a square, else 1."""
-    if kind == "cnn":
-        kernel = arrays["weights_conv1"].shape
-        side = 4 * math.isqrt(arrays["weights_fc1"].shape[0] // 32)
-        return (kernel[2] if len(kernel) == 4 else 1), max(side, 4), max(side, 4)
-    pixels = arrays["U"].shape[0]
+def _cnn_shapes(arrays: dict[str, np.ndarray]) -> tuple[Shape, dict[str, tuple[int, ...]]]:
+    """The square images that the weights are for, and the shape that each array must have."""
+    kernel = arrays["weights_conv1"].shape
+    channels = kernel[2] if len(kernel) == 4 else 1
+    side = max(4 * math.isqrt(arrays["weights_fc1"].shape[0] // 32), 4)
+    weights = {"conv1": (4, 4, channels, 16), "conv2": (4, 4, 16, 32), "fc1": (2 * side**2, 100),
+               "fc2": (100, arrays["weights_fc2"].shape[-1])}
+    return (channels, side, side), {f"{kind}_{layer}": shape if kind == "weights" else (1, shape[-1])
+                                    for layer, shape in weights.items() for kind in ("weights", "biases")}
+
+
+def _fc1_shapes(arrays: dict[str, np.ndarray]) -> tuple[Shape, dict[str, tuple[int, ...]]]:
+    """The same; with three channels where that makes the images square, else with one."""
+    pixels, hidden, classes = arrays["U"].shape[0], arrays["U"].shape[-1], arrays["W"].shape[-1]
     channels = 3 if 3 * math.isqrt(pixels // 3) ** 2 == pixels else 1
-    return channels, (side := math.isqrt(pixels // channels)), side
+    side = math.isqrt(pixels // channels)
+    return (channels, side, side), {"U": (channels * side**2, hidden), "bU": (1, hidden),
+                                    "W": (hidden, classes), "bW": (1, classes)}
 
 
-def _cnn_shapes(arrays: dict[str, np.ndarray], image_shape: tuple[int, int, int]) -> dict[str, tuple[int, ...]]:
+def _cnn(t: dict[str, Tensor], image_shape: Shape) -> nn.Sequential:
     channels, height, width = image_shape
-    classes = arrays["weights_fc2"].shape[-1]
-    return {"weights_conv1": (4, 4, channels, 16), "biases_conv1": (1, 16), "weights_conv2": (4, 4, 16, 32), "biases_conv2": (1, 32),
-            "weights_fc1": (height * width * 2, 100), "biases_fc1": (1, 100), "weights_fc2": (100, classes), "biases_fc2": (1, classes)}
+    conv1, conv2 = (_filled(nn.Conv2d(count, out, 4, stride=2, padding=1),
+                            t[f"weights_{name}"].permute(3, 2, 0, 1), t[f"biases_{name}"])
+                    for name, count, out in (("conv1", channels, 16), ("conv2", 16, 32)))
+    fc1 = _linear(_channels_first(t["weights_fc1"], (32, height // 4, width // 4)), t["biases_fc1"])
+    fc2 = _linear(t["weights_fc2"].T, t["biases_fc2"])
+    return nn.Sequential(conv1, nn.ReLU(), conv2, nn.ReLU(), nn.Flatten(), fc1, nn.ReLU(), fc2)
 
 
-def _fc1_shapes(arrays: dict[str, np.ndarray], image_shape: tuple[int, int, int]) -> dict[str, tuple[int, ...]]:
-    hidden, classes = arrays["U"].shape[-1], arrays["W"].shape[-1]
-    return {"U": (math.prod(image_shape), hidden), "bU": (1, hidden), "W": (hidden, classes), "bW": (1, classes)}
+def _fc1(t: dict[str, Tensor], image_shape: Shape) -> nn.Sequential:
+    first = _linear(_channels_first(t["U"], image_shape), t["bU"])
+    return nn.Sequential(nn.Flatten(), first, nn.ReLU(), _linear(t["W"].T, t["bW"]))
 
 
-def _channels_first(rows: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """A weight [H * W * C, out] for features in the order H, W, C as one [out, C * H * W] for them in torch's order C, H, W."""
+def _channels_first(rows: Tensor, shape: Shape) -> Tensor:
+    """[H * W * C, out] for features in the order H, W, C as [out, C * H * W] for torch's order C, H, W."""
     channels, height, width = shape
     return rows.view(height, width, channels, -1).permute(3, 2, 0, 1).reshape(rows.shape[1], -1)
 
 
-def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+def _linear(weight: Tensor, bias: Tensor) -> nn.Module:
     return _filled(nn.Linear(weight.shape[1], weight.shape[0]), weight, bias)
 
 
@@ -110,33 +124,25 @@ def _filled(layer: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module:
     return layer
 
 
-def _cnn(t: dict[str, Tensor], image_shape: tuple[int, int, int]) -> nn.Sequential:
-    channels, height, width = image_shape
-    conv1, conv2 = (_filled(nn.Conv2d(count, out, 4, stride=2, padding=1), t[f"weights_{name}"].permute(3, 2, 0, 1), t[f"biases_{name}"])
-                    for name, count, out in (("conv1", channels, 16), ("conv2", 16, 32)))
-    fc1 = _linear(_channels_first(t["weights_fc1"], (32, height // 4, width // 4)), t["biases_fc1"])
-    return nn.Sequential(conv1, nn.ReLU(), conv2, nn.ReLU(), nn.Flatten(), fc1, nn.ReLU(), _linear(t["weights_fc2"].T, t["biases_fc2"]))
-
-
-def _fc1(t: dict[str, Tensor], image_shape: tuple[int, int, int]) -> nn.Sequential:
-    return nn.Sequential(nn.Flatten(), _linear(_channels_first(t["U"], image_shape), t["bU"]), nn.ReLU(), _linear(t["W"].T, t["bW"]))
-
-
 def read_images(path: str | Path) -> Split:
-    """The image set in a file: `images` uint8 (N, H, W, C), `labels` integers from 0.  Raises UserError in one line for another form."""
+    """The image set in a file, as `image_split` takes it; labels of any shape."""
     arrays = read_arrays(path, ("images", "labels"))
-    images, labels = (arrays.get(name) for name in ("images", "labels"))
-    return image_split(path, images, labels.ravel() if labels is not None else None)
+    if "labels" in arrays:
+        arrays["labels"] = arrays["labels"].ravel()
+    return image_split(path, arrays)
 
 
-def image_split(path: str | Path, images: np.ndarray | None, labels: np.ndarray | None) -> Split:
-    """`images` uint8 [N, H, W] or [N, H, W, C] and `labels` [N] from the file `path` as a Split.  Raises UserError for another form."""
-    if images is None or labels is None:
+def image_split(path: str | Path, arrays: dict[str, np.ndarray]) -> Split:
+    """`images` uint8 [N, H, W] or [N, H, W, C] and `labels` [N] from the file `path` as a Split.
+
+    Raises UserError for another form.
+    """
+    if not {"images", "labels"} <= set(arrays):
         raise UserError(f"{path} lacks images or labels: an image set has both")
+    images, labels = arrays["images"], arrays["labels"]
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or not len(images):
         raise UserError(f"{path}: images is {images.dtype} {list(images.shape)}, not uint8 [N, H, W, C]")
     if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1] or labels.min() < 0:
-        raise UserError(f"{path}: labels is {labels.dtype} {list(labels.shape)}, not integers from 0 for {len(images):,} images")
-    pixels = torch.from_numpy(images)
-    pixels = pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
-    return Split(pixels.contiguous(), torch.from_numpy(labels.astype(np.int64)), torch.arange(len(labels)))
+        raise UserError(f"{path}: labels is {labels.dtype} {list(labels.shape)}, not integers from 0 for "
+                        f"{len(images):,} images")
+    return split_of(images, labels.astype(np.int64))

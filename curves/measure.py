@@ -1,18 +1,27 @@
-"""The distances of a batch of points from the adversarial examples that an attack hands over: nothing counts before it is checked again."""
+"""Distances from the adversarial examples that an attack hands over: nothing counts before it is checked."""
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
-NORMS = ("linf", "l2", "l1")
+from curves.certified import Layers, certified_distances
+from curves.store import PENDING, Results, saving
+from harness.datasets.batches import to_unit
+from harness.datasets.split import Split
+from losses.margin import misclassified, probability_margin
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What is known of each of B points: predicted class [B], and by norm the smallest distance [B] (0 where misclassified, inf where
-    nothing was found), the adversarial example there [B, ...] (the clean point in both of those cases), its margin [B] in float64, and
-    which attack found it [B], -1 for none or unknown."""
+    """What is known of each of B points, by norm where norms differ.
+
+    pred [B]: predicted class; distance [B]: the smallest, 0 where misclassified, inf where nothing was found;
+    x_adv [B, ...]: the adversarial example there, the clean point in both of those cases; margin [B]: at it,
+    float64; winner [B]: which attack found it, -1 for none or unknown.
+    """
 
     pred: Tensor
     clean_margin: Tensor
@@ -24,10 +33,13 @@ class Measured:
 
 @dataclass(frozen=True)
 class Candidates:
-    """What an attack hands over for b points: by norm images [b, ...], and which of its parts each is from [b]; -1 for none."""
+    """What an attack hands over for b points, by norm: images [b, ...], and which part found each [b]."""
 
     x_adv: dict[str, Tensor]
     winner: dict[str, Tensor]
+
+
+Attack = Callable[[Tensor, Tensor, Tensor], Candidates]  # of x [b, ...], y [b] and which points they are [b]
 
 
 def norms_of(delta: Tensor) -> dict[str, Tensor]:
@@ -36,40 +48,75 @@ def norms_of(delta: Tensor) -> dict[str, Tensor]:
     return {"linf": flat.abs().amax(dim=1), "l2": flat.norm(dim=1), "l1": flat.abs().sum(dim=1)}
 
 
-def measure(model: nn.Module, x: Tensor, y: Tensor, norms: tuple[str, ...], attack: Callable[[Tensor, Tensor, Tensor], Candidates],
-            margin_of: Callable[[Tensor, Tensor], Tensor], misclassified: Callable[[Tensor, Tensor], Tensor]) -> Measured:
-    """Attack the correctly classified points and keep, in each of `norms`, the closest adversarial example of all that came back.
+def measure(model: nn.Module, x: Tensor, y: Tensor, norms: tuple[str, ...], attack: Attack) -> Measured:
+    """Attack the correctly classified points and keep, in each norm, the closest adversarial example.
 
-    model: in eval mode; x: [B, ...] in [0, 1]; y: [B]. attack(x, y, rows) -> Candidates is called with the correctly classified
-    points alone, `rows` [b] being their places in the batch. margin_of(logits, y) -> [B] is the margin, misclassified(logits, y)
-    -> [B] bool whether y has lost (`losses.margin`). Each candidate is clamped to [0, 1], classified again and measured in all norms,
-    so that one found in any norm counts in every other.
+    model: in eval mode; x: [B, ...] in [0, 1]; y: [B]. attack(x, y, rows) is called with the correctly
+    classified points alone, `rows` [b] being their places in the batch. Each candidate is clamped to [0, 1],
+    classified again and measured in all norms, so that one found in any norm counts in every other.
     """
     with torch.no_grad():
         logits = model(x).double()
-    pred, clean_margin = logits.argmax(1), margin_of(logits, y)
+    clean_margin = probability_margin(logits, y)
     wrong = misclassified(logits, y)
-    distance = {norm: torch.where(wrong, 0.0, torch.inf).double() for norm in norms}
-    x_adv, margin = {norm: x.clone() for norm in norms}, {norm: clean_margin.clone() for norm in norms}
     rows = (~wrong).nonzero().squeeze(1)
+    distance = {norm: torch.where(wrong, 0.0, torch.inf).double() for norm in norms}
+    x_adv = {norm: x.clone() for norm in norms}
+    margin = {norm: clean_margin.clone() for norm in norms}
     winner = {norm: torch.full_like(y, -1) for norm in norms}
     candidates = attack(x[rows], y[rows], rows) if len(rows) else Candidates({}, {})
     for source, candidate in candidates.x_adv.items():
         candidate = candidate.detach().clamp(0.0, 1.0)
         with torch.no_grad():
             found = model(candidate).double()
-        value, sizes = margin_of(found, y[rows]), norms_of(candidate.double() - x[rows].double())
+        value = probability_margin(found, y[rows])
+        sizes = norms_of(candidate.double() - x[rows].double())
         adversarial = misclassified(found, y[rows])
         for norm in norms:
             better = adversarial & (sizes[norm] < distance[norm][rows])
-            distance[norm][rows[better]], margin[norm][rows[better]] = sizes[norm][better], value[better]
-            x_adv[norm][rows[better]], winner[norm][rows[better]] = candidate[better], candidates.winner[source][better]
-    return Measured(pred, clean_margin, distance, x_adv, margin, winner)
+            for target, new in ((distance, sizes[norm]), (margin, value), (x_adv, candidate),
+                                (winner, candidates.winner[source])):
+                target[norm][rows[better]] = new[better]
+    return Measured(logits.argmax(1), clean_margin, distance, x_adv, margin, winner)
+
+
+def measure_pending(results: Results, model: nn.Module, points: Split, attack: Attack, batch_size: int,
+                    layers: Layers | None, folder: Path) -> None:
+    """Measure the points that are pending, and save as they are done.
+
+    attack(x, y, index) is given the points' places in the data set, `index` [b]; layers: the network as
+    `affine_layers` reads it, where lower bounds are wanted.
+    """
+    pending = results.rows(PENDING)
+    bar = tqdm(total=len(results), initial=len(results) - len(pending), desc=results.name, unit="point",
+               disable=None)
+    with bar, saving(results, folder) as saved:
+        for start in range(0, len(pending), batch_size):
+            rows = pending[start:start + batch_size]
+            part = points[torch.from_numpy(rows)]
+            x, y = to_unit(part.images), part.labels
+            found = measure(model, x, y, results.norms,
+                            lambda x, y, kept, index=part.index: attack(x, y, index[kept]))
+            for norm in results.norms if layers else ():
+                bound = certified_distances(layers, x, y, found.distance[norm], norm=norm)
+                results.lower(norm)[rows] = bound.numpy()
+            results.put(rows, found)
+            saved()
+            bar.update(len(rows))
+
+
+def predicted(model: nn.Module, points: Split, batch_size: int) -> tuple[Tensor, Tensor]:
+    """The images of points and the classes that the model gives them."""
+    images = to_unit(points.images)
+    with torch.no_grad():
+        return images, torch.cat([model(x).argmax(1) for x in images.split(batch_size)])
 
 
 def nearest_of_another_class(x: Tensor, y: Tensor, images: Tensor, pred: Tensor) -> Tensor:
-    """For each of x [B, ...] the image of `images` [M, ...] nearest in l_2 whose prediction `pred` [M] is not y [B]: an adversarial example
-    to begin from where gradients vanish.  x itself where every prediction is y."""
+    """For each of x [B, ...] the nearest in l_2 of `images` [M, ...] whose class `pred` [M] is not y [B].
+
+    An adversarial example to begin from where gradients vanish. x itself where every class is y.
+    """
     apart = torch.cdist(x.flatten(1), images.flatten(1)).masked_fill(pred == y[:, None], torch.inf)
     distance, nearest = apart.min(dim=1)
     return torch.where(distance.isfinite().view(-1, *[1] * (x.dim() - 1)), images[nearest], x)

@@ -2,25 +2,15 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Literal, Protocol
 
 from torch import nn
 
 from curves import mat
+from curves.certified import Layers, affine_layers
 from curves.points import load_split
 from harness.datasets.split import Split
 from harness.errors import UserError
 from harness.evaluation.subject import Subject, open_subject, sha256
-
-
-class Settings(Protocol):
-    """What a command line says of a network and its images; None where the file knows."""
-
-    arch: str | None
-    nn_type: str | None
-    dataset: str | None
-    data_dir: str | None
-    split: Literal["test", "train"]
 
 
 def names_of(paths: tuple[str, ...]) -> dict[str, Path]:
@@ -31,8 +21,8 @@ def names_of(paths: tuple[str, ...]) -> dict[str, Path]:
     """
     if not paths:
         raise UserError("name at least one --model (a checkpoint, a run folder or a .mat file)")
-    files, names = [Path(path) / "last.pt" if Path(path).is_dir() else Path(path) for path in paths], {}
-    for file in files:
+    names: dict[str, Path] = {}
+    for file in (path / "last.pt" if path.is_dir() else path for path in map(Path, paths)):
         if not file.is_file():
             raise UserError(f"there is no model {file}")
         name = file.resolve().parent.name if file.stem == "last" else file.stem
@@ -45,19 +35,26 @@ def names_of(paths: tuple[str, ...]) -> dict[str, Path]:
     return names
 
 
-def open_network(name: str, path: Path, cfg: Settings, build: Callable[..., nn.Module]) -> Subject:
-    """Read a network and the images that its curve is measured at, those of `cfg.split`."""
-    return _open(name, path, build, split=cfg.split, nn_type=cfg.nn_type, arch=cfg.arch, dataset=cfg.dataset,
-                 data_dir=cfg.data_dir)
+def open_network(name: str, path: Path, build: Callable[..., nn.Module], *, split: str,
+                 nn_type: str | None = None, **known: str | None) -> Subject:
+    """Read a network and the images of `split` that its curve is measured at.
 
-
-def _open(name: str, path: Path, build: Callable[..., nn.Module], *, split: str, nn_type: str | None = None,
-          **known: str | None) -> Subject:
+    nn_type: the kind of a .mat network, as its user thinks; known: as in `open_subject`.
+    """
     def load(dataset: str, data_dir: str) -> tuple[Split, tuple[str, ...]]:
         return load_split(dataset, data_dir, split), ()
 
     readers = {".mat": partial(_read_mat, nn_type=nn_type)}
     return open_subject(name, path, build, **known, load=load, readers=readers)
+
+
+def reopen(about: dict, build: Callable[..., nn.Module]) -> Subject:
+    """The subject that results are of.  Raises UserError where the model's file has changed since."""
+    path = Path(about["model"])
+    if not path.is_file() or sha256(path) != about["sha256"]:
+        raise UserError(f"{path} is not the file these distances were measured on: it is gone or has changed")
+    known = {key: about[key] for key in ("arch", "dataset", "data_dir", "split")}
+    return open_network(about["name"], path, build, **known)
 
 
 def _read_mat(path: Path, nn_type: str | None) -> nn.Module:
@@ -74,10 +71,9 @@ def about_of(subject: Subject, split: str) -> dict:
             "data": f"{subject.dataset} {split}"}
 
 
-def reopen(about: dict, build: Callable[..., nn.Module]) -> Subject:
-    """The subject that results are of.  Raises UserError where the model's file has changed since."""
-    path = Path(about["model"])
-    if not path.is_file() or sha256(path) != about["sha256"]:
-        raise UserError(f"{path} is not the file these distances were measured on: it is gone or has changed")
-    known = {key: about[key] for key in ("arch", "dataset", "data_dir", "split")}
-    return _open(about["name"], path, build, **known)
+def chain(model: nn.Module, images: Split) -> Layers:
+    """The network as affine maps with ReLUs between them.  Raises UserError for any other."""
+    try:
+        return affine_layers(model, images.images.shape[1:])
+    except ValueError as error:
+        raise UserError(f"no proof for this network: {error}") from error

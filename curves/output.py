@@ -8,37 +8,46 @@ import torch
 
 from curves import figures, report, transfer
 from curves import surface as surfaces
+from curves.canvas import Look
 from curves.class_distances import ClassDistances, summarize
-from curves.figures import Look
-from curves.store import Results, write_columns, write_json
+from curves.store import Results
 from harness.datasets.split import Split
 from harness.device import command_line, environment
+from harness.evaluation.report import dumps
+from harness.folder import write_csv, write_text
 
-Thresholds = dict[str, tuple[float, ...]]
+CPU = torch.device("cpu")
 
 
-def facts(started: float, device: torch.device) -> dict[str, object]:
-    """What a reader needs in order to repeat a measurement that began at `started` of the monotonic clock."""
+def facts(started: float, device: torch.device = CPU) -> dict[str, object]:
+    """What a reader needs in order to repeat a measurement that began at `started` (monotonic clock)."""
     return {"version": 1, "command_line": command_line(), "date": time.strftime("%Y-%m-%d"),
             "seconds": round(time.monotonic() - started, 1), "environment": environment(device)}
 
 
-def curves(several: list[Results], folder: Path, thresholds: Thresholds, look: Look, plot: bool, run: dict) -> None:
+def _nine_digits(row: dict[str, str | float]) -> dict[str, str]:
+    return {name: value if isinstance(value, str) else f"{value:.9g}" for name, value in row.items()}
+
+
+def curves(several: list[Results], folder: Path, look: Look, run: dict) -> None:
     """curves.csv, summary.json, curves.png, and a table on the screen."""
-    entries, rows, head = {}, [], ("t", "R", "low", "high", "R_certified")
+    entries, rows = {}, []
     for results in several:
-        norms = {norm: report.summarize(results.upper(norm), results.lower(norm), thresholds[norm], look.confidence)
-                 for norm in results.norms}
-        entries[results.name] = {"about": results.about, "norms": norms}
+        norms = {}
         for norm in results.norms:
-            columns = report.curve_points(results.upper(norm), results.lower(norm), look.band, look.confidence)
-            unknown = np.full(len(columns["t"]), np.nan)
-            rows += [(results.name, norm, *values) for values in zip(*(columns.get(name, unknown) for name in head))]
-    write_columns(folder / "curves.csv", ("model", "norm", *head), rows)
-    write_json(folder / "summary.json", run | {"confidence": look.confidence, "band": look.band, "models": entries})
+            _, upper, lower = results.labelled(norm)
+            norms[norm] = report.summarize(upper, lower, look.thresholds[norm], look.confidence)
+            columns = report.curve_points(upper, lower, look.band, look.confidence)
+            columns.setdefault("R_certified", [""] * len(columns["t"]))
+            rows += [{"model": results.name, "norm": norm} | dict(zip(columns, values))
+                     for values in zip(*columns.values())]
+        entries[results.name] = {"about": results.about, "norms": norms}
+    write_csv(folder / "curves.csv", list(map(_nine_digits, rows)))
+    summary = run | {"confidence": look.confidence, "band": look.band, "models": entries}
+    write_text(folder / "summary.json", dumps(summary))
     _print_curves(entries)
-    if plot:
-        figures.draw_curves(several, folder, look, thresholds)
+    if look.plot:
+        figures.draw_curves(several, folder, look)
     print(f"written: {folder}")
 
 
@@ -47,74 +56,91 @@ def _print_curves(entries: dict[str, dict]) -> None:
     print(f"\n{'model':<{width}}  norm  points   wrong  censored     mean   median   R(t) in %")
     for name, entry in entries.items():
         for norm, part in entry["norms"].items():
-            mean, median = (f"{part[key]:.5f}" if part[key] is not None else "-" for key in ("mean", "median"))
+            mean, median = ("-" if part[key] is None else f"{part[key]:.5f}" for key in ("mean", "median"))
             at = "  ".join(f"{100 * point['R']:.1f} at {point['t']:g}" for point in part["thresholds"])
             counts = f"{part['n']:>7,} {part['misclassified']:>7,} {part['censored']:>9,}"
             print(f"{name:<{width}}  {norm:<4} {counts} {mean:>8} {median:>8}   {at}")
 
 
-def comparison(several: list[Results], folder: Path, thresholds: Thresholds, look: Look, plot: bool, num_resamples: int, seed: int) -> None:
+def comparison(several: list[Results], folder: Path, look: Look, num_resamples: int, seed: int) -> None:
     """compare.json, the figures, and on the screen where models change places."""
     started = time.monotonic()
-    found = {norm: [{"first": a.name, "second": b.name} | report.pair(a.upper(norm), b.upper(norm), thresholds[norm], look.confidence,
-                                                                     num_resamples, seed) for a, b in combinations(several, 2)]
-             for norm in figures.shared_norms(several)}
-    across = {results.name: transfer.correlations({norm: results.upper(norm) for norm in results.norms})
-              | ({"scales": transfer.scales(results.upper("linf"), results.upper("l2"))} if {"linf", "l2"} <= set(results.norms) else {})
-              for results in several}
-    write_json(folder / "compare.json", facts(started, torch.device("cpu")) | {"points": len(several[0]), "confidence": look.confidence,
-                                                                            "norms": found, "transfer": across})
+    found = {norm: [{"first": a.name, "second": b.name} | report.pair(
+        a.upper(norm), b.upper(norm), look.thresholds[norm], look.confidence, num_resamples, seed)
+        for a, b in combinations(several, 2)] for norm in figures.shared_norms(several)}
+    across = {}
+    for results in several:
+        distances = {norm: results.upper(norm) for norm in results.norms}
+        across[results.name] = transfer.correlations(distances)
+        if {"linf", "l2"} <= set(distances):
+            across[results.name]["scales"] = transfer.scales(distances["linf"], distances["l2"])
+    about = {"points": len(several[0]), "confidence": look.confidence, "norms": found, "transfer": across}
+    write_text(folder / "compare.json", dumps(facts(started) | about))
     _print_pairs(found, len(several[0]))
-    if plot:
-        figures.draw_curves(several, folder, look, thresholds)
+    if look.plot:
+        figures.draw_curves(several, folder, look)
         figures.draw_comparison(several, found, folder, look)
     print(f"written: {folder}")
 
 
 def _print_pairs(found: dict[str, list[dict]], points: int) -> None:
-    print(f"\n{points:,} common points; R_first - R_second in points of %, where it is largest, with its simultaneous band")
+    print(f"\n{points:,} common points; R_first - R_second in points of %, where it is largest, with its "
+          "simultaneous band")
     for norm, entries in found.items():
         for entry in entries:
-            gap, sure = entry["largest_gap"], [crossing for crossing in entry["crossings"] if crossing["supported"]]
-            text = f"{100 * gap['gap']:+.1f} at {gap['gap_at']:.4g} (p {gap['p_value']:.2g})" if gap else "equal everywhere"
-            crossed = ", ".join(f"{crossing['at']:.4g}" for crossing in sure) or "none supported"
-            print(f"{norm:<4}  {entry['first']} - {entry['second']}: {text}, band +-{100 * entry['half_width']:.1f}; crossings: {crossed}")
+            text = "equal everywhere"
+            if gap := entry["largest_gap"]:
+                text = f"{100 * gap['gap']:+.1f} at {gap['gap_at']:.4g} (p {gap['p_value']:.2g})"
+            sure = [f"{crossing['at']:.4g}" for crossing in entry["crossings"] if crossing["supported"]]
+            print(f"{norm:<4}  {entry['first']} - {entry['second']}: {text}, band "
+                  f"+-{100 * entry['half_width']:.1f}; crossings: {', '.join(sure) or 'none supported'}")
 
 
-def class_distances(found: dict[str, ClassDistances], points: Split, folder: Path, about: dict, thresholds: Thresholds, look: Look,
-                    plot: bool, run: dict) -> None:
-    """class_distances.npz and .json, the figures, and on the screen the extremes of the inter-class distances.  about: the data set."""
-    entries = {norm: summarize(part, thresholds[norm]) for norm, part in found.items()}
-    write_json(folder / "class_distances.json", run | about | {"norms": entries})
-    columns = {f"{kind}_{norm}": part.unit(getattr(part, kind)) for norm, part in found.items() for kind in ("inter", "intra", "prefix")}
-    np.savez_compressed(folder / "class_distances.npz", index=points.index.cpu().numpy(), label=points.labels.cpu().numpy(), **columns)
-    names, inter = " ".join(found), [entries[norm]["inter"] for norm in found]
-    shown = " | ".join(" ".join(f"{part[end]:.2f}" for part in inter) for end in ("min", "max"))
-    print(f"inter-class distances, smallest {names} | largest {names}: {shown}  ({about['num_points']:,} points, {run['seconds']} s)")
+def class_distances(found: dict[str, ClassDistances], points: Split, folder: Path, about: dict, look: Look,
+                    run: dict) -> None:
+    """class_distances.npz and .json, the figures, and the extremes on the screen.  about: the data set."""
+    entries = {norm: summarize(part, look.thresholds[norm]) for norm, part in found.items()}
+    write_text(folder / "class_distances.json", dumps(run | about | {"norms": entries}))
+    columns = {f"{kind}_{norm}": part.unit(getattr(part, kind))
+               for norm, part in found.items() for kind in ("inter", "intra", "prefix")}
+    np.savez_compressed(folder / "class_distances.npz", index=points.index.cpu().numpy(),
+                        label=points.labels.cpu().numpy(), **columns)
+    shown = " | ".join(" ".join(f"{entry['inter'][end]:.2f}" for entry in entries.values())
+                       for end in ("min", "max"))
+    names = " ".join(found)
+    print(f"inter-class distances, smallest {names} | largest {names}: {shown}  "
+          f"({about['num_points']:,} points, {run['seconds']} s)")
     for norm, entry in entries.items():
-        print(f"{norm:<4} half the smallest {entry['half_min_inter']:.4f}, copies in another class {entry['duplicates']:,}; "
-              + "; ".join(f"t {point['t']:g} is {point['of_half']:.2f} of it, {100 * point['within_2t']:.1f} % of points within 2t"
-                          for point in entry["thresholds"]))
-    if plot:
-        figures.draw_classes(found, folder, look, f"{about['dataset'].partition(':')[0]}, ")
+        scale = "; ".join(f"t {point['t']:g} is {point['of_half']:.2f} of it, "
+                          f"{100 * point['within_2t']:.1f} % of points within 2t"
+                          for point in entry["thresholds"])
+        print(f"{norm:<4} half the smallest {entry['half_min_inter']:.4f}, copies in another class "
+              f"{entry['duplicates']:,}; {scale}")
+    if look.plot:
+        title = f"{about['dataset'].partition(':')[0]}, "
+        figures.draw_classes(found, folder, look, title)
+        figures.draw_subsets(found, folder, look, title)
     print(f"written: {folder}")
 
 
-def surface(found: dict[str, dict[str, np.ndarray]], epsilons: np.ndarray, alphas: np.ndarray, folder: Path, look: Look, plot: bool,
-            run: dict) -> None:
-    """surface.csv, surface.npz, the figures, and a warning where few points carry the weight.  found: model -> `curves.surface.both`."""
+def surface(found: dict[str, dict[str, np.ndarray]], epsilons: np.ndarray, alphas: np.ndarray, folder: Path,
+            look: Look, run: dict) -> None:
+    """surface.csv and .npz, the figures, warnings.  found: model -> `curves.surface.both`."""
     names, rows = ("A_sa", "A_tr", "n_eff_sa", "n_eff_tr", "tilted"), []
     for model, part in found.items():
-        rows += [(model, float(epsilon), float(alpha), *(part[name][e, a] for name in names))
-                 for e, epsilon in enumerate(epsilons) for a, alpha in enumerate(alphas)]
-        np.savez_compressed(folder / f"surface_{model.replace('/', '-')}.npz", epsilons=epsilons, alphas=alphas, **part)
-        few = int((np.minimum(part["n_eff_sa"], part["n_eff_tr"]) < surfaces.FEW).sum())
-        if few:
-            print(f"warning: {model}: fewer than {surfaces.FEW} points carry the weight at {few} of {part['A_sa'].size} grid points")
+        rows += [{"model": model, "epsilon": epsilons[e], "alpha": alphas[a]}
+                 | {name: part[name][e, a] for name in names} for e, a in np.ndindex(part["A_sa"].shape)]
+        np.savez_compressed(folder / f"surface_{model.replace('/', '-')}.npz", epsilons=epsilons,
+                            alphas=alphas, **part)
+        if few := int((np.minimum(part["n_eff_sa"], part["n_eff_tr"]) < surfaces.FEW).sum()):
+            print(f"warning: {model}: fewer than {surfaces.FEW} points carry the weight at {few} of "
+                  f"{part['A_sa'].size} grid points")
         if part["improved"]:
-            print(f"note: {model}: PGD came closer than the stored distance of {part['improved']:,} points, and the surface uses its own")
-    write_columns(folder / "surface.csv", ("model", "epsilon", "alpha", *names), rows)
-    write_json(folder / "summary.json", run | {"models": list(found), "epsilons": epsilons.tolist(), "alphas": alphas.tolist()})
-    if plot:
+            print(f"note: {model}: PGD came closer than the stored distance of {part['improved']:,} points, "
+                  "and the surface uses its own")
+    write_csv(folder / "surface.csv", list(map(_nine_digits, rows)))
+    grid = {"models": list(found), "epsilons": epsilons.tolist(), "alphas": alphas.tolist()}
+    write_text(folder / "summary.json", dumps(run | grid))
+    if look.plot:
         figures.draw_surfaces(found, epsilons, alphas, folder, look)
     print(f"written: {folder}")

@@ -1,4 +1,4 @@
-"""The points that a robustness curve is measured at: a data set, or one split in a file of its own, and which of its images."""
+"""The points of a robustness curve: a data set, or one split in a file, and which of its images."""
 import zipfile
 from pathlib import Path
 
@@ -10,18 +10,17 @@ from harness.datasets.batches import load_dataset
 from harness.datasets.split import Split
 from harness.errors import UserError
 
-FILES = {"gts": "gts_int_{split}.mat"}  # sets that are one file a split in the folder of the data sets
-
 
 def load_split(name: str, data_dir: str, split: str) -> Split:
-    """The `split` ("test" or "train") of a data set as `load_dataset` names them, of "gts", or the images of mat:FILE or npz:FILE.
+    """The `split` ("test" or "train") of a data set, or the images of mat:FILE or npz:FILE.
 
-    An .npz file holds images [N, H, W] or [N, H, W, C] uint8 and labels [N]. Raises UserError in one line for whatever is not there
-    or has another form.
+    Data sets as `load_dataset` names them, and "gts", which is one .mat file a split. An .npz file holds
+    images [N, H, W] or [N, H, W, C] uint8 and labels [N]. Raises UserError in one line for whatever is not
+    there or has another form.
     """
     kind, colon, file = name.partition(":")
-    if name in FILES:
-        return read_images(Path(data_dir) / FILES[name].format(split=split))
+    if name == "gts":
+        return read_images(Path(data_dir) / f"gts_int_{split}.mat")
     if colon and kind == "mat":
         return read_images(file)
     if colon and kind == "npz":
@@ -38,27 +37,29 @@ def _read_npz(path: Path) -> Split:
         raise UserError(f"there is no file {path}") from None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
         raise UserError(f"{path} cannot be read as an .npz file of numbers") from error
-    return image_split(path, arrays.get("images"), arrays.get("labels"))
+    return image_split(path, arrays)
 
 
 def choose(split: Split, n_points: int | None, indices: str | None) -> Split:
-    """The first `n_points` of the split, those that the text file `indices` names by their places, or all of them."""
+    """The first `n_points` of the split, those whose places the text file `indices` names, or all."""
     if indices:
         try:
             rows = [int(word) for word in Path(indices).read_text(encoding="utf-8").split()]
         except (OSError, ValueError) as error:
             raise UserError(f"--indices {indices} is no text file of whole numbers ({error})") from error
         if not rows or len(set(rows)) < len(rows) or min(rows) < 0 or max(rows) >= len(split):
-            raise UserError(f"--indices {indices}: each number stands once and is from 0 to {len(split) - 1:,}, and there is at least one")
+            raise UserError(f"--indices {indices}: each number stands once and is from 0 to "
+                            f"{len(split) - 1:,}, and there is at least one")
         split = split[torch.tensor(rows)]
     if n_points is not None and n_points > len(split):
         raise UserError(f"--n_points {n_points:,} is more than the set has: {len(split):,}")
-    return split if n_points is None else split[slice(0, n_points)]
+    return split[slice(0, n_points)]
 
 
 def pick(split: Split, places: np.ndarray) -> Split:
-    """The images whose places in the data set are `places` [n], in that order.  Raises UserError where one is not there."""
+    """The images at `places` [n] of the data set, in that order.  Raises UserError where one is not there."""
     row = {place: k for k, place in enumerate(split.index.tolist())}
     if missing := [place for place in places.tolist() if place not in row]:
-        raise UserError(f"the data set has no image {missing[0]}: it is not the one these distances were measured on")
+        raise UserError(f"the data set has no image {missing[0]}: it is not the one these distances were "
+                        "measured on")
     return split[torch.tensor([row[place] for place in places.tolist()])]

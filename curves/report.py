@@ -1,4 +1,4 @@
-"""From distances to the figures that are written down: one norm of one model, the rows of its curve, and a pair of models."""
+"""From distances to the figures that are written down: of one norm of one model, and of a pair of models."""
 import numpy as np
 
 from curves.crossings import compare
@@ -8,20 +8,27 @@ from curves.statistics import clopper_pearson, dkw_half_width, mcnemar
 QUANTILES = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95)
 
 
-def summarize(upper: np.ndarray, lower: np.ndarray, thresholds: tuple[float, ...], confidence: float = 0.95) -> dict[str, object]:
-    """One norm of one model: [n] smallest distances found and lower bounds of the true ones (0 where there is none).
+def summarize(upper: np.ndarray, lower: np.ndarray, thresholds: tuple[float, ...],
+              confidence: float = 0.95) -> dict[str, object]:
+    """One norm of one model, from [n] smallest distances found and lower bounds of the true ones (0: none).
 
-    Shares are of all n points, `mean` and `median` over the points that are neither misclassified nor censored.
+    Shares are of all n points, `mean` and `median` of those neither misclassified nor censored.
     """
     curve, n = Curve(upper), len(upper)
     attacked = upper[(upper > 0) & np.isfinite(upper)]
     low, high = clopper_pearson(curve.count(np.array(thresholds)), n, confidence)
-    at = [{"t": t, "R": float(curve.at(t)), "low": float(a), "high": float(b)} for t, a, b in zip(thresholds, low, high)]
-    certified = {"lower_bounds": int((lower > 0).sum()), "area_certified": Curve(lower).area()} if (lower > 0).any() else {}
-    return {"n": n, "misclassified": int((upper == 0).sum()), "censored": curve.censored, "clean_error": float(curve.at(0.0)),
-            "mean": float(attacked.mean()) if len(attacked) else None, "median": float(np.median(attacked)) if len(attacked) else None,
-            "area": _finite(curve.area()), "band_half_width": dkw_half_width(n, confidence), "thresholds": at,
-            "quantiles": {str(q): _finite(curve.quantile(q)) for q in QUANTILES}} | certified
+    certified = {}
+    if (lower > 0).any():
+        certified = {"lower_bounds": int((lower > 0).sum()), "area_certified": Curve(lower).area()}
+    return {
+        "n": n, "misclassified": int((upper == 0).sum()), "censored": curve.censored,
+        "clean_error": float(curve.at(0.0)),
+        "mean": float(attacked.mean()) if len(attacked) else None,
+        "median": float(np.median(attacked)) if len(attacked) else None,
+        "area": _finite(curve.area()), "band_half_width": dkw_half_width(n, confidence),
+        "thresholds": [{"t": t, "R": float(curve.at(t)), "low": float(a), "high": float(b)}
+                       for t, a, b in zip(thresholds, low, high)],
+        "quantiles": {str(q): _finite(curve.quantile(q)) for q in QUANTILES}} | certified
 
 
 def _finite(value: float) -> float | None:
@@ -29,15 +36,16 @@ def _finite(value: float) -> float | None:
 
 
 def band(curve: Curve, t: np.ndarray, kind: str, confidence: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
-    """(low, high) around R(t): kind "dkw" holds the whole curve at once, "cp" (Clopper-Pearson) each single point."""
+    """(low, high) around R(t): "dkw" holds the whole curve at once, "cp" (Clopper-Pearson) each point."""
     if kind == "cp":
         return clopper_pearson(curve.count(t), len(curve), confidence)
     half = dkw_half_width(len(curve), confidence)
     return np.clip(curve.at(t) - half, 0, 1), np.clip(curve.at(t) + half, 0, 1)
 
 
-def curve_points(upper: np.ndarray, lower: np.ndarray, kind: str = "dkw", confidence: float = 0.95) -> dict[str, np.ndarray]:
-    """The steps of a curve as columns t, R, low, high, and R_certified, the upper end of the bracket, where lower bounds are known."""
+def curve_points(upper: np.ndarray, lower: np.ndarray, kind: str = "dkw",
+                 confidence: float = 0.95) -> dict[str, np.ndarray]:
+    """The steps of a curve: t, R, low, high, and R_certified, R's upper end, where lower bounds are known."""
     curve = Curve(upper)
     t = np.union1d(curve.steps()[0], lower[lower > 0])
     low, high = band(curve, t, kind, confidence)
@@ -45,9 +53,9 @@ def curve_points(upper: np.ndarray, lower: np.ndarray, kind: str = "dkw", confid
     return columns | ({"R_certified": Curve(lower).at(t)} if (lower > 0).any() else {})
 
 
-def pair(first: np.ndarray, second: np.ndarray, thresholds: tuple[float, ...], confidence: float = 0.95, num_resamples: int = 2000,
-         seed: int = 0) -> dict[str, object]:
-    """Two models at the same points [n] in one norm: crossings, the band of the difference, and McNemar's test at the thresholds."""
-    tests = [{"t": t, "difference": float(Curve(first).at(t) - Curve(second).at(t)), "p_value": mcnemar(first <= t, second <= t)}
-             for t in thresholds]
+def pair(first: np.ndarray, second: np.ndarray, thresholds: tuple[float, ...], confidence: float = 0.95,
+         num_resamples: int = 2000, seed: int = 0) -> dict[str, object]:
+    """Two models at the same points [n] in one norm: `compare`, and McNemar's test at the thresholds."""
+    tests = [{"t": t, "difference": float(Curve(first).at(t) - Curve(second).at(t)),
+              "p_value": mcnemar(first <= t, second <= t)} for t in thresholds]
     return compare(first, second, confidence, num_resamples, seed) | {"thresholds": tests}

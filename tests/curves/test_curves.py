@@ -18,7 +18,6 @@ from curves.measure import Candidates, measure, nearest_of_another_class, norms_
 from curves.report import band, curve_points, pair, summarize
 from curves.statistics import clopper_pearson, difference_half_width, dkw_half_width, mcnemar
 from curves.toys import crossing_pair, sine_points
-from losses.margin import misclassified, probability_margin
 
 DISTANCES = st.lists(st.one_of(st.floats(0, 10), st.just(math.inf)), min_size=1, max_size=40)
 
@@ -236,7 +235,7 @@ def points():
 
 def test_measured_distances_of_a_linear_model_are_the_closed_form():
     (x, y), model = points(), Linear().eval()
-    found = measure(model, x, y, ("linf", "l2", "l1"), exact_adversaries, probability_margin, misclassified)
+    found = measure(model, x, y, ("linf", "l2", "l1"), exact_adversaries)
     margin, weight = model(x)[3:, 0].abs().double(), model.weight.detach().double()
     for norm, dual in (("linf", weight.abs().sum()), ("l2", weight.norm()), ("l1", weight.abs().max())):
         assert torch.allclose(found.distance[norm][3:], margin / dual, rtol=2e-4, atol=1e-6)
@@ -248,24 +247,22 @@ def test_measured_distances_of_a_linear_model_are_the_closed_form():
 
 def test_a_candidate_that_is_not_adversarial_does_not_count():
     x, y = points()
-    cheat = measure(Linear().eval(), x, y, ("l2",), lambda x, y, rows: Candidates({"l2": x.clone()}, {"l2": y * 0}),
-                    probability_margin, misclassified)
+    cheat = measure(Linear().eval(), x, y, ("l2",), lambda x, y, rows: Candidates({"l2": x.clone()}, {"l2": y * 0}))
     assert torch.isinf(cheat.distance["l2"][3:]).all() and torch.equal(cheat.x_adv["l2"], x) and (cheat.winner["l2"] == -1).all()
 
 
 def test_a_candidate_outside_the_box_is_clamped_before_it_is_measured():
     x, y = points()
     found = measure(Linear().eval(), x, y, ("linf",), lambda x, y, rows: Candidates(
-        {"linf": x - 9 * torch.sign(Linear()(x)[:, :1] * Linear().weight.detach()).view_as(x)}, {"linf": y * 0}),
-                    probability_margin, misclassified)
+        {"linf": x - 9 * torch.sign(Linear()(x)[:, :1] * Linear().weight.detach()).view_as(x)}, {"linf": y * 0}))
     assert bool(((found.x_adv["linf"] >= 0) & (found.x_adv["linf"] <= 1)).all()) and float(found.distance["linf"].max()) <= 1
 
 
 def test_a_perturbation_found_for_one_norm_counts_in_the_others():
     x, y = points()
-    alone = measure(Linear().eval(), x, y, ("l2",), lambda *a: exact_adversaries(*a), probability_margin, misclassified)
+    alone = measure(Linear().eval(), x, y, ("l2",), lambda *a: exact_adversaries(*a))
     other = measure(Linear().eval(), x, y, ("l2",), lambda *a: Candidates({"linf": exact_adversaries(*a).x_adv["linf"]},
-                                                                         {"linf": a[1] * 0}), probability_margin, misclassified)
+                                                                         {"linf": a[1] * 0}))
     assert torch.isfinite(other.distance["l2"]).all() and (other.distance["l2"] >= alone.distance["l2"]).all()
 
 
@@ -301,7 +298,7 @@ def test_points_beside_a_sine_are_at_distance_one():
     assert (found["linf"] <= found["l2"]).all() and (found["l2"] <= found["l1"]).all() and (found["l1"] <= 2 * found["linf"] + 1e-3).all()
 
 
-def test_the_package_imports_no_attack_model_or_loss():
+def test_the_package_imports_no_attack_and_no_model():
     for path in (ROOT / "curves").glob("*.py"):
         imported = [line.split()[1].split(".")[0] for line in path.read_text().splitlines() if line.startswith(("import ", "from "))]
-        assert not {"attacks", "models", "losses"} & set(imported), path
+        assert not {"attacks", "models"} & set(imported), path

@@ -16,6 +16,7 @@ from scipy.io import savemat
 from attacks.bim import bim_bisection
 from curves import mat
 from curves import store as curve_store
+from curves.published import spelling
 from harness.config import parse_config
 from harness.datasets.batches import load_dataset, to_unit
 from harness.errors import UserError
@@ -57,7 +58,7 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "bim_bisection", partial(bim_bisection, num_steps=10, steps_per_radius=5, num_bisections=4))
 
     def call(*args):
-        words = module.spelling([str(word) for word in args])
+        words = spelling([str(word) for word in args], module.COMMANDS)
         monkeypatch.setattr(sys, "argv", [SCRIPT, *words])
         module.main(parse_config(module.Config))
 
@@ -133,7 +134,7 @@ def test_an_interrupted_run_goes_on_with_the_points_that_are_left(run, network, 
     assert json.loads(Path("halves/config.json").read_text())["command_line"] == begun and "--resume" not in begun
     first, second = (curve_store.read(Path(name)).columns for name in ("whole", "halves"))
     assert all(np.array_equal(first[name], second[name]) for name in first)
-    monkeypatch.setattr(script, "measure", lambda *_, **__: pytest.fail("nothing is left to be measured"))
+    monkeypatch.setattr("curves.measure.measure", lambda *_, **__: pytest.fail("nothing is left to be measured"))
     run("--resume", "halves")  # as a finished model beside one that was interrupted
 
 
