@@ -19,6 +19,8 @@ Zeng et al., "Are Adversarial Examples Created Equal?", AAAI 2021, Eq. 17-19.
 """
 from dataclasses import dataclass
 
+from curves.models import read_mat
+from curves.points import load_split
 from harness.config import run_script
 from harness.evaluation.options import EvalConfig
 from harness.evaluation.pipeline import evaluate
@@ -34,7 +36,7 @@ class Config(EvalConfig):
 
 
 def main(cfg: Config) -> None:
-    evaluate(cfg, PROTOCOL, build_model)
+    evaluate(cfg, PROTOCOL, build_model, load=load_split, readers={".mat": read_mat})
 
 
 if __name__ == "__main__":

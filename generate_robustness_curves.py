@@ -44,7 +44,13 @@ from curves import surface as surfaces
 from curves.canvas import Look
 from curves.class_distances import class_distances
 from curves.figures import draw_curves
-from curves.measure import Candidates, measure_pending, nearest_of_another_class, predicted
+from curves.measure import (
+    Candidates,
+    look_at,
+    measure_pending,
+    nearest_of_another_class,
+    predicted,
+)
 from curves.models import about_of, chain, names_of, open_network, reopen
 from curves.paper import draw_paper
 from curves.points import choose, load_split, pick
@@ -53,10 +59,9 @@ from harness.datasets.split import Split
 from harness.device import choose_device
 from harness.errors import UserError
 from harness.evaluation.capacity import fitting_batch_size
-from harness.evaluation.predictions import BatchInvariant, num_outputs
+from harness.evaluation.predictions import BatchInvariant
 from harness.evaluation.report import dumps
-from harness.folder import resumable, write_text
-from harness.training.precision import to_device
+from harness.folder import write_text
 from losses.margin import margin_weights
 from models import build_model
 
@@ -155,19 +160,18 @@ def compute(cfg: Config) -> None:
     subjects = [open_network(name, path, build_model, split=cfg.split, nn_type=cfg.nn_type, arch=cfg.arch,
                              dataset=cfg.dataset, data_dir=cfg.data_dir) for name, path in files.items()]
     chosen = [choose(subject.split, cfg.n_points, cfg.indices) for subject in subjects]
-    for subject, points in zip(subjects, chosen):
-        num_outputs(subject.model, points)
     folder, started = store.claim(cfg, SCRIPT), time.monotonic()
     copies = max(1, BUDGETS[cfg.budget].num_targets) if cfg.budget in BUDGETS else 1  # of a point at once
-    with resumable(folder, f"{SCRIPT}.py compute"):
+    with store.working(folder, f"{SCRIPT}.py compute"):
         for subject, points in zip(subjects, chosen):
             own = folder / subject.name if len(files) > 1 else folder
-            about = about_of(subject, cfg.split) | {"budget": cfg.budget, "seed": cfg.seed}
+            about = about_of(subject, cfg.split, points) | {"budget": cfg.budget, "seed": cfg.seed}
             results = store.begin(own, about, points, cfg.chosen_norms, cfg.adversaries, bool(cfg.resume))
-            model, points = to_device(subject.model, device), points.to(device)
+            model, points = subject.model.to(device), points.to(device)
             batch_size = cfg.batch_size or fitting_batch_size(model, points, copies)
             others = predicted(model, subject.split[slice(0, cfg.num_starts)].to(device), batch_size)
             steady = BatchInvariant(model)
+            results.about["verdict"] = look_at(steady, points)
             attack = partial(attack_pool, steady, cfg, results, others)
             layers = chain(model, points) if cfg.certify == "crown" else None
             measure_pending(results, steady, points, attack, batch_size, layers, own)
@@ -190,7 +194,7 @@ def distances(cfg: Config) -> None:
     if not cfg.dataset:
         raise UserError("distances needs --dataset: mnist, cifar10, an image folder, mat:FILE or npz:FILE")
     device = choose_device(cfg.device)
-    split = load_split(cfg.dataset, cfg.data_dir or "data", cfg.split)
+    split, _ = load_split(cfg.dataset, cfg.data_dir or "data", cfg.split)
     points = choose(split, cfg.n_points, cfg.indices).to(device)
     if len(torch.unique(points.labels)) < 2:
         raise UserError(f"all {len(points):,} points have one class: there is no inter-class distance")
@@ -231,7 +235,7 @@ def surface(cfg: Config) -> None:
     for results in several:
         subject = reopen(results.about, build_model)
         points = pick(subject.split, results.columns["index"]).to(device)
-        model = to_device(subject.model, device)
+        model = subject.model.to(device)
         batch_size = cfg.batch_size or fitting_batch_size(model, points)
         known = results.upper("linf"), results.columns["clean_margin"], results.columns["margin_linf"]
         with tqdm(total=num_attacks * len(points), desc=results.name, unit="point", unit_scale=True,
@@ -260,8 +264,8 @@ def main(cfg: Config) -> None:
     if empty := [name for name in ("norms", "epsilons", "alphas") if not getattr(cfg, name)]:
         raise UserError(f"--{empty[0]} names nothing")
     if cfg.resume and cfg.command != "compute":
-        raise UserError(f"--resume goes on with compute, and {cfg.resume} is of {cfg.command}: run "
-                        f"{cfg.command} anew, into another --out")
+        raise UserError(f"--resume goes on with compute, and {cfg.resume} is of {cfg.command}: run {cfg.command} "
+                        "anew, into another --out (exact goes on with the proofs in --results)")
     COMMANDS[cfg.command](cfg)
 
 

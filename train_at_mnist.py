@@ -27,6 +27,7 @@ from attacks.pgd import cross_entropy, pgd, pgd_by_index
 from harness.config import run_script
 from harness.datasets.batches import load_dataset
 from harness.evaluation.predictions import held_out_accuracy
+from harness.training.checks import check_command
 from harness.training.options import CompileOptions, RunOptions
 from harness.training.run import Run
 from losses.margin import margin_weights
@@ -93,6 +94,7 @@ def train_one_epoch(model: nn.Module, optimizer: Optimizer, run: Run, epoch: int
 
 
 def main(cfg: Config) -> None:
+    check_command(cfg, build_model)
     data = load_dataset(cfg.dataset, cfg.data_dir, cfg.val_size)
     attack = partial(pgd_by_index, seed=cfg.seed, epsilon=cfg.epsilon, step_size=cfg.val_step_size,
                      num_steps=cfg.val_num_steps)

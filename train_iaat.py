@@ -33,6 +33,7 @@ from harness.datasets.batches import load_dataset
 from harness.errors import UserError
 from harness.evaluation.predictions import held_out_accuracy
 from harness.training.batch import Batch
+from harness.training.checks import check_command
 from harness.training.options import CompileOptions, RunOptions
 from harness.training.rows import PersistentRows
 from harness.training.run import Run
@@ -117,6 +118,7 @@ def train_one_epoch(model: nn.Module, optimizer: Optimizer, radii: PersistentRow
 def main(cfg: Config) -> None:
     if cfg.beta > 1:
         raise UserError(f"--beta must be between 0 and 1, not {cfg.beta}")
+    check_command(cfg, build_model)
     data = load_dataset(cfg.dataset, cfg.data_dir, cfg.val_size)
     attack = partial(pgd_by_index, seed=cfg.seed, epsilon=cfg.epsilon, step_size=cfg.val_step_size,
                      num_steps=cfg.val_num_steps)

@@ -37,6 +37,7 @@ from harness.config import compose, layer, run_script
 from harness.datasets.batches import load_dataset
 from harness.errors import UserError
 from harness.evaluation.predictions import held_out_accuracy
+from harness.training.checks import check_command
 from harness.training.options import CompileOptions, RunOptions
 from harness.training.run import Run
 from losses.divergence import kl_divergence
@@ -220,6 +221,7 @@ def learning_rate(completed: int, cfg: Config) -> float:
 def main(cfg: Config) -> None:
     if len(cfg.lr_scales) != len(cfg.lr_drop_after):
         raise UserError(f"--lr_scales must have as many values as --lr_drop_after: {len(cfg.lr_drop_after)}")
+    check_command(cfg, build_model)
     data = load_dataset(cfg.dataset, cfg.data_dir, cfg.val_size, cfg.extra_data)
     attack = partial(pgd_by_index, seed=cfg.seed, epsilon=cfg.epsilon, step_size=cfg.val_step_size,
                      num_steps=cfg.val_num_steps)

@@ -31,6 +31,7 @@ from attacks.yopo import yopo_inner
 from harness.config import run_script
 from harness.datasets.batches import load_dataset
 from harness.evaluation.predictions import held_out_accuracy
+from harness.training.checks import check_command
 from harness.training.first_layer import FirstLayer
 from harness.training.options import RunOptions
 from harness.training.run import Run
@@ -102,6 +103,7 @@ def train_one_epoch(model: nn.Module, f0: FirstLayer, optimizer: Optimizer, run:
 
 
 def main(cfg: Config) -> None:
+    check_command(cfg, build_model)
     data = load_dataset(cfg.dataset, cfg.data_dir, cfg.val_size)
     attack = partial(pgd_by_index, seed=cfg.seed, epsilon=cfg.epsilon, step_size=cfg.val_step_size,
                      num_steps=cfg.val_num_steps)

@@ -23,7 +23,6 @@ from harness.device import choose_device, command_line, environment
 from harness.evaluation.report import output_path
 from harness.evaluation.subject import Protocol, open_subject, radius_of
 from harness.folder import write_text
-from harness.training.precision import to_device
 from harness.training.run import Run
 from models import build_model
 
@@ -115,7 +114,7 @@ def open_task(path: Path, cfg: AttackOptions) -> Task:
     device, epsilon = choose_device(cfg.device), radius_of(subject, PROTOCOL, cfg.epsilon)
     test = first_examples(subject.split, cfg.num_examples).to(device)
     print(f"{path}: {len(test):,} test images of {subject.dataset}, {cfg.norm} {epsilon:g}", flush=True)
-    return Task(to_device(subject.model, device), to_unit(test.images), test.labels, epsilon, subject.dataset)
+    return Task(subject.model.to(device), to_unit(test.images), test.labels, epsilon, subject.dataset)
 
 
 # ---- output ------------------------------------------------------------------------------------------------

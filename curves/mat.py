@@ -16,7 +16,8 @@ import torch
 from scipy import io
 from torch import Tensor, nn
 
-from harness.datasets.split import Split, split_of
+from harness.datasets.arrays import image_split
+from harness.datasets.split import Split
 from harness.errors import UserError
 
 CNN_KEYS = ("weights_conv1", "biases_conv1", "weights_conv2", "biases_conv2",
@@ -126,23 +127,6 @@ def _filled(layer: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module:
 
 def read_images(path: str | Path) -> Split:
     """The image set in a file, as `image_split` takes it; labels of any shape."""
-    arrays = read_arrays(path, ("images", "labels"))
-    if "labels" in arrays:
-        arrays["labels"] = arrays["labels"].ravel()
-    return image_split(path, arrays)
-
-
-def image_split(path: str | Path, arrays: dict[str, np.ndarray]) -> Split:
-    """`images` uint8 [N, H, W] or [N, H, W, C] and `labels` [N] from the file `path` as a Split.
-
-    Raises UserError for another form.
-    """
-    if not {"images", "labels"} <= set(arrays):
-        raise UserError(f"{path} lacks images or labels: an image set has both")
-    images, labels = arrays["images"], arrays["labels"]
-    if images.dtype != np.uint8 or images.ndim not in (3, 4) or not len(images):
-        raise UserError(f"{path}: images is {images.dtype} {list(images.shape)}, not uint8 [N, H, W, C]")
-    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1] or labels.min() < 0:
-        raise UserError(f"{path}: labels is {labels.dtype} {list(labels.shape)}, not integers from 0 for "
-                        f"{len(images):,} images")
-    return split_of(images, labels.astype(np.int64))
+    found = read_arrays(path, ("images", "labels"))
+    labels = found["labels"].ravel() if "labels" in found else None
+    return image_split(path, found.get("images"), labels)

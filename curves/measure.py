@@ -1,9 +1,11 @@
 """Distances from the adversarial examples that an attack hands over: nothing counts before it is checked."""
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -11,7 +13,12 @@ from curves.certified import Layers, certified_distances
 from curves.store import PENDING, Results, saving
 from harness.datasets.batches import to_unit
 from harness.datasets.split import Split
+from harness.errors import UserError
+from harness.evaluation import sanity
 from losses.margin import misclassified, probability_margin
+
+# Points on a CPU between two times of saving: a larger batch is hardly faster, and a stop loses it.
+SAVED_TOGETHER, SAVED_TOGETHER_CERTIFIED = 64, 8
 
 
 @dataclass(frozen=True)
@@ -53,10 +60,13 @@ def measure(model: nn.Module, x: Tensor, y: Tensor, norms: tuple[str, ...], atta
 
     model: in eval mode; x: [B, ...] in [0, 1]; y: [B]. attack(x, y, rows) is called with the correctly
     classified points alone, `rows` [b] being their places in the batch. Each candidate is clamped to [0, 1],
-    classified again and measured in all norms, so that one found in any norm counts in every other.
+    classified again and measured in all norms, so that one found in any norm counts in every other. Raises
+    UserError for a network whose outputs are not finite.
     """
     with torch.no_grad():
         logits = model(x).double()
+    if not bool(torch.isfinite(logits).all()):
+        raise UserError("the network's outputs are not finite at every point: no distance can be measured")
     clean_margin = probability_margin(logits, y)
     wrong = misclassified(logits, y)
     rows = (~wrong).nonzero().squeeze(1)
@@ -88,6 +98,8 @@ def measure_pending(results: Results, model: nn.Module, points: Split, attack: A
     `affine_layers` reads it, where lower bounds are wanted.
     """
     pending = results.rows(PENDING)
+    if points.images.device.type == "cpu":
+        batch_size = min(batch_size, SAVED_TOGETHER_CERTIFIED if layers else SAVED_TOGETHER)
     bar = tqdm(total=len(results), initial=len(results) - len(pending), desc=results.name, unit="point",
                disable=None)
     with bar, saving(results, folder) as saved:
@@ -103,6 +115,21 @@ def measure_pending(results: Results, model: nn.Module, points: Split, attack: A
             results.put(rows, found)
             saved()
             bar.update(len(rows))
+
+
+def look_at(model: nn.Module, points: Split) -> str:
+    """The verdict on a network at the first points that it classifies correctly, also printed where one fires."""
+    part = points[slice(0, sanity.NUM_PROBED)]
+    x, y = to_unit(part.images), part.labels
+    with torch.no_grad():
+        right = ~misclassified(model(x), y)
+    findings = [sanity.something_to_probe(int(right.sum()))]
+    if right.any():
+        findings += sanity.inspect_look(sanity.look(model, x[right], y[right], partial(F.cross_entropy, reduction="none")))
+    for finding in findings:
+        if not finding.ok:
+            print(f"suspicious: {finding.rule}: {finding.evidence}")
+    return sanity.verdict(findings)
 
 
 def predicted(model: nn.Module, points: Split, batch_size: int) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from torch import nn
 from curves import mat
 from curves.certified import Layers, affine_layers
 from curves.points import load_split
+from harness.datasets.batches import image_order
 from harness.datasets.split import Split
 from harness.errors import UserError
 from harness.evaluation.subject import Subject, open_subject, sha256
@@ -41,11 +42,8 @@ def open_network(name: str, path: Path, build: Callable[..., nn.Module], *, spli
 
     nn_type: the kind of a .mat network, as its user thinks; known: as in `open_subject`.
     """
-    def load(dataset: str, data_dir: str) -> tuple[Split, tuple[str, ...]]:
-        return load_split(dataset, data_dir, split), ()
-
-    readers = {".mat": partial(_read_mat, nn_type=nn_type)}
-    return open_subject(name, path, build, **known, load=load, readers=readers)
+    readers = {".mat": partial(read_mat, nn_type=nn_type)}
+    return open_subject(name, path, build, **known, load=partial(load_split, split=split), readers=readers)
 
 
 def reopen(about: dict, build: Callable[..., nn.Module]) -> Subject:
@@ -57,18 +55,20 @@ def reopen(about: dict, build: Callable[..., nn.Module]) -> Subject:
     return open_network(about["name"], path, build, **known)
 
 
-def _read_mat(path: Path, nn_type: str | None) -> nn.Module:
+def read_mat(path: Path, nn_type: str | None = None) -> nn.Module:
+    """The network in a .mat file; nn_type: its kind, as its user thinks."""
     model, kind = mat.load_network(path)
     if nn_type and nn_type != kind:
         print(f"note: {path} holds a network of the kind {kind}, not {nn_type}: its keys tell")
     return model
 
 
-def about_of(subject: Subject, split: str) -> dict:
+def about_of(subject: Subject, split: str, points: Split) -> dict:
     """What says which network and images these are, as plain values."""
     return {"name": subject.name, "model": str(subject.path), "sha256": subject.sha256, "arch": subject.arch,
             "dataset": subject.dataset, "data_dir": subject.data_dir, "split": split,
-            "data": f"{subject.dataset} {split}"}
+            "data": f"{subject.dataset} {split}", "image_order": image_order(subject.dataset),
+            "images_sha256": points.fingerprint()}
 
 
 def chain(model: nn.Module, images: Split) -> Layers:

@@ -3,7 +3,6 @@
 distances.npz grows point by point and can be taken up again.
 """
 import json
-import os
 import time
 import zipfile
 import zlib
@@ -12,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -20,8 +19,7 @@ from curves import NORMS
 from harness.datasets.split import Split
 from harness.device import command_line
 from harness.errors import UserError
-from harness.evaluation.report import dumps
-from harness.folder import FolderOptions, claim_folder, write_text
+from harness.folder import claim_folder, held, resumable, whole_file
 
 if TYPE_CHECKING:
     from curves.exact import Exact
@@ -30,6 +28,16 @@ if TYPE_CHECKING:
 FILE = "distances.npz"
 PENDING, OK, MISCLASSIFIED, CENSORED, EXACT, OPEN = (
     "pending", "ok", "misclassified", "censored", "exact", "open")
+
+
+class FolderOptions(Protocol):
+    """The fields of a Config that name the folder to write."""
+
+    @property
+    def out_dir(self) -> str | None: ...
+
+    @property
+    def resume(self) -> str | None: ...
 
 
 @dataclass
@@ -119,14 +127,8 @@ class Results:
     def save(self, folder: Path) -> None:
         """Write distances.npz so that it is at every moment the old file or the whole new one."""
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f"{FILE}.{os.getpid()}.tmp"
-        try:
-            with partial.open("wb") as file:
-                np.savez_compressed(file, about=np.array(json.dumps(self.about)), **self.columns)
-            partial.replace(folder / FILE)
-        except OSError:
-            partial.unlink(missing_ok=True)
-            raise
+        with whole_file(folder / FILE) as file:
+            np.savez_compressed(file, about=np.array(json.dumps(self.about)), **self.columns)
 
 
 def read(path: Path) -> Results:
@@ -190,22 +192,20 @@ def common_points(several: list[Results]) -> list[Results]:
 def claim(cfg: FolderOptions, script: str) -> Path:
     """The folder to write, with config.json: the one to be resumed, cfg.out_dir, or runs/<script>/<time>.
 
-    A resumed folder's config.json keeps the command that began it. Raises UserError for a
-    folder that already holds something or cannot be written.
+    Raises UserError for a folder that already holds something or cannot be written.
     """
+    facts = {"script": script, "command_line": command_line()}
+    return Path(cfg.resume) if cfg.resume else claim_folder(cfg.out_dir, script, facts | vars(cfg), "--out")
+
+
+@contextmanager
+def working(folder: Path, command: str) -> Iterator[None]:
+    """Work in the folder as the only process; when a signal ends the work, say how to go on."""
     try:
-        folder = claim_folder(cfg, script)
-    except UserError as error:
-        raise UserError(str(error).replace("--out_dir", "--out")) from None
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        saved = folder / "config.json"
-        before = json.loads(saved.read_text(encoding="utf-8")) if saved.exists() else {}
-        facts = {"script": script, "command_line": before.get("command_line", command_line())}
-        write_text(saved, dumps(facts | vars(cfg) | {"resume": None}))
-    except OSError as error:
-        raise UserError(f"cannot write to {folder} ({error.strerror}): name another --out") from error
-    return folder
+        with held(folder), resumable(folder, command):
+            yield
+    except BlockingIOError:
+        raise UserError(f"another process works in {folder} at this moment") from None
 
 
 def begin(folder: Path, about: dict, points: Split, norms: tuple[str, ...], adversaries: bool,
@@ -215,7 +215,8 @@ def begin(folder: Path, about: dict, points: Split, norms: tuple[str, ...], adve
     if not resume or not (folder / FILE).exists():
         return fresh
     results = read(folder)
-    other = [key for key in ("sha256", "data", "budget", "seed") if results.about.get(key) != about[key]]
+    other = [key for key in ("sha256", "data", "images_sha256", "budget", "seed")
+             if results.about.get(key, about[key]) != about[key]]
     same = all(np.array_equal(results.columns[name], fresh.columns[name]) for name in ("index", "label"))
     if other or not same or set(results.norms) != set(norms):
         raise UserError(f"{folder / FILE} is of other {', '.join(other) or 'points or norms'}: it cannot be "

@@ -16,8 +16,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, Protocol, TypeVar
 
-from harness import distributed
 from harness.errors import Collapsed, RunError, UserError
+from harness.folder import forget
 from harness.training.options import RunOptions
 from harness.training.seeds import one_a_seed
 
@@ -66,7 +66,7 @@ def run_script(main: Callable[[C], object], cls: type[C], recipes: dict[str, C] 
     of calling main. sources: recipe name -> field -> source, for the fields that the recipe sets.
     """
     name = Path(sys.argv[0]).name
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    _end_well_at_signals()
     try:
         config, given, recipe = _parse(cls, None, recipes)
         if getattr(config, "dry_run", False):
@@ -93,12 +93,24 @@ def run_script(main: Callable[[C], object], cls: type[C], recipes: dict[str, C] 
         _leave()
 
 
+def _end_well_at_signals() -> None:
+    """End at the signals of a scheduler or a closed terminal as at Ctrl-C, so that the run says how to go on."""
+    for name in ("SIGTERM", "SIGHUP", "SIGUSR1"):
+        number = getattr(signal, name, None)  # Windows has only the first
+        if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
+
+
 def _each_seed(main: Callable[[R], object], config: R, name: str) -> None:
     """main(config) with each of its seeds.  Raises Collapsed at the end if some of them collapsed."""
     collapsed = []
     for one in one_a_seed(config, Path(name).stem):
         try:
             main(one)
+        except UserError:
+            if one.out_dir and not config.resume:
+                forget(Path(one.out_dir).parent)
+            raise
         except Collapsed as error:
             print(f"{name}: {error}", file=sys.stderr, flush=True)
             collapsed.append(one.seed)
@@ -108,12 +120,11 @@ def _each_seed(main: Callable[[R], object], config: R, name: str) -> None:
 
 
 def _leave() -> None:
-    """End a process of torchrun, its work done, once all have come here.
+    """End a process of torchrun, its work done, without waiting: another one's may take half an hour more.
 
     Without the interpreter's own end: gloo's threads may still hold tensors. Freeing these aborts about one
     process in some tens of runs (pytorch pull request 179291).
     """
-    distributed.wait()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
@@ -162,19 +173,39 @@ def _parse(cls: type[C], argv: list[str] | None,
     parser = _build_parser(cls, recipes)
     given = vars(parser.parse_args([_spelling(word) for word in (sys.argv[1:] if argv is None else argv)]))
     recipe = given.pop("recipe", None)
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    given = {name: _home(value) for name, value in given.items()}
     base = recipes[recipe] if recipes and recipe else cls()
     if given.get("resume"):
         if recipe:
             raise UserError("--resume continues a run with its own recipe: leave --recipe out")
         base = _resumed(cls, Path(given["resume"]))
         fixed = [name for name in given if name not in MAY_CHANGE_ON_RESUME]
-        changed = [f"--{name}" for name in fixed if given[name] != getattr(base, name)]
+        changed = [f"--{name}" for name in fixed if given[name] != getattr(base, name)
+                   and not _is_moved(name, getattr(base, name), given[name])]
         if changed:
             raise UserError(f"--resume continues the run as it was: leave out {', '.join(changed)}")
     config = dataclasses.replace(base, **given)
     check_limits(config)
     return config, given, recipe
+
+
+def _is_moved(name: str, before: Any, now: Any) -> bool:
+    """Whether a file or folder may have got another name; what is in it is compared where it is read."""
+    if not (isinstance(before, str) and isinstance(now, str)):
+        return False
+    if name in ("model", "arch"):
+        return ".py:" in before and ".py:" in now and before.rpartition(":")[2] == now.rpartition(":")[2]
+    return name in ("checkpoint", "extra_data") or (name == "dataset" and Path(now).is_dir())
+
+
+def _home(value: Any) -> Any:
+    """A value of the command line: lists as tuples, and `~` of a path as the user's folder, as in `--out_dir=~/x`."""
+    if isinstance(value, list):
+        return tuple(map(_home, value))
+    if not isinstance(value, str):
+        return value
+    kind, colon, path = value.partition(":~")
+    return f"{kind}:{os.path.expanduser('~' + path)}" if colon else os.path.expanduser(value)
 
 
 def layer(source: str, **values: Any) -> tuple[str, dict[str, Any]]:

@@ -10,16 +10,36 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from harness.errors import UserError
+
 T = TypeVar("T")
+NEEDED = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # beside WORLD_SIZE
+
+
+def expected() -> tuple[int, int]:
+    """(rank, world_size) as torchrun gives them in the environment; (0, 1) without it.
+
+    Raises UserError where a cluster or a notebook has set only some of them, or no numbers.
+    """
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    if world_size.strip() == "1":
+        return 0, 1
+    missing = [name for name in NEEDED if name not in os.environ]
+    values = world_size, os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0"), os.environ.get("MASTER_PORT", "0")
+    if missing or not all(value.strip().isdecimal() for value in values) or int(values[1]) >= int(values[0]):
+        told = f"{', '.join(missing)} missing" if missing else f"RANK is {values[1]}, LOCAL_RANK {values[2]}, MASTER_PORT {values[3]}"
+        raise UserError(f"the environment has WORLD_SIZE={world_size}, but {told}: start several processes with torchrun, "
+                        "or unset WORLD_SIZE")
+    return int(values[1]), int(values[0])
 
 
 def start(device: torch.device) -> tuple[int, int, torch.device]:
     """Join torchrun's process group if there is one.  Returns (rank, world_size, this process's device)."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    _, world_size = expected()
     if world_size == 1:
         return 0, 1, device
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     if not dist.is_initialized():  # with --seeds the runs of a process share its group
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -33,18 +53,18 @@ def wait() -> None:
         dist.barrier()
 
 
-def parallel(model: nn.Module) -> nn.Module:
+def parallel(model: nn.Module, find_unused: bool = False) -> nn.Module:
     """The model with its gradients averaged over all processes.
 
     Buffers are not broadcast: each process keeps the BatchNorm statistics of its own examples, and those of
-    the first process are saved.
+    the first process are saved. find_unused: some parameters get no gradient, and the processes look which.
     """
     if not dist.is_initialized():
         return model
     ids = [torch.cuda.current_device()] if next(model.parameters()).is_cuda else None
     newer = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
     options: dict[str, Any] = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
-    return DistributedDataParallel(model, device_ids=ids, **options)
+    return DistributedDataParallel(model, device_ids=ids, find_unused_parameters=find_unused, **options)
 
 
 def average_gradients(model: nn.Module) -> None:

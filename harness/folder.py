@@ -1,44 +1,127 @@
-"""The folder of a run: its name, and files that are at every moment the old one or the whole new one."""
+"""The folder of a run, held by one process at a time; files that are at every moment the old one or the new one."""
+import json
 import os
+import secrets
 import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from itertools import count
 from pathlib import Path
-from typing import Protocol
+from typing import Any, BinaryIO, cast
 
 from harness.errors import UserError
 
-
-class FolderOptions(Protocol):
-    """The fields of a Config that name the folder of a run."""
-
-    @property
-    def out_dir(self) -> str | None: ...
-
-    @property
-    def resume(self) -> str | None: ...
+LOCK = ".lock"  # file of a folder that a process works in
 
 
-def claim_folder(cfg: FolderOptions, script: str) -> Path:
-    """The folder of a run: the one to be resumed, out_dir, or runs/<script>/<time>.
+def claim_folder(out: str | None, script: str, config: dict[str, Any], flag: str = "--out_dir") -> Path:
+    """A folder of this process's own: `out`, or runs/<script>/<time>, with `config` as its config.json.
 
-    Raises UserError for a folder already in use.
+    Of processes that want it at the same moment one gets it. Raises UserError for an `out` that already holds
+    something, and for a place that cannot be written.
     """
-    if cfg.resume:
-        return Path(cfg.resume)
-    folder = Path(cfg.out_dir) if cfg.out_dir else _new_folder(Path("runs") / script)
+    text = json.dumps(config, indent=2) + "\n"
+    stamp = Path("runs") / script / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    names = [Path(out)] if out else (stamp.with_name(stamp.name + end) for end in _endings())
+    for folder in names:
+        is_new = not folder.exists()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not any(folder.iterdir()):
+                _create(folder / "config.json", text)
+                return folder
+        except FileExistsError:  # a file, or another process was faster
+            pass
+        except OSError as error:
+            if is_new and folder.is_dir():
+                folder.rmdir()
+            raise UserError(f"cannot write to the folder {folder} ({error.strerror}): name another {flag}") from error
+    check_free(Path(out or "runs"), flag)
+    raise UserError(f"{out} was taken by another process at this moment: name another {flag}")
+
+
+def forget(folder: Path) -> None:
+    """Remove a folder that holds its config.json alone: what it was claimed for was refused."""
+    if folder.is_dir() and [path.name for path in folder.iterdir()] == ["config.json"]:
+        (folder / "config.json").unlink()
+        folder.rmdir()
+
+
+def check_free(folder: Path, flag: str = "--out_dir") -> None:
+    """Raise UserError for a folder that already holds something, and for a file."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} already holds something, and a run never overwrites: "
-                        "name another --out_dir, or --resume it")
-    return folder
+        raise UserError(f"{folder} already holds something, and a run never overwrites: name another {flag}, or "
+                        "--resume it")
 
 
-def _new_folder(parent: Path) -> Path:
-    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    suffixes = ("", *(f"-{k}" for k in range(2, 1000)))
-    return next(path for path in (parent / f"{stamp}{suffix}" for suffix in suffixes) if not path.exists())
+def _endings() -> Iterator[str]:
+    yield ""
+    yield from (f"-{k}" for k in count(2))
+
+
+def _create(path: Path, text: str) -> None:
+    """Write a file that is not there yet.  Raises FileExistsError if it is; leaves nothing of one that fails."""
+    with path.open("x", encoding="utf-8") as file:
+        try:
+            file.write(text)
+            file.flush()
+        except OSError:
+            path.unlink()
+            raise
+
+
+@contextmanager
+def held(folder: Path, shared: bool = False) -> Iterator[None]:
+    """Work in `folder` as the only process, or with `shared` as one of several that all share it.
+
+    The system lets go when the process ends, however it ends. Raises BlockingIOError where another process
+    holds the folder. Where the system has no such locks nobody is kept out.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    path, kind = folder / LOCK, fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    while True:
+        with path.open("a") as file:
+            try:
+                fcntl.flock(file, kind | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise
+            except OSError:  # a network drive without locks
+                pass
+            if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                continue  # the one who held it has removed the file since it was opened
+            try:
+                yield
+            finally:
+                if not shared:
+                    path.unlink(missing_ok=True)
+            return
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that gets the name `path`, on the disk, when the block ends well, and is removed when it does not."""
+    unfinished = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with unfinished.open("wb") as file:
+            yield cast(BinaryIO, file)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file as `whole_file` does."""
+    with whole_file(path) as file:
+        file.write(text.encode("utf-8"))
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
@@ -47,13 +130,6 @@ def write_csv(path: Path, rows: list[dict]) -> None:
     lines = [names, *([row.get(name, "") for name in names] for row in rows)]
     cells = (["" if value is None else str(value) for value in line] for line in lines)
     write_text(path, "".join(",".join(line) + "\n" for line in cells))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file so that `path` is at every moment the old one or the whole new one."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 @contextmanager

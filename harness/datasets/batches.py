@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from harness.datasets import arrays
 from harness.datasets.downloads import DATASETS, SPLIT_SEED
 from harness.datasets.generated import Extra, load_extra
 from harness.datasets.image_folders import load_image_folder
@@ -50,18 +51,23 @@ class Dataset:
 
 
 def load_dataset(name: str, data_dir: str, val_size: int = 0, extra: str | None = None) -> Dataset:
-    """Load the data set `name`, a key of DATASETS or an image folder, with `val_size` training images held out.
+    """Load the data set `name` with `val_size` training images held out: a key of DATASETS, npz:FILE or an image folder.
 
     `extra` is the path of an .npz file of generated images, as load_extra reads it; their indices follow those of the training set.
     Raises UserError in one line when it is not there: what is missing, where it was looked for, how to get it.
     """
     if name in DATASETS:
         classes, train, test = DATASETS[name](Path(data_dir))
+    elif name.startswith(arrays.PREFIX):
+        classes, train, test = arrays.load_arrays(Path(name.removeprefix(arrays.PREFIX)))
+        if train is None:
+            raise UserError(f"{name} has images to measure on alone: a training needs train_images, train_labels, "
+                            "test_images and test_labels")
     else:
         folder = next((path for path in (Path(name), Path(data_dir) / name) if path.is_dir()), None)
         if folder is None:
-            raise UserError(f"no data set '{name}': choose one of {', '.join(DATASETS)}, or an image folder with train/CLASS/* and "
-                            f"test/CLASS/* (there is no folder {name} and no folder {Path(data_dir) / name})")
+            raise UserError(f"no data set '{name}': choose one of {', '.join(DATASETS)}, npz:FILE, or an image folder with "
+                            f"train/CLASS/* and test/CLASS/* (there is no folder {name} and no folder {Path(data_dir) / name})")
         classes, train, test = load_image_folder(folder)
     if not 0 <= val_size < len(train):
         raise UserError(f"--val_size {val_size} leaves nothing to train on: {name} has {len(train):,} training images")
@@ -73,7 +79,9 @@ def load_dataset(name: str, data_dir: str, val_size: int = 0, extra: str | None 
 
 def image_order(name: str) -> str:
     """The order of the test images of the data set `name`, of which `--num_examples` takes the first."""
-    return "published" if name in DATASETS else "fixed random"
+    if name in DATASETS:
+        return "published"
+    return "of the file" if ":" in name else "fixed random"
 
 
 def to_unit(images: Tensor) -> Tensor:
@@ -87,8 +95,8 @@ def training_batches(split: Split, batch_size: int, seed: int, epoch: int, *, cr
     """One epoch in an order, and with crops and flips, that (seed, epoch) determine for every example.
 
     Yields x [b, C, H, W] in [0, 1], y [b], index [b] and this process's share of the global batch times `world_size`: process
-    `rank` takes every world_size-th example of each global batch of `batch_size`, so the examples and their augmentation do not
-    depend on the number of processes. The last batch may be short; one with fewer examples than processes is left out.
+    `rank` takes every world_size-th example of each global batch (`batch_places`), so the examples and their augmentation do not
+    depend on the number of processes.
 
     With `extra`, round(extra_fraction * b) of a global batch of b are generated. An epoch still has as many images in all as `split`:
     a random part of the real ones, each at most once, and random rows of the generated ones, each at most once unless there are too
@@ -100,14 +108,11 @@ def training_batches(split: Split, batch_size: int, seed: int, epoch: int, *, cr
     order, augmentation = torch.randperm(count, generator=generator), _draw_augmentation(count, crop_padding, generator)
     if extra is not None:
         extra = replace(extra, first_index=max(extra.first_index, int(split.index.max()) + 1))
-        order, drawn = _mix(order, batch_size, len(extra), extra_fraction, generator)
+        order, drawn = _mix(order, batch_size, world_size, len(extra), extra_fraction, generator)
         augmentation = torch.cat([augmentation, _draw_augmentation(len(drawn), crop_padding, generator)], 1)
     augmentation, order_on_device = augmentation.to(device), order.to(device)
-    for first in range(0, count, batch_size):
-        size = min(batch_size, count - first)
-        if size < world_size:
-            return
-        mine = slice(first + rank, first + batch_size, world_size)
+    for first, size in batch_places(count, batch_size, world_size):
+        mine = slice(first + rank, first + size, world_size)
         rows, real = order_on_device[mine], int((order[mine] < count).sum())  # those from `count` on are generated, and come last
         part = split[rows[:real]]
         if real < len(rows):
@@ -120,13 +125,27 @@ def training_batches(split: Split, batch_size: int, seed: int, epoch: int, *, cr
         yield x, part.labels, part.index, len(rows) * world_size / size
 
 
+def batch_places(count: int, batch_size: int, world_size: int = 1) -> list[tuple[int, int]]:
+    """(first, size) of the batches of `count` examples.
+
+    The last one may be short. One of a single example, which BatchNorm cannot normalise, or of less than an
+    eighth of the others joins the batch before it. One with fewer examples than processes is left out.
+    """
+    sizes = [min(batch_size, count - first) for first in range(0, count, batch_size)]
+    if len(sizes) > 1 and sizes[-1] < max(2, batch_size // 8) <= batch_size:
+        sizes[-2:] = [sum(sizes[-2:])]
+    places = zip(range(0, count, batch_size), sizes)
+    return [(first, size) for first, size in places if size >= world_size]
+
+
 def _draw_augmentation(count: int, crop_padding: int, generator: torch.Generator) -> Tensor:
     """The crop's top and left and whether to flip (0 or 1), [3, count]."""
     crop = torch.randint(0, 2 * crop_padding + 1, (2, count), generator=generator)
     return torch.cat([crop, torch.randint(0, 2, (1, count), generator=generator)])
 
 
-def _mix(order: Tensor, batch_size: int, population: int, fraction: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _mix(order: Tensor, batch_size: int, world_size: int, population: int, fraction: float,
+         generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """`order` [n] with the last round(fraction * b) entries of every batch of b replaced by n, n + 1, ..., and the row of each of these.
 
     The rows, below `population`, differ where there are enough of them (of many, a few are drawn without a permutation of them all).
@@ -134,7 +153,8 @@ def _mix(order: Tensor, batch_size: int, population: int, fraction: float, gener
     if not 0 <= fraction <= 1:
         raise UserError(f"--extra_fraction {fraction} is not in [0, 1]")
     order, numbers = order.clone(), len(order)
-    for batch in order.split(batch_size):
+    for first, size in batch_places(len(order), batch_size, world_size):
+        batch = order[first:first + size]
         generated = round(fraction * len(batch))
         batch[len(batch) - generated:] = torch.arange(numbers, numbers + generated)
         numbers += generated
@@ -159,8 +179,21 @@ def random_crop(x: Tensor, padding: int, padding_mode: str, top: Tensor, left: T
     return padded[example, channel, rows, columns]
 
 
-def first_examples(split: Split, count: int | None) -> Split:
-    """The first `count` examples, or all of them for None."""
+def first_examples(split: Split, count: int | None, indices: str | None = None, flag: str = "--num_examples") -> Split:
+    """The first `count` examples, all of them for None, or first of all those that the text file `indices` names.
+
+    It names each by its place in the data set, `Split.index`. flag: what the message for a large `count` names.
+    """
+    if indices:
+        try:
+            places = [int(word) for word in Path(indices).read_text(encoding="utf-8").split()]
+        except (OSError, ValueError) as error:
+            raise UserError(f"--indices {indices} is no text file of whole numbers ({error})") from error
+        row = {place: k for k, place in enumerate(split.index.tolist())}
+        if not places or len(set(places)) < len(places) or not row.keys() >= set(places):
+            raise UserError(f"--indices {indices}: each number stands once and is from 0 to {len(split) - 1:,}, and there is "
+                            "at least one")
+        split = split[torch.tensor([row[place] for place in places])]
     if count is not None and count > len(split):
-        raise UserError(f"--num_examples {count:,} is more than the set has: {len(split):,}")
-    return split if count is None else replace(split, **{name: getattr(split, name)[:count] for name in ("images", "labels", "index")})
+        raise UserError(f"{flag} {count:,} is more than the set has: {len(split):,}")
+    return split if count is None else split[slice(0, count)]

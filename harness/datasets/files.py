@@ -1,13 +1,13 @@
 """Files of a data set: kept as one array, written whole or not at all, copied behind a progress bar."""
 import hashlib
-import secrets
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from tqdm import tqdm
+
+from harness.folder import whole_file
 
 
 def listing(files: dict[str, Path]) -> str:
@@ -17,7 +17,8 @@ def listing(files: dict[str, Path]) -> str:
 
 def cached(prefix: Path, listing: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """The arrays of <prefix>-<fingerprint of listing>.npz, or those of `make`, kept there for the next time."""
-    cache = prefix.with_name(f"{prefix.name}-{hashlib.sha256(listing.encode()).hexdigest()[:16]}.npz")
+    fingerprint = hashlib.sha256(listing.encode(errors="surrogateescape")).hexdigest()[:16]
+    cache = prefix.with_name(f"{prefix.name}-{fingerprint}.npz")
     arrays = _read_cache(cache)
     if arrays is None:
         arrays = make()
@@ -38,23 +39,10 @@ def _read_cache(cache: Path) -> dict | None:
 
 def _write_cache(cache: Path, arrays: dict) -> None:
     try:
-        with written(cache) as file:
+        with whole_file(cache) as file:
             np.savez(file, **arrays)
     except OSError:  # a read-only data folder: decode every time
         pass
-
-
-@contextmanager
-def written(target: Path) -> Iterator[BinaryIO]:
-    """A file that gets the name `target` when the block ends well, and is removed when it does not."""
-    unfinished = target.with_name(f"{target.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(unfinished, "wb") as file:
-            yield file
-        unfinished.replace(target)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
 
 
 def copy_stream(source: BinaryIO, target: BinaryIO | None, size: int | None, title: str) -> str:

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harness.datasets.files import copy_stream, reason, written
+from harness.datasets.files import copy_stream, reason
 from harness.datasets.split import Split
 from harness.errors import UserError
+from harness.folder import whole_file
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def _unpack(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> Path
     if not target.is_file() or target.stat().st_size != info.file_size:
         print(f"{path} is compressed: unpacking its images once to {target}", flush=True)
         try:
-            with archive.open(info) as stream, written(target) as file:
+            with archive.open(info) as stream, whole_file(target) as file:
                 copy_stream(stream, file, info.file_size, f"unpacking {path.name}")
         except OSError as error:
             raise UserError(f"{path} is compressed, and its {info.file_size / 1e9:.1f} GB cannot be unpacked to {target} "

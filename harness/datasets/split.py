@@ -1,4 +1,5 @@
 """Images and labels in memory."""
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,13 @@ class Split:
     def to(self, device: torch.device) -> "Split":
         """The same split on `device`."""
         return Split(self.images.to(device), self.labels.to(device), self.index.to(device))
+
+    def fingerprint(self) -> str:
+        """What changes when an image, its label or their order does."""
+        digest = hashlib.sha256(repr(tuple(self.images.shape)).encode())
+        for part in (self.images, self.labels):
+            digest.update(part.cpu().contiguous().numpy())
+        return digest.hexdigest()
 
     def in_fixed_order(self) -> "Split":
         """The same images in one random order, always the same: a part of it is a sample of all of it."""

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from harness.datasets.files import cached, copy_stream, listing, reason, written
+from harness.datasets.files import cached, copy_stream, listing, reason
 from harness.datasets.pictures import decode
 from harness.datasets.split import split_of
 from harness.errors import UserError
+from harness.folder import whole_file
 
 TINY = "tiny-imagenet-200"
 TINY_URL = f"http://cs231n.stanford.edu/{TINY}.zip"
@@ -42,7 +43,7 @@ def _download_tiny_imagenet(archive: Path) -> None:
     print(f"{archive.name} is not in {archive.parent}, and neither is the folder {TINY}: downloading it", flush=True)
     try:
         archive.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(TINY_URL, timeout=60) as response, written(archive) as file:
+        with urllib.request.urlopen(TINY_URL, timeout=60) as response, whole_file(archive) as file:
             found = copy_stream(response, file, int(response.headers.get("Content-Length", 0)) or None, f"downloading {archive.name}")
             if found != TINY_MD5:
                 raise OSError(f"what came from {TINY_URL} has MD5 {found}, not {TINY_MD5}: try again")

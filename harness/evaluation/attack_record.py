@@ -10,7 +10,6 @@ machines each add files of their own, and joining two parts of a record is copyi
 """
 import io
 import json
-import os
 import zipfile
 import zlib
 from pathlib import Path
@@ -20,10 +19,11 @@ import torch
 from torch import Tensor
 
 from harness.errors import UserError
-from harness.folder import write_text
+from harness.folder import whole_file, write_text
 
 FIELDS = {"prediction": torch.int64, "loss": torch.float64, "margin": torch.float64, "norm": torch.float64,
           "low": torch.float64, "high": torch.float64, "dropped": torch.int64}
+PLACES = ("checkpoint", "arch", "dataset")  # whose contents are compared by their checksums
 UNTOUCHED = -1  # the prediction of an example that an attack has not been run on
 DAMAGE = (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile, zlib.error)
 
@@ -41,8 +41,9 @@ class AttackRecord:
         folder.mkdir(parents=True, exist_ok=True)
         about = json.loads(json.dumps(about))
         found = read_about(folder)
-        if found not in (None, about):
-            changed = next(name for name in {**found, **about} if found.get(name) != about.get(name))
+        if found is not None and not is_same(found, about):
+            changed = next(name for name in {**found, **about} if found.get(name) != about.get(name)
+                           and name not in PLACES)
             raise UserError(f"{folder} is the record of another evaluation ({changed} differs): name another "
                             "--out")
         write_text(folder / "about.json", json.dumps(about, indent=2) + "\n")
@@ -79,12 +80,8 @@ class AttackRecord:
         buffer, path = io.BytesIO(), self.folder / name / f"{int(position[0]):08d}.npz"
         np.savez(buffer, **arrays)
         path.parent.mkdir(exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        with open(partial, "wb") as file:
+        with whole_file(path) as file:
             file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
         self._take(name, position, fields)
         self.seconds[name] += seconds
 
@@ -93,6 +90,14 @@ class AttackRecord:
         batches = [np.load(path) for path in sorted((self.folder / name).glob("*.npz"))]
         positions, images = ([batch[key] for batch in batches] for key in ("position", "x_adv"))
         return np.concatenate(positions), np.concatenate(images)
+
+
+def is_same(found: dict, about: dict) -> bool:
+    """Whether two descriptions are of one evaluation: of the same files, wherever these are."""
+    def content(facts: dict) -> dict:
+        return {name: value for name, value in facts.items() if name not in PLACES}
+
+    return content(found) == content(json.loads(json.dumps(about)))
 
 
 def read_about(folder: Path) -> dict | None:

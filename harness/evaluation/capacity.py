@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from harness.datasets.batches import to_unit
 from harness.datasets.split import Split
 from harness.device import free_memory, peak_memory
-from harness.evaluation.predictions import MULTIPLE, BatchInvariant, num_outputs
+from harness.evaluation.predictions import MULTIPLE, BatchInvariant
 
 PROBE = MULTIPLE     # images of the pass that is measured: attacks pad their batches to multiples of it
 SHARE = 0.5          # of the free memory for a forward and backward pass; the rest is for what the attacks keep beside it
@@ -22,9 +22,7 @@ def fitting_batch_size(model: nn.Module, split: Split, copies: int = 1, free: Ca
     images is measured; what it takes beyond the images themselves counts as theirs. A multiple of PROBE, unless less than that fit; at
     most FASTEST_ON_CPU on a CPU; at least 1, at most N rounded up to a multiple of PROBE. No verdict depends on it. free(device) and
     peak(device, work) -> bytes.
-    Raises UserError when the network does not take the images.
     """
-    num_outputs(model, split)
     device = split.images.device
     each = copies * max(peak(device, lambda: input_gradient(model, split.images)) / PROBE, 1.0)
     fit = int(SHARE * free(device) / each)

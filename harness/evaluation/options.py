@@ -19,6 +19,7 @@ class EvalConfig:
     attacks: tuple[str, ...] = ()    # strong attacks too: names, vir or all; an unknown name lists them
     norm: Literal["linf", "l2"] = "linf"  # norm of the ball; l2 needs its own --epsilon
     num_examples: int | None = None  # evaluate the first so many test images; default: all
+    indices: str | None = None       # text file with the places of the test images to take, instead of all
     num_spsa_examples: int = 1000    # SPSA costs 51,200 forward passes an image: it attacks the first so many
     batch_size: int | None = None    # images at a time, changes no verdict; default: what memory allows
     seed: int = 0                    # of the random starts

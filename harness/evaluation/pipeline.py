@@ -6,9 +6,11 @@ So a stopped evaluation goes on where it was, and several processes share one.
 import json
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,18 +20,26 @@ from attacks.catalogue import Attack, members_of, strong_attacks, weighted_attac
 from attacks.pgd import cross_entropy, pgd_by_index
 from harness import distributed
 from harness.datasets.batches import first_examples, image_order
+from harness.datasets.split import Split
 from harness.device import choose_device, command_line
 from harness.errors import RunError, UserError
 from harness.evaluation import report
-from harness.evaluation.attack_record import AttackRecord, read_about
+from harness.evaluation.attack_record import AttackRecord, is_same, read_about
 from harness.evaluation.attacking import Columns, Task, count_left, run
 from harness.evaluation.capacity import fitting_batch_size
 from harness.evaluation.options import EvalConfig
 from harness.evaluation.predictions import BatchInvariant
 from harness.evaluation.result import result_of
-from harness.evaluation.subject import Ball, Protocol, Subject, ball_of, find_checkpoints, open_subject
-from harness.folder import resumable, write_text
-from harness.training.precision import to_device
+from harness.evaluation.subject import (
+    Ball,
+    Protocol,
+    Subject,
+    ball_of,
+    find_checkpoints,
+    open_subject,
+    sha256,
+)
+from harness.folder import held, resumable, write_text
 from losses.margin import cw_loss, margin_weights
 
 
@@ -48,30 +58,39 @@ class Job:
         return all("A_nat" in result for result in results.values())
 
 
-def evaluate(cfg: EvalConfig, protocol: Protocol, build: Callable[..., nn.Module]) -> None:
+def evaluate(cfg: EvalConfig, protocol: Protocol, build: Callable[..., nn.Module], **elsewhere: Any) -> None:
     """Measure every checkpoint that `cfg` names, print the figures and write them down.
 
-    build: as in `harness.checkpoint.load_model`. Raises UserError for what does not fit, and RunError at the
-    end where A_rob's or A_tr's attack has left its ball or box.
+    build: as in `harness.checkpoint.load_model`; elsewhere: `load` and `readers` of `open_subject`, for images
+    and networks from elsewhere. Raises UserError for what does not fit, and RunError at the end where A_rob's
+    or A_tr's attack has left its ball or box.
     """
     job, files = begin(cfg), find_checkpoints(cfg.checkpoint, protocol.channels)
+    with ExitStack() as holding:
+        _evaluate(cfg, protocol, partial(open_subject, build=build, **elsewhere), job, files, holding)
+
+
+def _evaluate(cfg: EvalConfig, protocol: Protocol, open_file: Callable[..., Subject], job: Job,
+              files: list[tuple[str, Path]], holding: ExitStack) -> None:
     out, results, examples = None, {}, {}
     for name, path in files:
         started = time.monotonic()
-        subject = open_subject(name, path, build, arch=cfg.arch, dataset=cfg.dataset, data_dir=cfg.data_dir,
-                               default=protocol.dataset)
+        subject = open_file(name, path, arch=cfg.arch, dataset=cfg.dataset, data_dir=cfg.data_dir,
+                            default=protocol.dataset)
         if measured_before(subject, results):
             continue                                    # best.pt is last.pt
         ball = ball_of(subject, protocol, cfg.norm, cfg.epsilon, cfg.step_size)
-        test = first_examples(subject.split, cfg.num_examples).to(job.device)
-        model = to_device(subject.model, job.device)
+        test = first_examples(subject.split, cfg.num_examples, cfg.indices).to(job.device)
+        model = subject.model.to(job.device)
         settings = replace(cfg, batch_size=cfg.batch_size or fitting_batch_size(model, test))
-        about = about_of(subject, ball, cfg, len(test))
+        about = about_of(subject, ball, cfg, test)
         if out is None:                                 # nothing is written before a network fits its images
-            out, folder = claim(job, cfg, files, name, about)
+            out, folder = claim(job, cfg, files, name, about, holding)
         if job.rank == 0:
             print(f"evaluating {path} on {len(test):,} test images of {subject.dataset}", flush=True)
         record = AttackRecord(folder / name, about, len(test), cfg.save_adversaries)
+        if not results and job.rank == 0:
+            write_config(cfg, files[0][1], out, folder)
         task = Task(BatchInvariant(model), test, ball.epsilon, ball.norm, settings.batch_size)
         results[name], examples[name] = measure(job, record, task, attacks_of(cfg, job.columns, ball), cfg)
         seconds = time.monotonic() - started
@@ -91,6 +110,8 @@ def finish(out: Path, results: dict[str, dict], examples: dict[str, dict[str, Te
 
 def begin(cfg: EvalConfig) -> Job:
     """What is to be done here.  Raises UserError for an unknown attack and for flags that do not fit."""
+    if cfg.out and Path(cfg.out).exists():
+        raise UserError(f"{cfg.out} exists, and a result is never overwritten: name another --out")
     if cfg.norm != "linf" and cfg.epsilon is None:
         raise UserError(f"--norm {cfg.norm} needs its own --epsilon: the checkpoint's is one of l_inf")
     try:
@@ -137,38 +158,54 @@ def measured_before(subject: Subject, results: dict[str, dict]) -> bool:
                for name, result in results.items())
 
 
-def about_of(subject: Subject, ball: Ball, cfg: EvalConfig, count: int) -> dict:
+def about_of(subject: Subject, ball: Ball, cfg: EvalConfig, test: Split) -> dict:
     """What decides the entries of a record, as plain values; the list of attacks may grow."""
     names = ("arch", "norm", "num_steps", "num_restarts", "start", "alphas", "num_spsa_examples", "seed",
              "save_adversaries")
     about = {"checkpoint": str(subject.path), "checkpoint_sha256": subject.sha256, "dataset": subject.dataset,
-             "num_examples": count, "epsilon": ball.epsilon, "step_size": ball.step_size}
+             "num_examples": len(test), "images_sha256": test.fingerprint(), "epsilon": ball.epsilon,
+             "step_size": ball.step_size}
+    if cfg.arch and ".py:" in cfg.arch:
+        about["arch_sha256"] = sha256(Path(cfg.arch.rpartition(":")[0]))
     if (order := image_order(subject.dataset)) != "published":
         about["image_order"] = order
     return json.loads(json.dumps(about | {name: getattr(cfg, name) for name in names}))
 
 
-def claim(job: Job, cfg: EvalConfig, files: list[tuple[str, Path]], name: str,
-          about: dict) -> tuple[Path, Path]:
-    """Where the result and the record go: to be resumed, or OUT.json and OUT.record with the settings in it.
+def claim(job: Job, cfg: EvalConfig, files: list[tuple[str, Path]], name: str, about: dict,
+          holding: ExitStack) -> tuple[Path, Path]:
+    """Where the result and the record go: to be resumed, or OUT.json and OUT.record, held until `holding` ends.
 
-    Without --out it is the next free name; a record of the same evaluation, not finished, goes on.
+    Without --out it is the next free name; a record of the same evaluation goes on, if it is not finished and
+    nobody works in it. Only shards share a record.
     """
-    def goes_on(out: Path) -> bool:
-        return read_about(out.with_suffix(".record") / name) in (None, about)
-
-    out = report.output_path(cfg.out, files[0][1], len(files) > 1, goes_on) if job.rank == 0 else None
-    out = distributed.from_first(out)
-    folder = out.with_suffix(".record")
-    if cfg.resume and not cfg.resume.endswith(".json"):
-        folder = Path(cfg.resume)                       # wherever the record is by now
+    place = None
     if job.rank == 0:
-        chosen = {"checkpoint": cfg.checkpoint or str(files[0][1].parent), "out": str(out), "resume": None,
-                  "shard": None}
-        facts = {"script": Path(command_line().split()[1]).stem, "command": command_line()}
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "config.json", json.dumps(facts | asdict(cfg) | chosen, indent=2) + "\n")
-    return out, folder
+        moved = Path(cfg.resume) if cfg.resume and not cfg.resume.endswith(".json") else None
+
+        def is_mine(out: Path) -> bool:
+            folder = moved or out.with_suffix(".record")
+            if read_about(folder / name) is not None and not is_same(read_about(folder / name), about) and not cfg.out:
+                return False
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                holding.enter_context(held(folder, shared=job.shard[1] > 1))
+            except BlockingIOError:
+                if cfg.out:
+                    raise UserError(f"another evaluation works in {folder} at this moment") from None
+                return False
+            return not out.exists()                     # it may have come while another process held the folder
+
+        out = report.output_path(cfg.out, files[0][1], len(files) > 1, is_mine)
+        place = out, moved or out.with_suffix(".record")
+    return distributed.from_first(place)
+
+
+def write_config(cfg: EvalConfig, first: Path, out: Path, folder: Path) -> None:
+    """Write what --resume begins from into the record, which has been compared with this evaluation."""
+    chosen = {"checkpoint": cfg.checkpoint or str(first.parent), "out": str(out), "resume": None, "shard": None}
+    facts = {"script": Path(command_line().split()[1]).stem, "command": command_line()}
+    write_text(folder / "config.json", json.dumps(facts | asdict(cfg) | chosen, indent=2) + "\n")
 
 
 def measure(job: Job, record: AttackRecord, task: Task, attacks: dict[str, Attack], cfg: EvalConfig,

@@ -1,6 +1,7 @@
 """The result of an evaluation on the screen and on disk."""
 import json
 import re
+import secrets
 import time
 from collections.abc import Callable
 from itertools import chain, count
@@ -40,8 +41,11 @@ def output_path(out: str | None, first: Path, whole_run: bool,
         raise UserError(f"{found} exists, and a result is never overwritten: name another --out")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-        path.unlink()
+        probe = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+        probe.touch()
+        probe.unlink()
+        if out and not is_free(path):
+            raise UserError(f"{path} exists, and a result is never overwritten: name another --out")
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror}): name another place with --out") from error
     return path

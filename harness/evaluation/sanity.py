@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 STEPS = (0, 1, 2, 5, 10, 20, 50, 100)   # attack steps of the curve
 RADII = (0.0, 0.5, 1.0, 1.5, 2.0)       # multiples of epsilon of the curve
+NUM_ALONE = 8     # of these, examples passed in a batch of their own, of COPIES of themselves
+COPIES = 32
 NUM_PROBED = 100                        # examples looked at: the first ones that are classified correctly
 RISE = 4.0            # points by which a stronger attack may leave more examples standing: chance, on 100 examples
 UNBOUNDED = 5.0       # % that may survive an attack without a bound
@@ -30,38 +32,49 @@ class Finding:
     numbers: dict = field(default_factory=dict)
 
 
-def probe(model: nn.Module, x: Tensor, y: Tensor, keys: Tensor, *, attack: Callable, loss_fn: Callable, epsilon: float, norm: str) -> dict:
-    """Numbers about a model in eval mode on examples x [B, C, H, W], y [B] that it classifies correctly.
-
-    attack(...) -> x_adv has the arguments of `attacks.pgd.pgd`. The radius "without
-    a bound" is the diameter of [0, 1]^(CHW).
-    """
+def look(model: nn.Module, x: Tensor, y: Tensor, loss_fn: Callable) -> dict:
+    """Numbers about the outputs and gradients of a model in eval mode at x [B, C, H, W], y [B], without an attack."""
     with torch.no_grad():
         logits, again = model(x).float(), model(x).float()
+        alone = torch.cat([model(image.expand(COPIES, *image.shape))[:1].float() for image in x[:NUM_ALONE]])
     point = x.detach().clone().requires_grad_()
     with torch.enable_grad():
         losses = loss_fn(model(point), y)
         gradient = torch.autograd.grad(losses.sum(), point)[0] if losses.requires_grad else torch.zeros_like(x)
     flat = gradient.flatten(1)
+    return {"num_examples": len(x), "zero_gradients": 100 * float((flat == 0).all(1).double().mean()),
+            "non_finite_gradients": 100 * float((~torch.isfinite(flat)).any(1).double().mean()),
+            "two_runs": float((logits - again).abs().max()), "largest_logit": float(logits.abs().max()),
+            "alone": float((logits[:NUM_ALONE] - alone).abs().max()),
+            "rows_sum_to_one": bool(((logits >= 0).all(1) & ((logits.sum(1) - 1).abs() < 1e-4)).all()),
+            "in_0_1": bool(((logits >= 0) & (logits <= 1)).all())}
+
+
+def probe(model: nn.Module, x: Tensor, y: Tensor, keys: Tensor, *, attack: Callable, loss_fn: Callable,
+          epsilon: float, norm: str) -> dict:
+    """`look` at examples that the model classifies correctly, and how many of them stand under ever more attack.
+
+    attack(...) -> x_adv has the arguments of `attacks.pgd.pgd`. The radius "without a bound" is the diameter
+    of [0, 1]^(CHW).
+    """
+    shared = {"norm": norm, "loss_fn": loss_fn, "keys": keys}
 
     def standing(x_adv: Tensor) -> float:
         with torch.no_grad():
             return round(100 * float((model(x_adv).argmax(1) == y).double().mean()), 4)
 
-    shared = {"norm": norm, "loss_fn": loss_fn, "keys": keys}
-    steps, x_adv = {}, "uniform"
+    def pgd(radius: float, ratio: float, num_steps: int, start: str | Tensor = "uniform") -> Tensor:
+        return attack(model, x, y, epsilon=radius, step_size=radius / ratio, num_steps=num_steps, start=start, **shared)
+
+    steps: dict[str, float] = {}
+    x_adv: str | Tensor = "uniform"
     for before, count in zip((0, *STEPS), STEPS):
-        x_adv = attack(model, x, y, epsilon=epsilon, step_size=epsilon / 8, num_steps=count - before, start=x_adv, **shared)
+        x_adv = pgd(epsilon, 8, count - before, x_adv)
         steps[str(count)] = standing(x_adv)
-    radii = {f"{ratio:g}": standing(attack(model, x, y, epsilon=ratio * epsilon, step_size=ratio * epsilon / 8, num_steps=20,
-                                           start="uniform", **shared)) for ratio in RADII}
+    radii = {f"{ratio:g}": standing(pgd(ratio * epsilon, 8, 20)) for ratio in RADII}
     everything = 1.0 if norm == "linf" else float(x[0].numel()) ** 0.5
-    free = standing(attack(model, x, y, epsilon=everything, step_size=everything / 20, num_steps=100, start="uniform", **shared))
-    return {"num_examples": len(x), "steps": steps, "radii": radii, "unbounded": free,
-            "zero_gradients": 100 * float((flat == 0).all(1).double().mean()),
-            "non_finite_gradients": 100 * float((~torch.isfinite(flat)).any(1).double().mean()),
-            "two_runs": float((logits - again).abs().max()), "largest_logit": float(logits.abs().max()),
-            "rows_sum_to_one": bool(((logits >= 0).all(1) & ((logits.sum(1) - 1).abs() < 1e-4)).all())}
+    free = standing(pgd(everything, 20, 100))
+    return look(model, x, y, loss_fn) | {"steps": steps, "radii": radii, "unbounded": free}
 
 
 def same_output_twice(probed: dict) -> Finding:
@@ -72,10 +85,29 @@ def same_output_twice(probed: dict) -> Finding:
     return Finding("deterministic output", change <= 1e-4 * scale, text, {"largest_difference": change})
 
 
+def same_output_alone(probed: dict) -> Finding:
+    """An image has the same logits whatever the others in its batch are, up to rounding."""
+    change, scale = probed["alone"], max(1.0, probed["largest_logit"])
+    text = (f"the logits of an image alone and among others differ by {change:.3g}, the largest being {scale:.3g}: where that "
+            "is more than rounding, as with BatchNorm without running statistics, every figure depends on the batches")
+    return Finding("independent of the batch", change <= 1e-4 * scale, text, {"largest_difference": change})
+
+
 def logits_not_probabilities(probed: dict) -> Finding:
-    """The outputs are logits: no softmax stands behind them, which would make losses flat."""
-    return Finding("outputs are logits", not probed["rows_sum_to_one"], "the outputs of every example are >= 0 and sum to 1: a softmax at "
-                   "the end of the network" if probed["rows_sum_to_one"] else "the outputs are not probabilities")
+    """The outputs are logits: no softmax or sigmoid stands behind them, which would make losses and margins flat."""
+    text = "the outputs are not probabilities"
+    if probed["rows_sum_to_one"]:
+        text = "the outputs of every example are >= 0 and sum to 1: a softmax at the end of the network"
+    elif probed["in_0_1"]:
+        text = "every output of every example is between 0 and 1: a sigmoid at the end of the network"
+    return Finding("outputs are logits", not (probed["rows_sum_to_one"] or probed["in_0_1"]), text)
+
+
+def something_to_probe(count: int) -> Finding:
+    """An image is classified correctly, so that the network can be looked at."""
+    text = f"{count} correct images were looked at" if count else ("no image is classified correctly: neither the network nor "
+                                                                   "the attacks could be looked at")
+    return Finding("probe", count > 0, text)
 
 
 def gradients_alive(probed: dict) -> Finding:
@@ -142,10 +174,15 @@ def adversaries_sound(dropped: dict[str, int], fault: str) -> Finding:
     return Finding("certificate", not bad and not fault, text + (f"; {fault}" if fault else ""), {"dropped": bad})
 
 
+def inspect_look(looked: dict) -> list[Finding]:
+    """The findings of every rule that needs no attack."""
+    rules = (same_output_twice, same_output_alone, logits_not_probabilities, gradients_alive)
+    return [rule(looked) for rule in rules]
+
+
 def inspect_probe(probed: dict) -> list[Finding]:
     """The findings of every rule that needs the probe alone."""
-    rules = (same_output_twice, logits_not_probabilities, gradients_alive, more_steps, larger_radius, no_bound_no_robustness)
-    return [rule(probed) for rule in rules]
+    return [*inspect_look(probed), *(rule(probed) for rule in (more_steps, larger_radius, no_bound_no_robustness))]
 
 
 def verdict(findings: list[Finding]) -> str:

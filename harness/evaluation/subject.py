@@ -12,9 +12,12 @@ from pathlib import Path
 from torch import nn
 
 from harness.checkpoint import model_from, own_architecture, read
-from harness.datasets.batches import load_dataset
+from harness.datasets import arrays
+from harness.datasets.batches import image_order, load_dataset
+from harness.datasets.class_names import match_classes
 from harness.datasets.split import Split
 from harness.errors import UserError
+from harness.training.trial import trial_pass
 
 CHECKPOINTS = ("last", "best", "last_ema", "best_ema")  # of a run, in the order of the result's columns
 
@@ -104,6 +107,9 @@ def _newest_run(channels: int) -> Path:
 
 def load_test(name: str, data_dir: str) -> tuple[Split, tuple[str, ...]]:
     """The test images of a data set, and the names of its classes."""
+    if name.startswith(arrays.PREFIX):
+        classes, _, test = arrays.load_arrays(Path(name.removeprefix(arrays.PREFIX)))
+        return test, tuple(classes)
     data = load_dataset(name, data_dir)
     return data.test, data.classes
 
@@ -128,13 +134,32 @@ def open_subject(name: str, path: Path, build: Callable[..., nn.Module], *, arch
     data_dir = data_dir or (contents["data_dir"] if own and Path(contents["data_dir"]).is_dir() else "data")
     split, classes = load(dataset, data_dir)
     channels, num_classes = split.images.shape[1], len(classes) or int(split.labels.max()) + 1
-    if own and classes and (own["in_channels"], own["num_classes"]) != (channels, num_classes):
-        raise UserError(f"{path} takes {own['in_channels']}-channel images of {own['num_classes']} classes, "
-                        f"but {dataset} has {channels}-channel images of {num_classes} classes: name a "
-                        "--dataset that fits")
+    if own and own["in_channels"] != channels:
+        raise UserError(f"{path} takes {own['in_channels']}-channel images, but {dataset} has {channels}-channel "
+                        "images: name a --dataset that fits")
     model = reader(path) if reader else model_from(
         contents, path, arch, num_classes, channels, build=build, report=print)
+    published = image_order(dataset) == "published"
+    trial = trial_pass(model.eval(), split.images, num_classes if published else 1)
+    if classes and (own or not published):
+        split, classes = _matched(split, classes, contents, dataset, trial.num_outputs)
+    elif not published and int(split.labels.max()) >= trial.num_outputs:
+        raise UserError(f"the network gives {trial.num_outputs} outputs, and {dataset} has labels up to "
+                        f"{int(split.labels.max())}")
     return Subject(name, path, contents, model, split, classes, dataset, data_dir, arch)
+
+
+def _matched(split: Split, classes: tuple[str, ...], contents: dict, dataset: str,
+             num_outputs: int) -> tuple[Split, tuple[str, ...]]:
+    """The split and the names of its classes, numbered as the network numbers them."""
+    known, trained_on = contents.get("classes"), contents.get("dataset", dataset)
+    orders = {image_order(dataset), image_order(trained_on)}
+    if orders == {"published"} and len(classes) == num_outputs:
+        return split, classes
+    split, classes, note = match_classes(split, classes, tuple(known) if known else None, num_outputs)
+    if note:
+        print(note)
+    return split, classes
 
 
 def radius_of(subject: Subject, protocol: Protocol, epsilon: float | None) -> float:

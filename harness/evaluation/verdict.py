@@ -78,7 +78,8 @@ def probe(task: Task, record: AttackRecord, seed: int) -> dict | None:
 def judge(probed: dict | None, rows: dict[str, dict[str, Tensor]], y: Tensor, attacks: dict[str, Attack],
           result: dict, fault: str) -> list[sanity.Finding]:
     """The findings of every rule that applies to what was run; fault: what the certificate says."""
-    findings = sanity.inspect_probe(probed) if probed else []
+    findings = [sanity.something_to_probe(probed["num_examples"] if probed else 0)]
+    findings += sanity.inspect_probe(probed) if probed else []
     findings += _black_box(rows, y, attacks)
     columns = result.get("attacks", {})
     ensemble = next((name for name in ENSEMBLES if name in columns), None)

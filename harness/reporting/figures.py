@@ -7,6 +7,7 @@ Drawn again from the files of runs and evaluations by
 import argparse
 import csv
 import json
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ LONG_NAME = 12  # characters: where a class name is longer, the classes are numb
 def new_axes(rows: int, columns: int, width: float = 5.2,
              height: float = 4.2) -> tuple["Figure", np.ndarray]:
     """A figure and its axes [rows, columns] of that size in inches each."""
+    os.environ["MPLBACKEND"] = "Agg"  # before the import: a notebook's or a broken one is none of ours
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot

@@ -20,18 +20,12 @@ Else, and for control flow that depends on values, the network itself is run. Al
 leaves no trace on the network, its random numbers or its statistics. What `forward` reads from outside of the
 network, such as a global variable, is as it was when the form was made.
 """
-import enum
-import functools
 import inspect
 import operator
-import random
-import types
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules import module as torch_hooks
@@ -40,6 +34,7 @@ from torch.utils._pytree import tree_leaves
 
 from harness.training import fused
 from harness.training.rewrite import rewrite
+from harness.training.undisturbed import HOOKS, NetworkState, random_states, undisturbed
 
 SAMPLE = 4  # images of the first batch that a form is checked on
 MOST = 32   # forms: a network that changes its state more often is run itself
@@ -56,14 +51,7 @@ REFUSED = [(torch.no_grad, "__enter__"), (torch.enable_grad, "__enter__"),
            (torch.set_grad_enabled, "__init__"), (torch.inference_mode, "__enter__"),
            (torch.autocast, "__enter__"), (torch.autograd.Function, "apply"),
            (torch.autograd.graph.saved_tensors_hooks, "__enter__")]
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-KINDS_OF_HOOKS = {f"{name}_{kind}" for name in HOOKS for kind in ("with_kwargs", "always_called")}
-IRRELEVANT = KINDS_OF_HOOKS | {"_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks",
-                               "_load_state_dict_post_hooks", "_non_persistent_buffers_set"}
 GLOBAL_HOOKS = [getattr(torch_hooks, f"_global{name}") for name in HOOKS]
-FIXED = (bool, int, float, complex, str, bytes, type(None), type, range, slice, enum.Enum, Tensor, nn.Module,
-         types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, functools.partial,
-         torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
 class AttackView:
@@ -100,7 +88,7 @@ class AttackView:
                 return form.run
         if len(self.forms) == MOST:
             return None
-        state = _State(self.network)
+        state = NetworkState(self.network)
         run = None if state.hooked or not state.visible else _make(self.network, x, state, self.folded)
         self.forms.append(_Form(state, surroundings, run))
         return run
@@ -109,13 +97,8 @@ class AttackView:
 class _Form:
     """What runs (None: the network itself) in a state of the network and of torch."""
 
-    def __init__(self, state: "_State", surroundings: tuple, run: Callable[[Tensor], Tensor] | None):
+    def __init__(self, state: "NetworkState", surroundings: tuple, run: Callable[[Tensor], Tensor] | None):
         self.state, self.surroundings, self.run = state, surroundings, run
-
-
-def _is_its_attributes(value: object) -> bool:
-    """Whether an object holds nothing beside what `vars` gives, as a random number generator does."""
-    return hasattr(value, "__dict__") and type(value).__basicsize__ <= _Form.__basicsize__
 
 
 def _is_transformed() -> bool:
@@ -131,90 +114,19 @@ def _surroundings(x: Tensor) -> tuple:
     return kind, x.dtype, autocast, torch.is_grad_enabled()
 
 
-class _State:
-    """What a network is made of beside the values of its tensors; can be compared with later, and put back.
-
-    visible: whether every change of it would be seen; hooked: whether a pass does more than `forward` as its
-    class has it.
-    """
-
-    def __init__(self, network: nn.Module):
-        self.visible, self.hooked = True, False
-        self.empty: list[object] = []                # containers without contents
-        self.full: list[tuple[object, tuple, tuple]] = []  # containers, their contents, their names
-        self._seen: set[int] = set()
-        for module in network.modules():
-            attributes = vars(module)
-            self.hooked |= "forward" in attributes or any(attributes[name] for name in HOOKS)
-            self.hooked |= isinstance(module, nn.utils.parametrize.ParametrizationList)
-            self._add(attributes)
-        self.parameters = list(network.parameters())
-        self.trainable = [parameter.requires_grad for parameter in self.parameters]
-
-    def _add(self, container: object) -> None:
-        if id(container) in self._seen:
-            return
-        self._seen.add(id(container))
-        contents = tuple(container.values() if isinstance(container, dict) else container)
-        names = tuple(container)
-        if contents:
-            self.full.append((container, contents, names))
-        else:
-            self.empty.append(container)
-        for name, value in zip(names, contents):
-            if not (isinstance(name, str) and name in IRRELEVANT):
-                self._look_into(value)
-
-    def _look_into(self, value: object) -> None:
-        if isinstance(value, (dict, list, set, deque)):
-            self._add(value)
-        elif isinstance(value, (tuple, frozenset)):
-            for part in value:
-                self._look_into(part)
-        elif isinstance(value, FIXED):
-            return
-        elif isinstance(value, types.SimpleNamespace) or _is_its_attributes(value):
-            self._add(vars(value))
-        else:
-            self.visible = False
-
-    def is_same(self) -> bool:
-        """Whether all is as it was, by identity: at every pass, so in few steps of the interpreter."""
-        if any(self.empty) or [parameter.requires_grad for parameter in self.parameters] != self.trainable:
-            return False
-        for container, contents, _ in self.full:
-            values = container.values() if isinstance(container, dict) else container
-            if len(container) != len(contents) or not all(map(operator.is_, values, contents)):
-                return False
-        return True
-
-    def restore(self) -> None:
-        """Put everything back that was in a container."""
-        for container in self.empty:
-            container.clear()
-        for container, contents, names in self.full:
-            container.clear()
-            if isinstance(container, dict):
-                container.update(zip(names, contents))
-            elif isinstance(container, set):
-                container.update(contents)
-            else:
-                container.extend(contents)
-
-
 # ---- making a form -----------------------------------------------------------------------------------------
 
 
-def _make(network: nn.Module, x: Tensor, state: _State,
+def _make(network: nn.Module, x: Tensor, state: NetworkState,
           folded: WeakKeyDictionary) -> Callable[[Tensor], Tensor] | None:
     """The form for this state of the network, None where it is to be run itself."""
     sample = x.detach()[:SAMPLE].clone(memory_format=torch.preserve_format)
     try:
-        with _undisturbed(network, x.device) as disturbed, _Writes(network) as writes:
+        with undisturbed(network, x.device) as disturbed, _Writes(network) as writes:
             network(sample)
             if writes.found or disturbed():
                 return None
-        with _undisturbed(network, x.device):
+        with undisturbed(network, x.device):
             run = _traced(network, folded)
         with _nothing_hidden(state.parameters):
             return run if _agree(network, run, sample, state.parameters) else None
@@ -309,52 +221,6 @@ def _storage(tensor: Tensor) -> int:
 
 
 @contextmanager
-def _undisturbed(network: nn.Module, device: torch.device) -> Iterator[Callable[[], bool]]:
-    """Put back random states, buffers and what modules hold; yields whether more changed than layers change.
-
-    Dropout and BatchNorm change torch's random states and the values of buffers.
-    """
-    state, foreign, random_states = _State(network), _foreign_random_states(), _random_states(device)
-    tensors = [(tensor, tensor.data) for tensor in (*network.parameters(), *network.buffers())]
-    values = [(buffer, buffer.clone()) for buffer in network.buffers()]
-
-    def is_replaced(tensor: Tensor, before: Tensor) -> bool:
-        return tensor.data_ptr() != before.data_ptr()
-
-    def disturbed() -> bool:
-        replaced = any(is_replaced(tensor, before) for tensor, before in tensors)
-        return replaced or not state.is_same() or not _equal(_foreign_random_states(), foreign)
-
-    try:
-        yield disturbed
-    finally:
-        state.restore()
-        for tensor, before in tensors:
-            if is_replaced(tensor, before):
-                tensor.data = before
-        for buffer, value in values:
-            buffer.data.copy_(value)
-        torch.set_rng_state(random_states[0])
-        if len(random_states) > 1:
-            getattr(torch, device.type).set_rng_state(random_states[1], device)
-        random.setstate(foreign[0])
-        np.random.set_state(foreign[1])
-
-
-def _random_states(device: torch.device) -> list[Tensor]:
-    own = [] if device.type in ("cpu", "meta") else [getattr(torch, device.type).get_rng_state(device)]
-    return [torch.get_rng_state(), *own]
-
-
-def _foreign_random_states() -> tuple[tuple, tuple]:
-    return random.getstate(), np.random.get_state()
-
-
-def _equal(one: tuple[tuple, tuple], other: tuple[tuple, tuple]) -> bool:
-    return one[0] == other[0] and all(map(np.array_equal, one[1], other[1]))
-
-
-@contextmanager
 def _nothing_hidden(parameters: list[Tensor]) -> Iterator[None]:
     """Random numbers for parameters of zeros only, as of a last layer at its start: they hide the rest."""
     zeros = [parameter for parameter in parameters if not bool(parameter.any())]
@@ -371,7 +237,7 @@ def _agree(network: nn.Module, run: Callable[[Tensor], Tensor], sample: Tensor,
            parameters: list[Tensor]) -> bool:
     """Whether `run` gives what the network gives: logits as in this pass, gradients without autocast."""
     def results(function: Callable, as_modules: bool, gradients: bool) -> list[list[Tensor]]:
-        with _undisturbed(network, sample.device), fused.as_modules(as_modules):
+        with undisturbed(network, sample.device), fused.as_modules(as_modules):
             return _results(function, network, sample, parameters, gradients)
 
     kind, gradients = sample.device.type, torch.is_grad_enabled()
@@ -401,7 +267,7 @@ def _results(function: Callable[[Tensor], Tensor], network: nn.Module, sample: T
         slopes = slopes.view_as(logits)
         found = torch.autograd.grad(logits, sources, slopes, allow_unused=True)
         found = [sample.new_zeros(()) if gradient is None else gradient for gradient in found]
-    left = [buffer.clone() for buffer in network.buffers()] + _random_states(sample.device)
+    left = [buffer.clone() for buffer in network.buffers()] + random_states(sample.device)
     return [logits.detach(), *left], found
 
 

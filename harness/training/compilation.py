@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.training.options import CompileOptions, RunOptions
+from harness.training.undisturbed import random_states
 
 RADIUS = 0.1  # of the comparison, pixels in [0, 1]: nearer to x, where a KL is flat, bfloat16's gradients are half rounding
 WARM_UP = 3   # calls before the comparison: compile, record the CUDA graph, replay it
@@ -171,12 +172,12 @@ def distance(plain: list[Tensor], other: list[Tensor]) -> float:
 @contextmanager
 def untouched(model: nn.Module, device: torch.device) -> Iterator[Callable[[], bool]]:
     """Put back torch's random states and the model's buffers on exit; yields a function that says whether one has changed so far."""
-    before = _random_states(device)
+    before = random_states(device)
     buffers = [(module, name, buffer, buffer.clone()) for module in model.modules() for name, buffer in module.named_buffers(recurse=False)]
 
     def touched() -> bool:
         same = all(getattr(module, name) is buffer and torch.equal(buffer, value) for module, name, buffer, value in buffers)
-        return not (same and all(map(torch.equal, _random_states(device), before)))
+        return not (same and all(map(torch.equal, random_states(device), before)))
 
     try:
         yield touched
@@ -188,7 +189,3 @@ def untouched(model: nn.Module, device: torch.device) -> Iterator[Callable[[], b
             for module, name, buffer, value in buffers:
                 buffer.copy_(value)
                 setattr(module, name, buffer)  # a network may have put another tensor in its place
-
-
-def _random_states(device: torch.device) -> list[Tensor]:
-    return [torch.get_rng_state(), *([] if device.type == "cpu" else [getattr(torch, device.type).get_rng_state(device)])]

@@ -2,6 +2,7 @@
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -12,19 +13,21 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from harness import distributed
-from harness.datasets.batches import Dataset, to_unit
+from harness.datasets.batches import Dataset, batch_places, to_unit
 from harness.datasets.split import Split
 from harness.device import choose_device, choose_dtype
 from harness.errors import Collapsed, UserError
+from harness.folder import held
 from harness.reporting import figures
 from harness.training.collapse import CollapseWatch, checkpoints_at_chance
 from harness.training.compilation import compilation_of
 from harness.training.first_layer import FirstLayer
 from harness.training.options import RunOptions
-from harness.training.precision import TrainingPrecision, bare, to_device
+from harness.training.precision import TrainingPrecision, bare
 from harness.training.rows import PersistentRows
-from harness.training.saving import RunFolder, make_folder, read_last, summary_of
+from harness.training.saving import RunFolder, make_folder, read_last, summary_of, update_config
 from harness.training.steps import Steps
+from harness.training.trial import trial_pass
 
 
 class Run(Steps):
@@ -40,17 +43,21 @@ class Run(Steps):
         self.data = data
         self.script = Path(str(sys.modules[type(cfg).__module__].__file__)).stem
         self.rank, self.world_size, self.device = distributed.start(choose_device(cfg.device))
+        if data.num_classes < 2:
+            raise UserError(f"{data.name} has one class, {data.classes[0]}: there is nothing to tell apart")
         if cfg.batch_size < self.world_size:
             raise UserError(f"--batch_size {cfg.batch_size} is less than the {self.world_size} processes "
                             "that share a batch")
         self.train = data.train.to(self.device)
         self.val = data.val.to(self.device)
-        self.batches_per_epoch = min(-(-len(self.train) // cfg.batch_size), cfg.max_batches or 10**9)
+        batches = len(batch_places(len(self.train), cfg.batch_size, self.world_size))
+        self.batches_per_epoch = min(batches, cfg.max_batches or batches)
         self.epoch = 0
         self.architecture: dict[str, object] = {}
         self.persistent: dict[str, PersistentRows] = {}
         self.average = None
         self.collapse = CollapseWatch(cfg, data.num_classes)
+        self.holding = ExitStack()
         self.started = time.monotonic()
         torch.manual_seed(cfg.seed)
 
@@ -63,6 +70,7 @@ class Run(Steps):
                   f"go on with: {self.files.resume_command}", file=sys.stderr)
         if kind is None:
             distributed.wait()
+        self.holding.close()
 
     def say(self, text: str) -> None:
         """Print, once for all processes, without tearing the progress bar."""
@@ -83,9 +91,15 @@ class Run(Steps):
         self.architecture = {"name": self.cfg.model, "num_classes": self.data.num_classes, "in_channels": channels,
                              "mean": mean, "std": std}
         self.dtype = choose_dtype(self.cfg.precision, self.device, model)
+        model = model.to(self.device).train()
+        batch = self.train.images[:self.cfg.batch_size // self.world_size]
+        trial = trial_pass(model, batch, self.data.num_classes, dtype=self.dtype, report=self.say)
+        if trial.unused and self.world_size > 1:
+            self.say(f"note: {len(trial.unused)} parameters are not used in a pass, {trial.unused[0]} first: "
+                     "torchrun looks for them in every step")
         compilation = compilation_of(self.cfg, self.device, self.say)
-        model = TrainingPrecision(to_device(model, self.device), self.dtype, compilation, self.cfg.attack_view)
-        return distributed.parallel(model)
+        model = TrainingPrecision(model, self.dtype, compilation, self.cfg.attack_view)
+        return distributed.parallel(model, find_unused=bool(trial.unused))
 
     def first_layer(self, model: nn.Module) -> FirstLayer:
         """The first layer f0 of a model from `build`, in the training precision; its gradients wait for `update`."""
@@ -102,7 +116,9 @@ class Run(Steps):
         """The epochs to run, from 1: all of them in a new folder, or those after the last checkpoint."""
         last = read_last(self.cfg)
         folder = make_folder(self.cfg, self.script, self.data, self.device) if self.rank == 0 else None
-        self.files = RunFolder(distributed.from_first(folder), self.script, self.cfg, self.data.name)
+        folder = distributed.from_first(folder)
+        self._hold(folder)
+        self.files = RunFolder(folder, self.script, self.cfg, self.data)
         self.say(f"{self.script}: {len(self.train):,} training images of {self.data.name}, {len(self.val):,} "
                  f"held out; {self.device}, {str(self.dtype).removeprefix('torch.')}, seed {self.cfg.seed}\n"
                  f"run folder: {self.files.path}")
@@ -115,10 +131,20 @@ class Run(Steps):
         if last:
             self.epoch, self.collapse.at_chance_for = self.files.load(last, self.state)
             self.say(f"going on after epoch {self.epoch}")
+        if self.cfg.resume and self.rank == 0:
+            update_config(self.cfg, folder)
             self._stop_if_collapsed()
         first = self.epoch + 1
         yield from range(first, self.cfg.epochs + 1)
         self._finish("finished" if first <= self.cfg.epochs else "already finished")
+
+    def _hold(self, folder: Path) -> None:
+        """Keep every other process out of the run's folder, until this run ends."""
+        try:
+            if self.rank == 0:
+                self.holding.enter_context(held(folder))
+        except BlockingIOError:
+            raise UserError(f"another process trains in {folder} at this moment") from None
 
     def end_epoch(self, model: nn.Module, validate: Callable[[nn.Module, Split], dict[str, float]]) -> None:
         """Measure on the held-out images, log, and save last.pt; save best.pt if that A_rob is the best."""

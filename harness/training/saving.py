@@ -1,5 +1,6 @@
 """The files of a training run: its folder, its configuration, its log and its checkpoints."""
 import dataclasses
+import hashlib
 import json
 import shlex
 from pathlib import Path
@@ -14,6 +15,8 @@ from harness.device import command_line, environment
 from harness.errors import UserError
 from harness.folder import claim_folder, write_csv, write_text
 from harness.training.options import RunOptions
+
+PART = 1 << 20  # bytes
 
 
 def read_last(cfg: RunOptions) -> dict[str, Any]:
@@ -30,29 +33,56 @@ def read_last(cfg: RunOptions) -> dict[str, Any]:
 
 
 def make_folder(cfg: RunOptions, script: str, data: Dataset, device: torch.device) -> Path:
-    """Claim the run's folder and write its config.json.  Raises UserError if it is in use or not writable."""
-    folder = claim_folder(cfg, script)
-    settings = dataclasses.asdict(cfg) | {"resume": None}
+    """The run's folder, with its config.json.  Raises UserError if it is in use, or of other data or code."""
     facts = {"script": script, "command": command_line(), "image_shape": data.image_shape,
              "num_classes": data.num_classes, "classes": list(data.classes),
              "training_images": len(data.train), "environment": environment(device)}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        saved = folder / "config.json"
-        before = json.loads(saved.read_text(encoding="utf-8")) if saved.exists() else {}
-        write_text(saved, json.dumps(facts | before | settings, indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write to the run folder {folder} ({error.strerror}): "
-                        "name another --out_dir") from error
+    contents = fingerprints(cfg, data)
+    if not cfg.resume:
+        return claim_folder(cfg.out_dir, script, facts | contents | dataclasses.asdict(cfg))
+    folder = Path(cfg.resume)
+    before = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for name, what in CONTENTS.items():
+        if before.get(name, contents[name]) != contents[name]:
+            raise UserError(f"--resume {folder}: {what} changed since this run began, so it would be another run")
     return folder
+
+
+def update_config(cfg: RunOptions, folder: Path) -> None:
+    """Write the settings of a resumed run, such as more epochs, into its config.json."""
+    path = folder / "config.json"
+    before = json.loads(path.read_text(encoding="utf-8"))
+    write_text(path, json.dumps(before | dataclasses.asdict(cfg) | {"resume": None}, indent=2) + "\n")
+
+
+CONTENTS = {"data_sha256": "the training images or their labels have", "extra_data_sha256": "the generated images have",
+            "model_sha256": "the file of the network has"}
+
+
+def fingerprints(cfg: RunOptions, data: Dataset) -> dict[str, str | None]:
+    """What changes when the images, or the code of a network of the user's own, do; of large files a part."""
+    extra, (code, is_file, _) = getattr(cfg, "extra_data", None), cfg.model.rpartition(":")
+    digest = hashlib.sha256((data.train.fingerprint() + data.val.fingerprint()).encode())
+    return {"data_sha256": digest.hexdigest(), "extra_data_sha256": of_file(Path(extra)) if extra else None,
+            "model_sha256": of_file(Path(code)) if is_file else None}
+
+
+def of_file(path: Path) -> str:
+    """A checksum of a file's size, beginning and end."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(PART)
+        file.seek(max(size - PART, 0))
+        return hashlib.sha256(b"%d " % size + head + file.read()).hexdigest()
 
 
 class RunFolder:
     """The log and the checkpoints in the folder of a run.  Every process has one; the first one writes."""
 
-    def __init__(self, path: Path, script: str, cfg: RunOptions, dataset: str):
+    def __init__(self, path: Path, script: str, cfg: RunOptions, data: Dataset):
         self.path = path
-        self.about = {"script": script, "dataset": dataset, "data_dir": str(cfg.data_dir), "seed": cfg.seed,
+        self.about = {"script": script, "dataset": data.name, "classes": list(data.classes),
+                      "data_dir": str(cfg.data_dir), "seed": cfg.seed,
                       "threat_model": {"norm": "linf", "epsilon": cfg.epsilon},
                       "config": {"script": script} | dataclasses.asdict(cfg) | {"resume": None}}
         self.rows: list[dict[str, Any]] = []         # of log.csv, one per epoch

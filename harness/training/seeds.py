@@ -1,14 +1,13 @@
 """Several runs of one script, one per seed, in one folder."""
 import dataclasses
-import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
 
+from harness import distributed
 from harness.device import command_line
 from harness.errors import UserError
-from harness.folder import claim_folder, write_text
+from harness.folder import claim_folder
 from harness.training.options import RunOptions
 
 R = TypeVar("R", bound=RunOptions)
@@ -24,12 +23,9 @@ def one_a_seed(config: R, script: str) -> Iterator[R]:
     if len(set(config.seeds)) < len(config.seeds):
         raise UserError(f"--seeds {' '.join(map(str, config.seeds))} names a seed twice")
     folder = Path(config.resume or config.out_dir or "runs")
-    if os.environ.get("RANK", "0") == "0":  # under torchrun the first process alone decides on the folder
-        folder = claim_folder(config, script)
-        folder.mkdir(parents=True, exist_ok=True)
+    if distributed.expected()[0] == 0 and not config.resume:  # the first process alone decides on the folder
         facts = {"script": script, "command": command_line()}
-        settings = dataclasses.asdict(config) | {"resume": None}
-        write_text(folder / "config.json", json.dumps(facts | settings, indent=2) + "\n")
+        folder = claim_folder(config.out_dir, script, facts | dataclasses.asdict(config))
     for k, seed in enumerate(config.seeds, 1):
         own = folder / f"seed{seed}"
         resume = str(own) if config.resume and (own / "config.json").exists() else None

@@ -14,7 +14,15 @@ import torch
 import torchvision
 from PIL import Image
 
-from harness.datasets.batches import Dataset, first_examples, load_dataset, random_crop, to_unit, training_batches
+from harness.datasets.batches import (
+    Dataset,
+    batch_places,
+    first_examples,
+    load_dataset,
+    random_crop,
+    to_unit,
+    training_batches,
+)
 from harness.datasets.split import Split
 from harness.errors import UserError
 
@@ -402,7 +410,7 @@ def test_an_epoch_has_every_example_exactly_once(batch_size):
     split = split_of(11)
     batches = epoch_of(split, batch_size)
     assert sorted(order_of(batches)) == split.index.tolist()
-    assert [len(x) for x, *_ in batches] == [batch_size] * (11 // batch_size) + [11 % batch_size] * (11 % batch_size > 0)
+    assert [len(x) for x, *_ in batches] == [size for _, size in batch_places(11, batch_size)]
 
 
 def test_a_batch_holds_the_images_in_0_to_1_with_their_labels():
@@ -485,3 +493,16 @@ def test_about_half_of_the_images_are_flipped_left_to_right():
 
 def test_to_unit_maps_0_and_255_to_0_and_1():
     assert to_unit(torch.tensor([0, 51, 255], dtype=torch.uint8)).tolist() == [0.0, pytest.approx(0.2), 1.0]
+
+
+@pytest.mark.parametrize(("count", "batch_size", "sizes"), [
+    (9, 4, [4, 5]), (10, 4, [4, 4, 2]), (129, 128, [129]), (143, 128, [143]), (144, 128, [128, 16]), (1, 4, [1]),
+    (3, 1, [1, 1, 1]), (59_000, 128, [128] * 460 + [120])])
+def test_a_leftover_that_batchnorm_could_not_use_joins_the_batch_before(count, batch_size, sizes):
+    places = batch_places(count, batch_size)
+    assert [size for _, size in places] == sizes and sum(sizes) == count
+    assert [first for first, _ in places] == [sum(sizes[:k]) for k in range(len(sizes))]
+    if count < 200:
+        batches = epoch_of(split_of(count), batch_size)
+        assert [len(batch[1]) for batch in batches] == sizes
+        assert sorted(order_of(batches)) == split_of(count).index.tolist()

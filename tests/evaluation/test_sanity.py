@@ -56,6 +56,10 @@ def test_plain_and_adversarially_trained_networks_pass(trained):
     ("gradients", {"after": lambda z: 1000 * z}), ("gradients", {"after": lambda z: z.detach()}),
     ("gradients", {"before": lambda x: torch.round(x * 15) / 15}), ("unbounded attack", {"before": lambda x: torch.round(x * 15) / 15}),
     ("unbounded attack", {"after": lambda z: z.detach()}), ("outputs are logits", {"after": lambda z: z.softmax(1)}),
+    ("outputs are logits", {"after": torch.sigmoid}), ("outputs are logits", {"after": lambda z: z.softmax(1) ** 0.5}),
+    ("independent of the batch", {"before": lambda x: x - x.mean(0)}),
+    ("independent of the batch", {"before": lambda x: (x - x.mean()) / x.std()}),
+    ("independent of the batch", {"after": lambda z: z * z.abs().max()}),
     ("deterministic output", {"before": lambda x: x + 0.3 * torch.randn_like(x)})))
 def test_the_rule_fires(trained, rule, changes):
     assert rule in fired(Wrapped(trained, **changes))

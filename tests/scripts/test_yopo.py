@@ -197,8 +197,7 @@ def test_it_is_the_algorithm_written_out(m, n, variant, script, monkeypatch):
     """In float64: in float32 the sign of a slope of almost zero hangs on the processor's rounding."""
     for module in (harness.datasets.batches, harness.evaluation.predictions, harness.training.run):
         monkeypatch.setattr(module, "to_unit", lambda images: images.double() / 255)
-    monkeypatch.setattr(harness.training.run, "to_device", lambda model, device: model.double())
-    monkeypatch.setattr(harness.training.run, "TrainingPrecision", lambda module, *_: module)
+    monkeypatch.setattr(harness.training.run, "TrainingPrecision", lambda module, *_: module.double())
     script("train_yopo", *PLAIN, "--max_batches", 3, "--num_passes", m, "--num_steps", n, "--layer_one_grad", variant, "--out_dir", "run")
     expected, found = by_definition(m, n, variant, 3), weights("run/last.pt")
     for name, value in expected.items():

@@ -12,7 +12,7 @@ from attacks.pgd import pgd
 from harness.training import fused
 from harness.training.attack_view import AttackView
 from harness.training.fused import conv_norm_relu
-from harness.training.precision import TrainingPrecision, to_device
+from harness.training.precision import TrainingPrecision
 from models import build_model
 from models.wide_resnet import WideResNet
 
@@ -84,7 +84,7 @@ def test_the_input_gradient_of_few_channels_is_the_librarys(shape, dtype, monkey
 @pytest.mark.parametrize("size", (28, 32))
 def test_the_attack_on_small_cnn_is_the_same_bit_for_bit(size, dtype):
     torch.manual_seed(0)
-    network = to_device(build_model("small_cnn", 10, 1), torch.device("cpu"))
+    network = build_model("small_cnn", 10, 1).to(memory_format=torch.channels_last)
     nn.init.normal_(network.classifier.fc3.weight)
     x, y = torch.rand(16, 1, size, size), torch.arange(16) % 10
     found = {}

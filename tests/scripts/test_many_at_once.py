@@ -1,0 +1,112 @@
+"""Runs, evaluations and curves that begin at the same moment: each ends whole, in a folder of its own."""
+import importlib
+import json
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+
+from harness import checkpoint
+from harness.config import run_script
+
+FORK = multiprocessing.get_context("fork")  # the interpreter is loaded already, so that both begin together
+QUICK = ("--num_restarts", 1, "--num_steps", 1, "--alphas", 1, "--num_examples", 8)
+
+
+def _one(barrier, name, words):
+    with open(os.devnull, "w") as nothing, open(f"stderr-{os.getpid()}", "w") as errors:
+        sys.stdout, sys.stderr = nothing, errors
+        sys.argv = [f"{name}.py", *map(str, words)]
+        module = importlib.import_module(name)
+        torch.set_num_threads(1)
+        barrier.wait()
+        run_script(module.main, module.Config, getattr(module, "RECIPES", None))
+
+
+def at_once(name, *commands):
+    """The exit codes of one script, started with each of these commands at the same moment."""
+    importlib.import_module(name)
+    barrier = FORK.Barrier(len(commands))
+    processes = [FORK.Process(target=_one, args=(barrier, name, words)) for words in commands]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    return [process.exitcode for process in processes]
+
+
+@pytest.fixture
+def run(script):
+    script("train_at_mnist", *TINY, "--out_dir", "run")
+    return "run/last.pt"
+
+
+@pytest.mark.slow
+def test_pairs_of_runs_have_a_folder_each(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for pair in range(6):
+        codes = at_once("train_at_mnist", *((*TINY, "--seed", 2 * pair + k) for k in (0, 1)))
+        assert codes == [0, 0], [path.read_text() for path in Path().glob("stderr-*")]
+    folders = list(Path("runs/train_at_mnist").iterdir())
+    seeds = [json.loads((folder / "config.json").read_text())["seed"] for folder in folders]
+    assert sorted(seeds) == list(range(12))
+    for folder, seed in zip(folders, seeds):
+        assert [checkpoint.read(folder / f"{name}.pt")["seed"] for name in ("last", "best")] == [seed, seed]
+        assert {path.name for path in folder.iterdir()} == {"config.json", "log.csv", "log.png", "last.pt", "best.pt"}
+
+
+@pytest.mark.slow
+def test_pairs_of_evaluations_have_a_result_each(run):
+    for pair in range(5):
+        codes = at_once("eval_mnist", *(("--checkpoint", run, *QUICK, "--seed", 2 * pair + k) for k in (0, 1)))
+        assert codes == [0, 0], [path.read_text() for path in Path().glob("stderr-*")]
+    results = {path: json.loads(path.read_text()) for path in Path("run").glob("eval_last*.json")}
+    assert sorted(result["seed"] for result in results.values()) == list(range(10))
+    for path, result in results.items():
+        about = json.loads((path.with_suffix(".record") / "last/about.json").read_text())
+        assert about["seed"] == result["seed"] and len(np.load(path.with_suffix(".npz"))["label"]) == 8
+
+
+@pytest.mark.slow
+def test_the_same_evaluation_twice_at_once_gives_two_results_and_shards_one(run):
+    assert at_once("eval_mnist", ("--checkpoint", run, *QUICK), ("--checkpoint", run, *QUICK)) == [0, 0]
+    first, second = (json.loads(Path(f"run/{name}.json").read_text()) for name in ("eval_last", "eval_last-2"))
+    assert first["A_rob"] == second["A_rob"]
+    shards = (("--checkpoint", run, *QUICK, "--batch_size", 2, "--out", "shared.json", "--shard", f"{k}/2") for k in (0, 1))
+    assert at_once("eval_mnist", *shards) == [0, 0]
+    assert json.loads(Path("shared.json").read_text())["A_rob"] == first["A_rob"]
+
+
+@pytest.mark.slow
+def test_one_place_named_by_two_is_one_of_theirs_and_the_other_is_told(run):
+    codes = at_once("train_at_mnist", *((*TINY, "--seed", k, "--out_dir", "named") for k in (3, 4)))
+    assert sorted(codes) == [0, 2]
+    assert checkpoint.read(Path("named/last.pt"))["seed"] == 3 + codes.index(0)
+    codes = at_once("eval_mnist", *(("--checkpoint", run, *QUICK, "--seed", k, "--out", "named.json") for k in (3, 4)))
+    assert sorted(codes) == [0, 2]
+    assert json.loads(Path("named.json").read_text())["seed"] == 3 + codes.index(0)
+    told = [path.read_text() for path in Path().glob("stderr-*") if "error" in path.read_text()]
+    assert len(told) == 2 and all(text.count("\n") <= 2 and "Traceback" not in text for text in told)
+
+
+@pytest.mark.slow
+def test_a_run_is_gone_on_with_by_one_process(run):
+    codes = at_once("train_at_mnist", *(("--resume", "run", "--epochs", 3) for _ in (0, 1)))
+    assert sorted(codes) == [0, 2] and checkpoint.read(Path(run))["epoch"] == 3
+
+
+@pytest.mark.slow
+def test_pairs_of_curves_have_a_folder_each(run):
+    flags = ("--model", run, "--n_points", 3, "--budget", "fast", "--norms", "inf", "--format", "png")
+    for pair in range(2):
+        codes = at_once("generate_robustness_curves", *((*flags, "--seed", 2 * pair + k) for k in (0, 1)))
+        assert codes == [0, 0], [path.read_text() for path in Path().glob("stderr-*")]
+    folders = list(Path("runs/generate_robustness_curves").iterdir())
+    seeds = [json.loads((folder / "config.json").read_text())["seed"] for folder in folders]
+    abouts = [json.loads((folder / "summary.json").read_text()) for folder in folders]
+    assert sorted(seeds) == list(range(4)) and len(abouts) == 4
