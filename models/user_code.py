@@ -55,7 +55,8 @@ class _UserCode:
     """The package in which one file is loaded, and what `import` means to the modules in it.
 
     A name is looked up in the file's folder first. The folder around it (around the whole package, if the
-    file is in one) and what their code adds to sys.path count too, for names that nothing installed answers to.
+    file is in one) and what their code adds to sys.path count too, for names to which nothing installed
+    answers.
     """
 
     def __init__(self, path: Path) -> None:
@@ -80,8 +81,8 @@ class _UserCode:
         """Where a module of the package is: what Python asks the entries of sys.meta_path."""
         if not fullname.startswith(f"{self.package}."):
             return None
-        is_main = fullname == self.main
-        spec = spec_from_file_location(fullname, self.path) if is_main else PathFinder.find_spec(fullname, path)
+        spec = (spec_from_file_location(fullname, self.path) if fullname == self.main
+                else PathFinder.find_spec(fullname, path))
         if spec and isinstance(spec.loader, SourceFileLoader):
             spec.loader = _Loader(fullname, spec.loader.path, self.builtins)
         return spec
