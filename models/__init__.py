@@ -2,13 +2,12 @@
 
 Every network maps images [B, C, H, W] in [0, 1] to logits [B, K].
 """
-import importlib.util
 import inspect
-import sys
 from pathlib import Path
 
 from torch import nn
 
+from models import user_code
 from models.lenet import LeNet
 from models.normalize import Normalized
 from models.resnet import ResNet
@@ -26,11 +25,12 @@ MODELS = {
 
 def build_model(name: str, num_classes: int = 10, in_channels: int = 3,
                 mean: list[float] | None = None, std: list[float] | None = None) -> nn.Module:
-    """Build the network called `name`: a key of MODELS, or `file.py:callable` for a network of the user's own.
+    """Build the network called `name`: a key of MODELS, or `file.py:callable` for one of the user's own.
 
-    With `mean` and `std` (one value per channel) the network stands behind a normalisation layer. A user's callable receives
-    those of `num_classes` and `in_channels` that its signature names. Raises ValueError for an unknown name or a callable that
-    does not give an nn.Module, and, naming it, for whatever the user's file raises.
+    With `mean` and `std` (one value per channel) the network stands behind a normalisation layer. A user's
+    callable receives those of `num_classes` and `in_channels` that its signature names. Raises ValueError for
+    an unknown name or a callable that does not give an nn.Module, and, naming it, for whatever the user's
+    file raises.
     """
     if ".py:" in name:
         network = _user_model(name, num_classes, in_channels)
@@ -46,23 +46,17 @@ def _user_model(name: str, num_classes: int, in_channels: int) -> nn.Module:
     path = Path(file)
     if not path.is_file():
         raise ValueError(f"model '{name}': there is no file {file}")
-    spec = importlib.util.spec_from_file_location(f"user_model_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    folder = str(path.resolve().parent)
-    sys.path.insert(0, folder)  # the file may import its neighbours
     try:
-        spec.loader.exec_module(module)
-        if not callable(factory := getattr(module, attribute, None)):
+        if not callable(factory := getattr(user_code.load(path), attribute, None)):
             raise ValueError(f"{file} defines no callable '{attribute}'")
         offered = {"num_classes": num_classes, "in_channels": in_channels}
         accepted = inspect.signature(factory).parameters
         network = factory(**{key: value for key, value in offered.items() if key in accepted})
+    except SystemExit:
+        raise ValueError(f"model '{name}': {attribute}() ends the program") from None
     except Exception as error:
-        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        raise ValueError(f"model '{name}': {reason}") from error
-    finally:
-        sys.path.remove(folder)
+        raise ValueError(f"model '{name}': {user_code.plain(error)}") from error
     if not isinstance(network, nn.Module):
-        raise ValueError(f"model '{name}': {attribute}() gave a {type(network).__name__}, not a torch.nn.Module")
+        raise ValueError(f"model '{name}': {attribute}() gave a {type(network).__name__}, not a "
+                         "torch.nn.Module")
     return network

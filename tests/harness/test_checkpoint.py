@@ -4,11 +4,17 @@ import io
 import os
 import pickle
 import random
+import sys
+import tarfile
+import zipfile
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
+from scipy.io import savemat
 from torch import nn
 
 from harness import checkpoint
@@ -101,15 +107,88 @@ def test_a_folder_that_is_not_there_is_an_error_of_the_system(tmp_path):
 
 # What is no checkpoint
 
-@pytest.mark.parametrize(("contents", "part"), (
-    (b"", "is empty"), (b"<!DOCTYPE html><html>404</html>", "web page"), (b"\n\n <html>", "web page"),
-    (b"version https://git-lfs", "not a checkpoint"), (random.Random(0).randbytes(1000), "not a checkpoint"),
-    (b"epoch,loss\n1,0.5\n", "not a checkpoint"), (bytes(100), "not a checkpoint"), (b"PK\x03\x04" + bytes(100), "cut off")),
-    ids=("empty", "web page", "web page after blanks", "git-lfs pointer", "random bytes", "csv", "zeros", "zip cut off"))
+NO_CHECKPOINTS = {
+    "empty": (b"", "is empty"),
+    "web page": (b"<!DOCTYPE html><html>404</html>", "web page"),
+    "web page after blanks": (b"\n\n <html>", "web page"),
+    "git-lfs pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n", "git lfs pull"),
+    "random bytes": (random.Random(0).randbytes(1000), "not a checkpoint"),
+    "csv": (b"epoch,loss\n1,0.5\n", "not a checkpoint"),
+    "letters": ("épochs: trente\n".encode() * 60, "a text file"),
+    "json": (b'{"epoch": 3}', "a text file"),
+    "zeros": (bytes(100), "not a checkpoint"),
+    "zip cut off": (b"PK\x03\x04" + bytes(100), "cut off"),
+    "gzip": (b"\x1f\x8b\x08" + bytes(100), "gzip"),
+    "xz": (b"\xfd7zXZ\x00" + bytes(100), "xz"),
+    "bzip2": (b"BZh9" + bytes(100), "bzip2"),
+    "npy": (b"\x93NUMPY\x01\x00" + bytes(100), "NumPy array"),
+    "hdf5": (b"\x89HDF\r\n\x1a\n" + bytes(100), "HDF5"),
+    "mat 5": (b"MATLAB 5.0 MAT-file, Platform: GLNXA64" + bytes(500), "generate_robustness_curves.py"),
+    "mat 7.3": (b"MATLAB 7.3 MAT-file, Platform: GLNXA64" + bytes(500), "-v7"),
+    "onnx": (b"\x08\x07\x12\x07pytorch\x1a\x052.1.0" + bytes(100), "ONNX"),
+    "onnx without a producer": (b"\x08\x0a:\xa9\x01" + bytes(100), "ONNX"),
+}
+
+
+@pytest.mark.parametrize(("contents", "part"), NO_CHECKPOINTS.values(), ids=NO_CHECKPOINTS)
 def test_a_file_that_is_no_checkpoint_is_refused_with_what_it_is(tmp_path, contents, part):
     (tmp_path / "x.pt").write_bytes(contents)
     message = refusal(read, tmp_path / "x.pt")
     assert str(tmp_path / "x.pt") in message and part in message
+
+
+def test_a_python_file_is_what_arch_names(tmp_path):
+    (tmp_path / "net.py").write_text(NET_FILE)
+    assert f"--arch {tmp_path / 'net.py'}:NAME" in refusal(read, tmp_path / "net.py")
+    assert not (tmp_path / "net.ran").exists()
+
+
+def _zip(path, *names):
+    with zipfile.ZipFile(path, "w") as file:
+        for name in names:
+            file.writestr(name, b"...")
+
+
+def _exported(path):
+    example = (torch.ones(1, 3),)
+    torch.export.save(torch.export.export(nn.Linear(3, 2), example), path)
+    assert "weight" in torch.export.load(path).state_dict  # the advice
+
+
+def _scripted(path):
+    torch.jit.script(nn.Linear(3, 2)).save(path)
+    assert "weight" in torch.jit.load(path).state_dict()  # the advice
+
+
+def _tarred(path):
+    path.with_name("weights.pt").write_bytes(bytes_of({"w": torch.ones(2)}))
+    with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as file:
+        file.add(path.with_name("weights.pt"), "weights.pt")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("name", "write", "parts"), (
+    ("x.pt", _scripted, ("TorchScript", "torch.jit.load('x.pt').state_dict()")),
+    ("x.pth", lambda path: torch.jit.trace(nn.Linear(3, 2), torch.ones(1, 3)).save(path), ("TorchScript",)),
+    ("x{}.pt2", _exported, ("torch.export.load('x{}.pt2').state_dict",)),
+    ("x.pt2", lambda path: _zip(path, "serialized_exported_program.json", "version"), ("torch.export",)),
+    ("x.npz", lambda path: np.savez(path, a=np.ones(2), b=np.ones(3)), (".npz", "NumPy")),
+    ("x.ckpt", lambda path: np.savez_compressed(path.open("wb"), a=np.ones(2)), (".npz", "NumPy")),
+    ("x.keras", lambda path: _zip(path, "config.json", "model.weights.h5", "metadata.json"), ("Keras",)),
+    ("x.zip", lambda path: _zip(path, "checkpoint.pt", "readme.txt"), ("zip archive", "unpack")),
+    ("x.pt", lambda path: _zip(path), ("zip archive",)),
+    ("x.zip", lambda path: _zip(path, "theirs/code/net.py", "theirs/weights.pt"), ("zip archive", "unpack")),
+    ("x.tar", _tarred, ("tar archive", "unpack")),
+    ("x.tar.gz", _tarred, ("gzip", "tar -xzf")),
+    ("x.mat", lambda path: savemat(path, {"w": np.ones(2)}), ("MATLAB", "generate_robustness_curves.py")),
+    ("x.npy", lambda path: np.save(path, np.ones(2)), ("NumPy array",)),
+    ("x.onnx", lambda path: path.write_bytes(bytes(9)), ("ONNX",)),
+), ids=("script", "trace", "export", "older export", "npz", "compressed npz", "keras", "zip", "empty zip",
+        "zip of a repository", "tar", "tar.gz", "mat", "npy", "onnx by name"))
+def test_another_kind_of_file_is_refused_with_what_to_do(tmp_path, name, write, parts):
+    write(tmp_path / name)
+    message = refusal(read, tmp_path / name)
+    assert all(part in message for part in parts) and "damaged" not in message
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path):
@@ -190,18 +269,25 @@ def test_a_refusal_is_all_that_is_said_of_a_pickle(tmp_path, recwarn, protocol):
     assert not [str(warning.message) for warning in recwarn]
 
 
-def test_a_whole_pickled_network_is_refused_with_what_to_save_instead(tmp_path, lenet):
-    assert "state_dict()" in refusal(read, stored(tmp_path, {"net": lenet, "acc": 90.0}))
+@formats
+def test_a_whole_pickled_network_is_refused_with_what_to_save_instead(tmp_path, lenet, zipped):
+    for contents in (lenet, {"net": lenet, "acc": 90.0}, [lenet]):
+        message = refusal(read, stored(tmp_path, contents, _use_new_zipfile_serialization=zipped))
+        assert "GLOBAL models.lenet.LeNet was not an allowed global by default)" in message
+        assert "state_dict()" in message and "torch.serialization" not in message
 
 
-@pytest.mark.parametrize("contents", ([torch.ones(2)], torch.ones(2), 3, None))
+@pytest.mark.parametrize("contents", ([torch.ones(2)], (), [{}], ({"epoch": 3}, 1), torch.ones(2), 3, None))
 def test_whatever_is_no_dict_is_refused_with_what_it_is(tmp_path, contents):
     assert f"holds a {type(contents).__name__}" in refusal(read, stored(tmp_path, contents))
 
 
 @pytest.mark.parametrize("contents", (
-    {}, {"epoch": 3, "accuracy": 0.5}, {"state_dict": {}}, {"model": {"w": 1.0}}, {0: torch.ones(2), 1: torch.ones(3)}),
-    ids=("empty", "numbers", "empty state dict", "no tensors", "no names"))
+    {}, {"epoch": 3, "accuracy": 0.5}, {"state_dict": {}}, {"model": {"w": 1.0}},
+    {0: torch.ones(2), 1: torch.ones(3)}, {"state_dict": []}, {"net": [{}, 3]},
+    {"epoch": 3, "loss": torch.ones(()), "weights": {"w": torch.ones(2)}}),
+    ids=("empty", "numbers", "empty state dict", "no tensors", "no names", "empty list", "list of nothing",
+         "another key"))
 def test_a_checkpoint_without_named_parameters_is_refused(tmp_path, contents):
     assert "theirs.pt" in refusal(load_model, stored(tmp_path, contents), "lenet", 10, 1)
 
@@ -209,7 +295,9 @@ def test_a_checkpoint_without_named_parameters_is_refused(tmp_path, contents):
 # Everyone's parameters
 
 @pytest.mark.parametrize("wrapper", (None, "state_dict", "model", "net", "model_state_dict"))
-@pytest.mark.parametrize("prefix", ("", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."))
+@pytest.mark.parametrize("prefix", (
+    "", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model.", "net.", "module.model.",
+    "model.module.", "net.model._orig_mod.", "model.model."))
 def test_parameters_are_found_under_every_wrapper_and_prefix(tmp_path, lenet, wrapper, prefix):
     parameters = {prefix + name: value for name, value in lenet.state_dict().items()}
     path, notes = stored(tmp_path, {wrapper: parameters, "epoch": 7} if wrapper else parameters), []
@@ -217,6 +305,56 @@ def test_parameters_are_found_under_every_wrapper_and_prefix(tmp_path, lenet, wr
     assert torch.equal(model(image()), lenet(image()))
     for part in (wrapper or "", *(f"'{word}.'" for word in prefix.split(".")[:-1])):
         assert part in " ".join(notes)
+
+
+class Around(nn.Module):
+    """A network whose only child has the name of a prefix."""
+
+    def __init__(self, name, *inner):
+        super().__init__()
+        setattr(self, name, Around(*inner) if inner else nn.Linear(4, 3))
+
+
+OWN_NAMES = (("module",), ("_orig_mod",), ("model",), ("net",), ("module", "model"), ("model", "module"),
+             ("net", "net"))
+every_own_name = pytest.mark.parametrize("names", OWN_NAMES, ids=".".join)
+
+
+@every_own_name
+@pytest.mark.parametrize("prefix", (
+    "", "module.", "_orig_mod.", "model.", "net.", "module._orig_mod.", "model.net.module."))
+def test_a_network_with_a_prefix_among_its_own_names_loads_its_own_checkpoint(tmp_path, names, prefix):
+    network, notes = Around(*names), []
+    path = stored(tmp_path, {prefix + name: value for name, value in network.state_dict().items()})
+    loaded = load_model(path, "any", build=lambda *_: Around(*names), report=notes.append)
+    assert all(torch.equal(loaded.state_dict()[name], value) for name, value in network.state_dict().items())
+    assert len(notes) == bool(prefix) and "".join(notes).count("stripped") == prefix.count(".")
+
+
+@every_own_name
+def test_a_network_with_a_prefix_among_its_names_loads_parts_compiled_within(tmp_path, names):
+    network, inner = Around(*names), f"{'.'.join(names)}._orig_mod"
+    path = stored(tmp_path, {f"{inner}.weight": torch.ones(3, 4), f"{inner}.bias": torch.ones(3)})
+    loaded = load_model(path, "any", build=lambda *_: network)
+    assert all(value.eq(1).all() for value in loaded.state_dict().values())
+
+
+def test_only_a_prefix_of_all_names_is_stripped(tmp_path):
+    network = nn.ModuleDict({"module": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
+    path, notes = stored(tmp_path, network.state_dict()), []
+    load_model(path, "any", build=lambda *_: network, report=notes.append)
+    assert notes == []
+    parameters = {name.replace("head", "model.head"): value for name, value in network.state_dict().items()}
+    message = refusal(load_model, stored(tmp_path, parameters), "any", build=lambda *_: network)
+    assert "lacks head.weight" in message and "stripped" not in message
+
+
+def test_a_refusal_says_what_was_stripped_when_that_fits_best(tmp_path, lenet):
+    parameters = {f"module.model.{name}": value for name, value in lenet.state_dict().items()}
+    del parameters["module.model.fc2.bias"]
+    message = refusal(load_model, stored(tmp_path, parameters), "lenet", 10, 1)
+    assert "lacks fc2.bias (1 parameters missing" in message
+    assert "prefix 'module.' stripped, prefix 'model.' stripped" in message
 
 
 def test_a_network_compiled_in_part_is_loaded(tmp_path, lenet):
@@ -228,6 +366,87 @@ def test_a_network_compiled_in_part_is_loaded(tmp_path, lenet):
 def test_both_of_torchs_file_formats_are_loaded(tmp_path, lenet, zipped):
     path = stored(tmp_path, lenet.state_dict(), _use_new_zipfile_serialization=zipped)
     assert torch.equal(load_model(path, "lenet", 10, 1)(image()), lenet(image()))
+
+
+@pytest.mark.parametrize("name", ("theirs.safetensors", "theirs.pt"))
+@pytest.mark.parametrize("prefix", ("", "module.", "model."))
+def test_a_safetensors_file_is_loaded_whatever_its_name(tmp_path, lenet, name, prefix):
+    save_file({prefix + key: value for key, value in lenet.state_dict().items()}, tmp_path / name)
+    assert torch.equal(load_model(tmp_path / name, "lenet", 10, 1)(image()), lenet(image()))
+
+
+def test_a_damaged_safetensors_file_is_refused_in_one_line(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_file({"conv.weight": torch.ones(3, 4)}, path)
+    whole, source = path.read_bytes(), random.Random(0)
+    for _ in range(100):
+        damaged = bytearray(whole[:source.randrange(len(whole))])
+        for _ in range(source.randrange(3) if damaged else 0):
+            damaged[source.randrange(len(damaged))] = source.randrange(256)
+        path.write_bytes(damaged)
+        refusal(read, path)
+
+
+def test_without_safetensors_one_line_says_what_to_install(tmp_path, monkeypatch):
+    save_file({"w": torch.ones(2)}, tmp_path / "x.safetensors")
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    assert "pip install safetensors" in refusal(read, tmp_path / "x.safetensors")
+
+
+LISTS = {"list": lambda one: [one], "tuple": lambda one: (one,), "with numbers": lambda one: (7, one, "best"),
+         "with an optimizer": lambda one: [one, {"state": {}, "param_groups": [{"lr": 0.1}]}],
+         "of checkpoints": lambda one: [{"model": one, "epoch": 3}]}
+
+
+@pytest.mark.parametrize("wrapper", (None, "state_dict", "net"))
+@pytest.mark.parametrize("form", LISTS)
+def test_the_one_state_dict_of_a_list_is_loaded_and_that_is_said(tmp_path, lenet, form, wrapper):
+    entries, notes = LISTS[form](dict(lenet.state_dict())), []
+    path = stored(tmp_path, {wrapper: entries, "epoch": 3} if wrapper else entries)
+    assert torch.equal(load_model(path, "lenet", 10, 1, report=notes.append)(image()), lenet(image()))
+    assert f"the state dict in a {type(entries).__name__} of {len(entries)}" in notes[0]
+
+
+@pytest.mark.parametrize("wrapper", (None, "model_state_dict"))
+@pytest.mark.parametrize("count", (2, 5))
+def test_a_list_of_several_state_dicts_is_refused_with_what_to_do(tmp_path, lenet, wrapper, count):
+    entries = [lenet.state_dict()] * count
+    path = stored(tmp_path, {wrapper: entries} if wrapper else entries)
+    message = refusal(load_model, path, "lenet", 10, 1)
+    assert f"a list of {count} state dicts" in message and "torch.save" in message
+
+
+def test_wrappers_in_wrappers_are_opened(tmp_path, lenet):
+    path, notes = stored(tmp_path, {"net": {"state_dict": lenet.state_dict()}, "model": {"depth": 5}}), []
+    assert torch.equal(load_model(path, "lenet", 10, 1, report=notes.append)(image()), lenet(image()))
+    assert "'net'" in notes[0] and "'state_dict'" in notes[0]
+
+
+@pytest.mark.parametrize("key", ("model", "state_dict"))
+def test_a_checkpoint_that_holds_itself_is_read_or_refused(tmp_path, lenet, key):
+    contents = dict(lenet.state_dict())
+    contents[key] = contents
+    assert torch.equal(load_model(stored(tmp_path, contents), "lenet", 10, 1)(image()), lenet(image()))
+    contents = {}
+    contents[key] = [contents]
+    refusal(load_model, stored(tmp_path, contents), "lenet", 10, 1)
+
+
+@pytest.mark.parametrize("beside", (
+    {"epoch": 3}, {"name": "lenet"}, {"accuracy": 98.5, "best": None}, {"cfg": {"lr": 0.1}}, {"steps": [1, 2]},
+    {7: 3}))
+@pytest.mark.parametrize("wrapper", (None, "model"))
+def test_values_beside_the_parameters_are_left_out_and_named(tmp_path, lenet, beside, wrapper):
+    contents, notes = dict(lenet.state_dict()) | beside, []
+    path = stored(tmp_path, {wrapper: contents} if wrapper else contents)
+    assert torch.equal(load_model(path, "lenet", 10, 1, report=notes.append)(image()), lenet(image()))
+    assert f"left out, as no tensors: {', '.join(map(str, beside))}" in notes[0]
+
+
+def test_a_number_in_the_place_of_a_parameter_is_refused_by_name(tmp_path, lenet):
+    path = stored(tmp_path, dict(lenet.state_dict()) | {"fc3.bias": 0.5})
+    message = refusal(load_model, path, "lenet", 10, 1)
+    assert "lacks fc3.bias" in message and "left out, as no tensors: fc3.bias" in message
 
 
 def test_parameters_in_half_precision_are_loaded_in_float32(tmp_path, lenet):
@@ -337,6 +556,32 @@ def test_an_unused_block_is_reported_and_the_rest_loaded(tmp_path, lenet):
 def test_a_spare_parameter_inside_a_used_block_is_refused_by_name(tmp_path, lenet):
     parameters = dict(lenet.state_dict()) | {"conv1.gain": torch.ones(1)}
     assert "conv1.gain" in refusal(load_model, stored(tmp_path, parameters), "lenet", 10, 1)
+
+
+@pytest.mark.parametrize("names", (
+    ("conv1.gain",), ("fc3.weight_u", "fc3.weight_v"), ("conv1.a", "fc1.b", "fc2.c", "fc3.d")))
+@pytest.mark.parametrize("own", (False, True), ids=("foreign", "own"))
+def test_extra_parameters_are_refused_by_name_or_left_out_when_told_to(tmp_path, lenet, names, own):
+    parameters, notes = dict(lenet.state_dict()) | {name: torch.ones(1) for name in names}, []
+    path = stored(tmp_path, {"model": parameters, "architecture": LENET} if own else parameters)
+    message = refusal(load_model, path, "lenet", 10, 1)
+    assert ", ".join(names[:3]) in message and "--ignore_extra" in message
+    assert (f"{len(names)} in all" in message) == (len(names) > 3)
+    model = load_model(path, "lenet", 10, 1, report=notes.append, ignore_extra=True)
+    assert torch.equal(model(image()), lenet(image()))
+    assert len(notes) == 1
+    assert f"{len(names)} parameters that the network lacks left out: {names[0]}" in notes[0]
+
+
+def test_leaving_out_what_is_extra_excuses_nothing_that_is_missing(tmp_path, lenet):
+    parameters = dict(lenet.state_dict()) | {"conv1.gain": torch.ones(1), "aux.weight": torch.ones(2)}
+    notes = []
+    load_model(stored(tmp_path, parameters), "lenet", 10, 1, ignore_extra=True, report=notes.append)
+    assert "1 parameters that the network lacks" in notes[0]
+    assert "1 parameters of unused blocks left out: aux" in notes[0]
+    del parameters["fc2.bias"]
+    message = refusal(load_model, stored(tmp_path, parameters), "lenet", 10, 1, ignore_extra=True)
+    assert "lacks fc2.bias" in message and "2 spare" in message
 
 
 def test_batch_norm_may_lack_its_counter_and_nothing_else(tmp_path):

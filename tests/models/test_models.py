@@ -207,9 +207,7 @@ def user_file(tmp_path):
     path = tmp_path / "my_models.py"
     path.write_text(USER_FILE)
     (tmp_path / "broken.py").write_text("import no_such_module\n")
-    yield path
-    for module in ("neighbour", "user_model_my_models", "user_model_broken"):
-        sys.modules.pop(module, None)
+    return path
 
 
 @pytest.mark.parametrize(("attribute", "shape"), (("Net", (200, 1, 5)), ("classes_only", (200, 3, 5)), ("no_arguments", (7, 7, 5)),
