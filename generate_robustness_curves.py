@@ -74,6 +74,7 @@ class Config:
     command: Command = "compute"         # may stand first, without --command
     model: tuple[str, ...] = ()          # compute: checkpoints, run folders or .mat files; also --model_path
     arch: str | None = None              # network of foreign checkpoints: a model's name, or file.py:callable
+    ignore_extra: bool = False           # leave out parameters of a checkpoint that the network lacks
     nn_type: Literal["cnn", "fc1"] | None = None  # kind of a .mat network, compared with what its keys say
     dataset: str | None = None           # data set, folder, mat:FILE or npz:FILE; default: the checkpoint's
     data_dir: str | None = None          # folder of the data sets; default: the checkpoint's, or data
@@ -158,7 +159,7 @@ def compute(cfg: Config) -> None:
     """Distances of every model: each in the folder itself, or in one of its own where there are several."""
     device, files, several = choose_device(cfg.device), names_of(cfg.model), []
     subjects = [open_network(name, path, build_model, split=cfg.split, nn_type=cfg.nn_type, arch=cfg.arch,
-                             dataset=cfg.dataset, data_dir=cfg.data_dir) for name, path in files.items()]
+                             dataset=cfg.dataset, data_dir=cfg.data_dir, ignore_extra=cfg.ignore_extra) for name, path in files.items()]
     chosen = [choose(subject.split, cfg.n_points, cfg.indices) for subject in subjects]
     folder, started = store.claim(cfg, SCRIPT), time.monotonic()
     copies = max(1, BUDGETS[cfg.budget].num_targets) if cfg.budget in BUDGETS else 1  # of a point at once

@@ -2,6 +2,7 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -37,7 +38,7 @@ def names_of(paths: tuple[str, ...]) -> dict[str, Path]:
 
 
 def open_network(name: str, path: Path, build: Callable[..., nn.Module], *, split: str,
-                 nn_type: str | None = None, **known: str | None) -> Subject:
+                 nn_type: str | None = None, **known: Any) -> Subject:
     """Read a network and the images of `split` that its curve is measured at.
 
     nn_type: the kind of a .mat network, as its user thinks; known: as in `open_subject`.
@@ -52,7 +53,7 @@ def reopen(about: dict, build: Callable[..., nn.Module]) -> Subject:
     if not path.is_file() or sha256(path) != about["sha256"]:
         raise UserError(f"{path} is not the file these distances were measured on: it is gone or has changed")
     known = {key: about[key] for key in ("arch", "dataset", "data_dir", "split")}
-    return open_network(about["name"], path, build, **known)
+    return open_network(about["name"], path, build, ignore_extra=True, **known)
 
 
 def read_mat(path: Path, nn_type: str | None = None) -> nn.Module:

@@ -1,6 +1,5 @@
 """Checkpoints: tensors and plain values, whole or not there at all, and everyone else's opened safely."""
 import io
-import os
 import pickle
 import re
 import textwrap
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.errors import UserError
+from harness.folder import whole_file
 
 FORMAT = 1
 OWN = {"name", "num_classes", "in_channels", "mean", "std"}  # the architecture entry of our own checkpoints
@@ -38,16 +38,8 @@ def save(path: Path, contents: dict) -> None:
     """Write `contents` (tensors and plain values); `path` is always the old file or the whole new one."""
     buffer = io.BytesIO()  # on a full disk torch.save raises a RuntimeError without a reason; write() has it
     torch.save(contents, buffer)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(partial, "wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
+    with whole_file(path) as file:
+        file.write(buffer.getbuffer())
 
 
 def read(path: str | Path) -> dict:
@@ -206,6 +198,18 @@ def own_architecture(contents: dict) -> dict | None:
     return entry if isinstance(entry, dict) and set(entry) >= OWN else None
 
 
+def architecture_of(contents: dict, path: str | Path, arch: str | None) -> str:
+    """The network to build: `arch`, or what a checkpoint of ours names.  Raises UserError where nothing says."""
+    own = own_architecture(contents)
+    if arch is None and own and ".py:" in own["name"]:
+        raise UserError(f"{path} was trained with the network {own['name']}, and a checkpoint does not "
+                        f"choose the code to run: add --arch {own['name']} if you trust that file")
+    if arch is None and not own:
+        raise UserError(f"{path} does not name its architecture: add --arch NAME (lenet, resnet18, ...) or "
+                        "--arch file.py:callable")
+    return arch or own["name"]
+
+
 def load_model(path: str | Path, arch: str | None = None, num_classes: int = 10, in_channels: int = 3, *,
                build: Callable[..., nn.Module], report: Callable[[str], None] | None = None,
                ignore_extra: bool = False) -> nn.Module:
@@ -235,13 +239,8 @@ def model_from(contents: dict, path: str | Path, arch: str | None = None, num_cl
     if own := own_architecture(contents):
         known = ("num_classes", "in_channels", "mean", "std")
         num_classes, in_channels, mean, std = (own[key] for key in known)
-        if arch is None and ".py:" in own["name"]:
-            raise UserError(f"{path} was trained with the network {own['name']}, and a checkpoint does not "
-                            f"choose the code to run: add --arch {own['name']} if you trust that file")
-        arch, notes = arch or own["name"], []
-    if arch is None:
-        raise UserError(f"{path} does not name its architecture: add --arch NAME (lenet, resnet18, ...) or "
-                        "--arch file.py:callable")
+        notes = []
+    arch = architecture_of(contents, path, arch)
     try:
         model = build(arch, num_classes, in_channels, mean, std)
     except ValueError as error:

@@ -9,6 +9,7 @@ class EvalConfig:
 
     checkpoint: str | None = None    # file, or run folder (its last.pt and best.pt); default: the newest run
     arch: str | None = None          # network of a foreign checkpoint: a model's name, or file.py:callable
+    ignore_extra: bool = False       # leave out parameters of the checkpoint that the network lacks
     dataset: str | None = None       # data set or image folder; default: the checkpoint's, or the paper's
     epsilon: float | None = None     # radius, pixels in [0, 1]; default: the checkpoint's, or the paper's
     step_size: float | None = None   # PGD step, pixels in [0, 1]; default: epsilon over the paper's ratio

@@ -76,7 +76,7 @@ def _evaluate(cfg: EvalConfig, protocol: Protocol, open_file: Callable[..., Subj
     for name, path in files:
         started = time.monotonic()
         subject = open_file(name, path, arch=cfg.arch, dataset=cfg.dataset, data_dir=cfg.data_dir,
-                            default=protocol.dataset)
+                            default=protocol.dataset, ignore_extra=cfg.ignore_extra)
         if measured_before(subject, results):
             continue                                    # best.pt is last.pt
         ball = ball_of(subject, protocol, cfg.norm, cfg.epsilon, cfg.step_size)
@@ -86,6 +86,8 @@ def _evaluate(cfg: EvalConfig, protocol: Protocol, open_file: Callable[..., Subj
         about = about_of(subject, ball, cfg, test)
         if out is None:                                 # nothing is written before a network fits its images
             out, folder = claim(job, cfg, files, name, about, holding)
+            script = Path(command_line().split()[1]).name
+            holding.enter_context(resumable(folder, script, quiet=job.rank > 0))
         if job.rank == 0:
             print(f"evaluating {path} on {len(test):,} test images of {subject.dataset}", flush=True)
         record = AttackRecord(folder / name, about, len(test), cfg.save_adversaries)
@@ -211,12 +213,10 @@ def write_config(cfg: EvalConfig, first: Path, out: Path, folder: Path) -> None:
 def measure(job: Job, record: AttackRecord, task: Task, attacks: dict[str, Attack], cfg: EvalConfig,
             ) -> tuple[dict, dict[str, Tensor]]:
     """The result of one network and its per-example results; empty where other processes are not done."""
-    script, hidden = Path(command_line().split()[1]).name, True if job.rank else None
-    with resumable(record.folder.parent, script, quiet=job.rank > 0):
-        with tqdm(unit="attack", unit_scale=True, disable=hidden, leave=False) as bar:
-            run(record, task, attacks, job.columns, job.shard, bar)
-        if not _is_whole(job, record, task.split.labels.cpu(), attacks):
-            return {}, {}
+    with tqdm(unit="attack", unit_scale=True, disable=True if job.rank else None, leave=False) as bar:
+        run(record, task, attacks, job.columns, job.shard, bar)
+    if not _is_whole(job, record, task.split.labels.cpu(), attacks):
+        return {}, {}
     return result_of(record, task, attacks, job.columns, cfg.alphas, cfg.seed)
 
 

@@ -11,12 +11,13 @@ from pathlib import Path
 
 from torch import nn
 
-from harness.checkpoint import model_from, own_architecture, read
+from harness.checkpoint import architecture_of, model_from, own_architecture, read
 from harness.datasets import arrays
 from harness.datasets.batches import image_order, load_dataset
 from harness.datasets.class_names import match_classes
 from harness.datasets.split import Split
 from harness.errors import UserError
+from harness.training.checks import check_network
 from harness.training.trial import trial_pass
 
 CHECKPOINTS = ("last", "best", "last_ema", "best_ema")  # of a run, in the order of the result's columns
@@ -117,13 +118,14 @@ def load_test(name: str, data_dir: str) -> tuple[Split, tuple[str, ...]]:
 def open_subject(name: str, path: Path, build: Callable[..., nn.Module], *, arch: str | None = None,
                  dataset: str | None = None, data_dir: str | None = None, default: str | None = None,
                  load: Callable[[str, str], tuple[Split, tuple[str, ...]]] = load_test,
-                 readers: dict[str, Callable[[Path], nn.Module]] | None = None) -> Subject:
+                 readers: dict[str, Callable[[Path], nn.Module]] | None = None,
+                 ignore_extra: bool = False) -> Subject:
     """Read a network and its images.
 
     build: as in `harness.checkpoint.load_model`. arch, dataset, data_dir: None where the checkpoint says it;
     default: the data set where neither does. load(dataset, data_dir) -> images, and the names of their
     classes, () where there are none. readers: suffix of a file that is no checkpoint -> function that reads
-    the network in it. Raises UserError in one line for whatever does not fit.
+    the network in it; ignore_extra: as in `load_model`. Raises UserError in one line for whatever does not fit.
     """
     reader = (readers or {}).get(path.suffix)
     contents = {} if reader else read(path)
@@ -131,6 +133,8 @@ def open_subject(name: str, path: Path, build: Callable[..., nn.Module], *, arch
     dataset = dataset or (contents["dataset"] if own else default)
     if dataset is None:
         raise UserError(f"{path} does not name its data set: add --dataset mnist, cifar10, ...")
+    if not reader:
+        check_network(architecture_of(contents, path, arch), build)  # before images are decoded or downloaded
     data_dir = data_dir or (contents["data_dir"] if own and Path(contents["data_dir"]).is_dir() else "data")
     split, classes = load(dataset, data_dir)
     channels, num_classes = split.images.shape[1], len(classes) or int(split.labels.max()) + 1
@@ -138,7 +142,7 @@ def open_subject(name: str, path: Path, build: Callable[..., nn.Module], *, arch
         raise UserError(f"{path} takes {own['in_channels']}-channel images, but {dataset} has {channels}-channel "
                         "images: name a --dataset that fits")
     model = reader(path) if reader else model_from(
-        contents, path, arch, num_classes, channels, build=build, report=print)
+        contents, path, arch, num_classes, channels, build=build, report=print, ignore_extra=ignore_extra)
     published = image_order(dataset) == "published"
     trial = trial_pass(model.eval(), split.images, num_classes if published else 1)
     if classes and (own or not published):

@@ -18,16 +18,19 @@ def check_command(cfg: RunOptions, build_model: Callable[..., nn.Module]) -> Non
     choose_device(cfg.device)
     if cfg.out_dir and not cfg.resume and distributed.expected()[0] == 0:
         check_free(Path(cfg.out_dir))
-    for flag, name in (("extra_data", getattr(cfg, "extra_data", None)), ("model", _file_of(cfg.model))):
-        if name and not Path(name).is_file():
-            raise UserError(f"--{flag}: there is no file {name}")
-    if not _file_of(cfg.model):
-        try:
-            with torch.device("meta"):
-                build_model(cfg.model, 10, 3)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+    if (extra := getattr(cfg, "extra_data", None)) and not Path(extra).is_file():
+        raise UserError(f"--extra_data: there is no file {extra}")
+    check_network(cfg.model, build_model)
 
 
-def _file_of(model: str) -> str | None:
-    return model.rpartition(":")[0] if ".py:" in model else None
+def check_network(name: str, build_model: Callable[..., nn.Module]) -> None:
+    """Raise UserError for an unknown network, and for a file of a network that is not there; run no such file."""
+    if ".py:" in name:
+        if not Path(name.rpartition(":")[0]).is_file():
+            raise UserError(f"model '{name}': there is no file {name.rpartition(':')[0]}")
+        return
+    try:
+        with torch.device("meta"):
+            build_model(name, 10, 3)
+    except ValueError as error:
+        raise UserError(str(error)) from error

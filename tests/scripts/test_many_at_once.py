@@ -1,43 +1,15 @@
 """Runs, evaluations and curves that begin at the same moment: each ends whole, in a folder of its own."""
-import importlib
 import json
-import multiprocessing
-import os
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from conftest import TINY
 
 from harness import checkpoint
-from harness.config import run_script
+from tests.forks import at_once
 
-FORK = multiprocessing.get_context("fork")  # the interpreter is loaded already, so that both begin together
 QUICK = ("--num_restarts", 1, "--num_steps", 1, "--alphas", 1, "--num_examples", 8)
-
-
-def _one(barrier, name, words):
-    with open(os.devnull, "w") as nothing, open(f"stderr-{os.getpid()}", "w") as errors:
-        sys.stdout, sys.stderr = nothing, errors
-        sys.argv = [f"{name}.py", *map(str, words)]
-        module = importlib.import_module(name)
-        torch.set_num_threads(1)
-        barrier.wait()
-        run_script(module.main, module.Config, getattr(module, "RECIPES", None))
-
-
-def at_once(name, *commands):
-    """The exit codes of one script, started with each of these commands at the same moment."""
-    importlib.import_module(name)
-    barrier = FORK.Barrier(len(commands))
-    processes = [FORK.Process(target=_one, args=(barrier, name, words)) for words in commands]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-    return [process.exitcode for process in processes]
 
 
 @pytest.fixture
