@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from harness.config import parse_config
+from tests import forks
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ("--dataset", "digits", "--val_size", "40", "--num_steps", "2", "--val_num_steps", "2", "--max_batches", "2", "--epochs", "1")
@@ -32,10 +33,15 @@ def script(tmp_path, monkeypatch):
 
 @pytest.fixture
 def shell(tmp_path):
-    """Run a script as its user would, in an empty folder; gives the finished process with its output as text."""
+    """Run a script as its user would, in an empty folder; gives the finished process with its output as text.
 
-    def run(name, *args, launcher=(sys.executable,), **options):
-        command = [*launcher, str(ROOT / name), *map(str, args)]
+    With a `launcher`, or options of `subprocess.run`, in an interpreter of its own; else in a fork of this one.
+    """
+
+    def run(name, *args, launcher=None, **options):
+        if not launcher and not options:
+            return forks.run(name, *args, cwd=tmp_path)
+        command = [*(launcher or (sys.executable,)), str(ROOT / name), *map(str, args)]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, **options)
 
     return run

@@ -1,34 +1,49 @@
-"""Scripts in processes of their own that begin at once: forks of an interpreter that has loaded everything."""
+"""Scripts as their user starts them, in forks of an interpreter that has loaded torch: no import for each of them."""
 import importlib
 import multiprocessing
 import os
+import runpy
+import subprocess
 import sys
+from pathlib import Path
 
 import torch
 
-from harness.config import run_script
-
+ROOT = Path(__file__).resolve().parents[1]
+LOADED = ("train_at_mnist", "generate_robustness_curves", "torch._dynamo", "matplotlib.pyplot", "sklearn.datasets",
+          "sklearn.model_selection")
 FORK = multiprocessing.get_context("fork")
 
 
-def _run(barrier, name, words):
-    with open(os.devnull, "w") as nothing, open(f"stderr-{os.getpid()}", "w") as errors:
-        sys.stdout, sys.stderr = nothing, errors
-        sys.argv = [f"{name}.py", *map(str, words)]
-        module = importlib.import_module(name)
-        torch.set_num_threads(1)
-        barrier.wait()
-        run_script(module.main, module.Config, getattr(module, "RECIPES", None))
+def _run(barrier, name, words, cwd):
+    os.chdir(cwd)
+    for number, kind in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(f"{kind}-{os.getpid()}", os.O_WRONLY | os.O_CREAT, 0o600), number)
+    sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
+    sys.argv = [str(ROOT / name), *map(str, words)]
+    torch.set_num_threads(1)
+    barrier.wait()
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
 
 
-def start(name, *commands):
-    """Processes of one script, one a command, that begin at the same moment; stderr goes to a file of each."""
-    importlib.import_module(name)
+def start(name, *commands, cwd="."):
+    """Processes of one script, one a command, that begin at the same moment in the folder `cwd`."""
+    for module in LOADED:
+        importlib.import_module(module)
     barrier = FORK.Barrier(len(commands))
-    processes = [FORK.Process(target=_run, args=(barrier, name, words)) for words in commands]
+    processes = [FORK.Process(target=_run, args=(barrier, name, words, cwd)) for words in commands]
     for process in processes:
         process.start()
     return processes
+
+
+def said(process, kind="stderr", cwd="."):
+    """What a process of `start` has written to its standard output or error."""
+    return Path(cwd, f"{kind}-{process.pid}").read_text()
 
 
 def at_once(name, *commands):
@@ -37,3 +52,13 @@ def at_once(name, *commands):
     for process in processes:
         process.join(120)
     return [process.exitcode for process in processes]
+
+
+def run(name, *words, cwd):
+    """A script run to its end, as `subprocess.run` gives it, with its output as text."""
+    process, = start(name, words, cwd=cwd)
+    process.join(240)
+    done = subprocess.CompletedProcess([name, *words], process.exitcode, said(process, "stdout", cwd), said(process, "stderr", cwd))
+    for kind in ("stdout", "stderr"):
+        Path(cwd, f"{kind}-{process.pid}").unlink()
+    return done

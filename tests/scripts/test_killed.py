@@ -11,16 +11,12 @@ import pytest
 import torch
 from conftest import TINY
 
-from tests.forks import start
+from tests.forks import said, start
 
 TRAIN = ("--dataset", "digits", "--epochs", 4, "--num_steps", 2, "--val_num_steps", 2, "--val_size", 40, "--batch_size", 128)
 EVAL = ("--checkpoint", "run/last.pt", "--num_examples", 24, "--num_restarts", 2, "--num_steps", 20, "--batch_size", 4,
         "--alphas", 1, "--attacks", "fgsm", "cw")
 CURVE = ("compute", "--model", "run/last.pt", "--n_points", 24, "--budget", "fast", "--batch_size", 2, "--no-plot")
-
-
-def spelled(name, words):
-    return ("--command", *words) if name == "generate_robustness_curves" else words
 
 
 MOST = 5  # kills; the last start ends by itself
@@ -31,10 +27,10 @@ def killed_until_done(name, words, going_on, seconds, seed):
     moments = random.Random(seed)
     for kills in range(MOST + 1):
         begun = Path("killed", "config.json") if name != "eval_mnist" else Path("killed.record", "config.json")
-        process, = start(name, spelled(name, going_on if begun.exists() else words))
+        process, = start(f"{name}.py", going_on if begun.exists() else words)
         process.join(moments.uniform(0.02, seconds) if kills < MOST else 120)
         if not process.is_alive():
-            assert process.exitcode == 0, Path(f"stderr-{process.pid}").read_text()
+            assert process.exitcode == 0, said(process)
             return kills
         os.kill(process.pid, signal.SIGKILL)
         process.join()
@@ -70,7 +66,7 @@ def test_an_evaluation_killed_at_random_moments_gives_the_same_verdicts(script, 
 @pytest.mark.slow
 def test_a_curve_killed_at_random_moments_has_the_same_distances(script, seed=0, least=3):
     script("train_at_mnist", *TINY, "--out_dir", "run")
-    script("generate_robustness_curves", *spelled("generate_robustness_curves", CURVE), "--out", "whole")
+    script("generate_robustness_curves", "--command", *CURVE, "--out", "whole")
     again = (*CURVE, "--out", "killed")
     assert killed_until_done("generate_robustness_curves", again, ("compute", "--resume", "killed"), 1.0, seed) >= least
     assert same_arrays(dict(np.load("whole/distances.npz")), dict(np.load("killed/distances.npz")))
@@ -85,7 +81,7 @@ def test_a_curve_killed_at_random_moments_has_the_same_distances(script, seed=0,
      "go on with: python generate_robustness_curves.py compute --resume out")])
 def test_a_signal_says_how_to_go_on(name, words, says, number, script):
     script("train_at_mnist", *TINY, "--out_dir", "run")
-    process, = start(name, spelled(name, words))
+    process, = start(f"{name}.py", words)
     deadline = time.monotonic() + 60
     wanted = {"train_at_mnist": "out/last.pt", "eval_mnist": "out.record/last/about.json",
               "generate_robustness_curves": "out/distances.npz"}[name]
@@ -93,6 +89,6 @@ def test_a_signal_says_how_to_go_on(name, words, says, number, script):
         time.sleep(0.01)
     os.kill(process.pid, number)
     process.join(60)
-    told = Path(f"stderr-{process.pid}").read_text()
+    told = said(process)
     assert process.exitcode == 128 + number and says in told and "Traceback" not in told
     assert json.loads(Path(wanted).parent.joinpath("config.json" if "record" not in wanted else "about.json").read_text())

@@ -22,7 +22,7 @@ def run(script):
 def test_pairs_of_runs_have_a_folder_each(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for pair in range(6):
-        codes = at_once("train_at_mnist", *((*TINY, "--seed", 2 * pair + k) for k in (0, 1)))
+        codes = at_once("train_at_mnist.py", *((*TINY, "--seed", 2 * pair + k) for k in (0, 1)))
         assert codes == [0, 0], [path.read_text() for path in Path().glob("stderr-*")]
     folders = list(Path("runs/train_at_mnist").iterdir())
     seeds = [json.loads((folder / "config.json").read_text())["seed"] for folder in folders]
@@ -35,7 +35,7 @@ def test_pairs_of_runs_have_a_folder_each(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_pairs_of_evaluations_have_a_result_each(run):
     for pair in range(5):
-        codes = at_once("eval_mnist", *(("--checkpoint", run, *QUICK, "--seed", 2 * pair + k) for k in (0, 1)))
+        codes = at_once("eval_mnist.py", *(("--checkpoint", run, *QUICK, "--seed", 2 * pair + k) for k in (0, 1)))
         assert codes == [0, 0], [path.read_text() for path in Path().glob("stderr-*")]
     results = {path: json.loads(path.read_text()) for path in Path("run").glob("eval_last*.json")}
     assert sorted(result["seed"] for result in results.values()) == list(range(10))
@@ -46,20 +46,20 @@ def test_pairs_of_evaluations_have_a_result_each(run):
 
 @pytest.mark.slow
 def test_the_same_evaluation_twice_at_once_gives_two_results_and_shards_one(run):
-    assert at_once("eval_mnist", ("--checkpoint", run, *QUICK), ("--checkpoint", run, *QUICK)) == [0, 0]
+    assert at_once("eval_mnist.py", ("--checkpoint", run, *QUICK), ("--checkpoint", run, *QUICK)) == [0, 0]
     first, second = (json.loads(Path(f"run/{name}.json").read_text()) for name in ("eval_last", "eval_last-2"))
     assert first["A_rob"] == second["A_rob"]
     shards = (("--checkpoint", run, *QUICK, "--batch_size", 2, "--out", "shared.json", "--shard", f"{k}/2") for k in (0, 1))
-    assert at_once("eval_mnist", *shards) == [0, 0]
+    assert at_once("eval_mnist.py", *shards) == [0, 0]
     assert json.loads(Path("shared.json").read_text())["A_rob"] == first["A_rob"]
 
 
 @pytest.mark.slow
 def test_one_place_named_by_two_is_one_of_theirs_and_the_other_is_told(run):
-    codes = at_once("train_at_mnist", *((*TINY, "--seed", k, "--out_dir", "named") for k in (3, 4)))
+    codes = at_once("train_at_mnist.py", *((*TINY, "--seed", k, "--out_dir", "named") for k in (3, 4)))
     assert sorted(codes) == [0, 2]
     assert checkpoint.read(Path("named/last.pt"))["seed"] == 3 + codes.index(0)
-    codes = at_once("eval_mnist", *(("--checkpoint", run, *QUICK, "--seed", k, "--out", "named.json") for k in (3, 4)))
+    codes = at_once("eval_mnist.py", *(("--checkpoint", run, *QUICK, "--seed", k, "--out", "named.json") for k in (3, 4)))
     assert sorted(codes) == [0, 2]
     assert json.loads(Path("named.json").read_text())["seed"] == 3 + codes.index(0)
     told = [path.read_text() for path in Path().glob("stderr-*") if "error" in path.read_text()]
@@ -68,7 +68,7 @@ def test_one_place_named_by_two_is_one_of_theirs_and_the_other_is_told(run):
 
 @pytest.mark.slow
 def test_a_run_is_gone_on_with_by_one_process(run):
-    codes = at_once("train_at_mnist", *(("--resume", "run", "--epochs", 3) for _ in (0, 1)))
+    codes = at_once("train_at_mnist.py", *(("--resume", "run", "--epochs", 3) for _ in (0, 1)))
     assert sorted(codes) == [0, 2] and checkpoint.read(Path(run))["epoch"] == 3
 
 
@@ -76,7 +76,7 @@ def test_a_run_is_gone_on_with_by_one_process(run):
 def test_pairs_of_curves_have_a_folder_each(run):
     flags = ("--model", run, "--n_points", 3, "--budget", "fast", "--norms", "inf", "--format", "png")
     for pair in range(2):
-        codes = at_once("generate_robustness_curves", *((*flags, "--seed", 2 * pair + k) for k in (0, 1)))
+        codes = at_once("generate_robustness_curves.py", *((*flags, "--seed", 2 * pair + k) for k in (0, 1)))
         assert codes == [0, 0], [path.read_text() for path in Path().glob("stderr-*")]
     folders = list(Path("runs/generate_robustness_curves").iterdir())
     seeds = [json.loads((folder / "config.json").read_text())["seed"] for folder in folders]

@@ -17,6 +17,7 @@ from conftest import ROOT, TINY
 
 from harness.config import parse_config
 from models import build_model
+from tests import forks
 
 PAGES = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8")
          for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
@@ -87,8 +88,8 @@ def curves_workplace(tmp_path_factory):
     (folder / "net.py").write_text(NETWORK)
 
     def run(name, *flags):
-        words = [sys.executable, ROOT / name, *map(str, flags)]
-        subprocess.run(words, cwd=folder, check=True, capture_output=True)
+        done = forks.run(name, *flags, cwd=folder)
+        assert done.returncode == 0, done.stderr
 
     for name in ("at", "trades"):
         run(f"train_{name}_mnist.py", *TINY, "--model", "net.py:Net", "--lr", 0.1, "--max_batches", 6,
