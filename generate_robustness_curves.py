@@ -159,7 +159,8 @@ def compute(cfg: Config) -> None:
     """Distances of every model: each in the folder itself, or in one of its own where there are several."""
     device, files, several = choose_device(cfg.device), names_of(cfg.model), []
     subjects = [open_network(name, path, build_model, split=cfg.split, nn_type=cfg.nn_type, arch=cfg.arch,
-                             dataset=cfg.dataset, data_dir=cfg.data_dir, ignore_extra=cfg.ignore_extra) for name, path in files.items()]
+                             dataset=cfg.dataset, data_dir=cfg.data_dir, ignore_extra=cfg.ignore_extra)
+                for name, path in files.items()]
     chosen = [choose(subject.split, cfg.n_points, cfg.indices) for subject in subjects]
     folder, started = store.claim(cfg, SCRIPT), time.monotonic()
     copies = max(1, BUDGETS[cfg.budget].num_targets) if cfg.budget in BUDGETS else 1  # of a point at once
@@ -265,8 +266,9 @@ def main(cfg: Config) -> None:
     if empty := [name for name in ("norms", "epsilons", "alphas") if not getattr(cfg, name)]:
         raise UserError(f"--{empty[0]} names nothing")
     if cfg.resume and cfg.command != "compute":
-        raise UserError(f"--resume goes on with compute, and {cfg.resume} is of {cfg.command}: run {cfg.command} "
-                        "anew, into another --out (exact goes on with the proofs in --results)")
+        raise UserError(f"--resume goes on with compute, and {cfg.resume} is of {cfg.command}: run "
+                        f"{cfg.command} anew, into another --out "
+                        "(exact goes on with the proofs in --results)")
     COMMANDS[cfg.command](cfg)
 
 

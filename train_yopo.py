@@ -95,7 +95,7 @@ def train_one_epoch(model: nn.Module, f0: FirstLayer, optimizer: Optimizer, run:
             features, logits_adv = f0.with_logits(x_adv, cut=cfg.layer_one_grad == "hamiltonian")  # f0(x_adv)
             losses = cross_entropy(logits_adv, y)                           # [B]
             (losses.mean() * batch.loss_scale).backward()
-            p = -features.grad                                              # as features, a constant from here on
+            p = -features.grad                                              # as features, constant from here
             x_adv = yopo_inner(f0, x, x_adv, p, epsilon=ramp * cfg.epsilon, step_size=ramp * cfg.step_size,
                                num_steps=cfg.num_steps)
             (-(f0(x_adv) * p).sum()).backward()

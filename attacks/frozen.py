@@ -41,7 +41,7 @@ def frozen(model: nn.Module, mode: str | None = "eval") -> Iterator[nn.Module]:
 
 
 def current() -> object | None:
-    """The mark of the attack that runs, None between attacks: what is computed from frozen parameters holds for one mark."""
+    """The mark of the attack that runs, or None: what is computed from frozen parameters holds for one."""
     return _running[0] if _running else None
 
 

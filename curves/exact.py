@@ -102,8 +102,8 @@ def _going_on(folder: Path) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
-        print(f"\nstopped; the proofs so far are in {folder}: go on with exact --results {folder} --out ANOTHER",
-              file=sys.stderr)
+        print(f"\nstopped; the proofs so far are in {folder}: go on with exact --results {folder} "
+              "--out ANOTHER", file=sys.stderr)
         raise
 
 

@@ -118,14 +118,15 @@ def measure_pending(results: Results, model: nn.Module, points: Split, attack: A
 
 
 def look_at(model: nn.Module, points: Split) -> str:
-    """The verdict on a network at the first points that it classifies correctly, also printed where one fires."""
+    """The verdict on a network at the first points that it classifies correctly; prints what fires."""
     part = points[slice(0, sanity.NUM_PROBED)]
     x, y = to_unit(part.images), part.labels
     with torch.no_grad():
         right = ~misclassified(model(x), y)
     findings = [sanity.something_to_probe(int(right.sum()))]
     if right.any():
-        findings += sanity.inspect_look(sanity.look(model, x[right], y[right], partial(F.cross_entropy, reduction="none")))
+        looked = sanity.look(model, x[right], y[right], partial(F.cross_entropy, reduction="none"))
+        findings += sanity.inspect_look(looked)
     for finding in findings:
         if not finding.ok:
             print(f"suspicious: {finding.rule}: {finding.evidence}")

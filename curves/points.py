@@ -12,10 +12,10 @@ from harness.errors import UserError
 
 
 def load_split(name: str, data_dir: str, split: str = "test") -> tuple[Split, tuple[str, ...]]:
-    """The `split` ("test" or "train") of a data set, or the images of mat:FILE or npz:FILE, and their classes.
+    """The `split` ("test" or "train") of a data set, or the images of mat:FILE or npz:FILE; their classes.
 
-    Data sets as `load_dataset` names them, and "gts", which is one .mat file a split. A .mat file has no names
-    of classes. Raises UserError in one line for whatever is not there or has another form.
+    Data sets as `load_dataset` names them, and "gts", which is one .mat file a split. A .mat file names no
+    classes. Raises UserError in one line for whatever is not there or has another form.
     """
     kind, colon, file = name.partition(":")
     if name == "gts":

@@ -1,1 +1,1 @@
-"""What is held constant across experiments: command line, run folder, device, checkpoints; training, datasets, evaluation, reporting."""
+"""What is held constant across experiments, from the command line to the report."""

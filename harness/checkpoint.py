@@ -199,7 +199,7 @@ def own_architecture(contents: dict) -> dict | None:
 
 
 def architecture_of(contents: dict, path: str | Path, arch: str | None) -> str:
-    """The network to build: `arch`, or what a checkpoint of ours names.  Raises UserError where nothing says."""
+    """The network to build: `arch`, or what a checkpoint of ours names. Raises UserError if nothing says."""
     own = own_architecture(contents)
     if arch is None and own and ".py:" in own["name"]:
         raise UserError(f"{path} was trained with the network {own['name']}, and a checkpoint does not "

@@ -94,7 +94,7 @@ def run_script(main: Callable[[C], object], cls: type[C], recipes: dict[str, C] 
 
 
 def _end_well_at_signals() -> None:
-    """End at the signals of a scheduler or a closed terminal as at Ctrl-C, so that the run says how to go on."""
+    """End at a scheduler's or closed terminal's signals as at Ctrl-C, so that the run says how to go on."""
     for name in ("SIGTERM", "SIGHUP", "SIGUSR1"):
         number = getattr(signal, name, None)  # Windows has only the first
         if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup
@@ -151,7 +151,8 @@ class _Parser(argparse.ArgumentParser):
         if recipe:
             names = re.findall(r"[\w-]+", recipe[2])
             close = difflib.get_close_matches(recipe[1], names, 3, 0)
-            choice = f"did you mean {' or '.join(close)}?" if len(names) > 12 else f"choose one of {', '.join(names)}"
+            near = f"did you mean {' or '.join(close)}?"
+            choice = near if len(names) > 12 else f"choose one of {', '.join(names)}"
             message = f"unknown recipe '{recipe[1]}': {choice}"
         raise UserError(f"{message} (--help lists the flags)")
 
@@ -199,7 +200,7 @@ def _is_moved(name: str, before: Any, now: Any) -> bool:
 
 
 def _home(value: Any) -> Any:
-    """A value of the command line: lists as tuples, and `~` of a path as the user's folder, as in `--out_dir=~/x`."""
+    """A value of the command line: lists as tuples, `~` as the user's folder, as in `--out_dir=~/x`."""
     if isinstance(value, list):
         return tuple(map(_home, value))
     if not isinstance(value, str):
@@ -344,7 +345,8 @@ def _resumed(cls: type[C], folder: Path) -> C:
     if "fuse" in saved:
         saved.setdefault("attack_view", saved["fuse"])  # its name before it was one for any network
     fields = [field for field in _fields(cls) if field.name in saved]
-    newer = {field.name: OFF_BEFORE.get(field.name, field.default) for field in _fields(cls) if field not in fields}
+    newer = {field.name: OFF_BEFORE.get(field.name, field.default)
+             for field in _fields(cls) if field not in fields}
     if newer:
         shown = ", ".join(f"{name}, here {value}" for name, value in newer.items())
         print(f"note: {path} lacks {shown}", file=sys.stderr)

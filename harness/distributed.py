@@ -25,12 +25,15 @@ def expected() -> tuple[int, int]:
     if world_size.strip() == "1":
         return 0, 1
     missing = [name for name in NEEDED if name not in os.environ]
-    values = world_size, os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0"), os.environ.get("MASTER_PORT", "0")
-    if missing or not all(value.strip().isdecimal() for value in values) or int(values[1]) >= int(values[0]):
-        told = f"{', '.join(missing)} missing" if missing else f"RANK is {values[1]}, LOCAL_RANK {values[2]}, MASTER_PORT {values[3]}"
-        raise UserError(f"the environment has WORLD_SIZE={world_size}, but {told}: start several processes with torchrun, "
-                        "or unset WORLD_SIZE")
-    return int(values[1]), int(values[0])
+    rank, local_rank, port = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "MASTER_PORT"))
+    numbers = all(value.strip().isdecimal() for value in (world_size, rank, local_rank, port))
+    if missing or not numbers or int(rank) >= int(world_size):
+        told = f"RANK is {rank}, LOCAL_RANK {local_rank}, MASTER_PORT {port}"
+        if missing:
+            told = f"{', '.join(missing)} missing"
+        raise UserError(f"the environment has WORLD_SIZE={world_size}, but {told}: start several processes "
+                        "with torchrun, or unset WORLD_SIZE")
+    return int(rank), int(world_size)
 
 
 def start(device: torch.device) -> tuple[int, int, torch.device]:

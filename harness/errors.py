@@ -2,7 +2,7 @@
 
 
 class UserError(Exception):
-    """Something the user can put right before the work starts; the script prints the line and exits with code 2."""
+    """Something the user can put right before the work starts: the line is printed; the exit code is 2."""
 
 
 class RunError(Exception):

@@ -1,4 +1,4 @@
-"""The folder of a run, held by one process at a time; files that are at every moment the old one or the new one."""
+"""The folder of a run, held by one process at a time; files that are always the old one or the new one."""
 import json
 import os
 import secrets
@@ -37,7 +37,8 @@ def claim_folder(out: str | None, script: str, config: dict[str, Any], flag: str
         except OSError as error:
             if is_new and folder.is_dir():
                 folder.rmdir()
-            raise UserError(f"cannot write to the folder {folder} ({error.strerror}): name another {flag}") from error
+            raise UserError(f"cannot write to the folder {folder} ({error.strerror}): "
+                            f"name another {flag}") from error
     check_free(Path(out or "runs"), flag)
     raise UserError(f"{out} was taken by another process at this moment: name another {flag}")
 
@@ -52,8 +53,8 @@ def forget(folder: Path) -> None:
 def check_free(folder: Path, flag: str = "--out_dir") -> None:
     """Raise UserError for a folder that already holds something, and for a file."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} already holds something, and a run never overwrites: name another {flag}, or "
-                        "--resume it")
+        raise UserError(f"{folder} already holds something, and a run never overwrites: name another {flag}, "
+                        "or --resume it")
 
 
 def _endings() -> Iterator[str]:
@@ -62,7 +63,7 @@ def _endings() -> Iterator[str]:
 
 
 def _create(path: Path, text: str) -> None:
-    """Write a file that is not there yet.  Raises FileExistsError if it is; leaves nothing of one that fails."""
+    """Write a file that is not there yet. Raises FileExistsError if it is; leaves nothing if it fails."""
     with path.open("x", encoding="utf-8") as file:
         try:
             file.write(text)
@@ -105,7 +106,7 @@ def held(folder: Path, shared: bool = False) -> Iterator[None]:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that gets the name `path`, on the disk, when the block ends well, and is removed when it does not."""
+    """A file that gets the name `path`, on the disk, if the block ends well, and is removed otherwise."""
     unfinished = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with unfinished.open("wb") as file:
@@ -125,7 +126,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
-    """Write rows under the columns of all of them, as `write_text` does; None and missing values stay empty."""
+    """Write rows under the columns of all, as `write_text` does; None and missing values stay empty."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     lines = [names, *([row.get(name, "") for name in names] for row in rows)]
     cells = (["" if value is None else str(value) for value in line] for line in lines)

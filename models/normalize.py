@@ -1,4 +1,4 @@
-"""Normalisation as the model's first layer, so that images and epsilon stay in pixel units in [0, 1] (Cohen et al., ICML 2019)."""
+"""Normalisation as a model's first layer: images and epsilon stay in [0, 1] (Cohen et al., ICML 2019)."""
 import torch
 from torch import Tensor, nn
 

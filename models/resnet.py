@@ -1,4 +1,4 @@
-"""ResNet-18 (He et al., CVPR 2016) with the CIFAR stem: 3x3 convolution, no max-pooling, post-activation blocks."""
+"""ResNet-18 (He et al., CVPR 2016) with the CIFAR stem: 3x3 convolution, no max-pooling, post-activation."""
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -29,7 +29,8 @@ class ResNet(nn.Module):
     Parameter names are those of the checkpoints published with TRADES, MART, MAIL and Zeng et al.
     """
 
-    def __init__(self, num_blocks: tuple[int, ...] = (2, 2, 2, 2), num_classes: int = 10, in_channels: int = 3):
+    def __init__(self, num_blocks: tuple[int, ...] = (2, 2, 2, 2), num_classes: int = 10,
+                 in_channels: int = 3):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, 64, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(64)

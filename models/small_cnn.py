@@ -1,4 +1,4 @@
-"""SmallCNN, the MNIST network of TRADES (Zhang et al., ICML 2019) behind the MNIST tables of Zeng et al. (AAAI 2021)."""
+"""SmallCNN, the MNIST network of TRADES (Zhang et al., ICML 2019) and of Zeng et al. (AAAI 2021)."""
 from collections import OrderedDict
 
 from torch import Tensor, nn
@@ -21,8 +21,10 @@ class SmallCNN(nn.Module):
         ]))
         self.average = nn.AdaptiveAvgPool2d(4)
         self.classifier = nn.Sequential(OrderedDict([
-            ("fc1", nn.Linear(64 * 4 * 4, 200)), ("relu1", nn.ReLU(inplace=True)), ("drop", nn.Dropout(dropout)),
-            ("fc2", nn.Linear(200, 200)), ("relu2", nn.ReLU(inplace=True)), ("fc3", nn.Linear(200, num_classes)),
+            ("fc1", nn.Linear(64 * 4 * 4, 200)), ("relu1", nn.ReLU(inplace=True)),
+            ("drop", nn.Dropout(dropout)),
+            ("fc2", nn.Linear(200, 200)), ("relu2", nn.ReLU(inplace=True)),
+            ("fc3", nn.Linear(200, num_classes)),
         ]))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class BasicBlock(nn.Module):
-    """BN-ReLU-conv twice; where the shape changes, the shortcut is a 1x1 convolution of the activated input."""
+    """BN-ReLU-conv twice; if the shape changes, the shortcut is a 1x1 convolution of the activated input."""
 
     def __init__(self, in_planes: int, planes: int, stride: int):
         super().__init__()
@@ -31,7 +31,8 @@ class NetworkBlock(nn.Module):
     def __init__(self, num_blocks: int, in_planes: int, planes: int, stride: int):
         super().__init__()
         self.layer = nn.Sequential(*(
-            BasicBlock(in_planes if i == 0 else planes, planes, stride if i == 0 else 1) for i in range(num_blocks)))
+            BasicBlock(in_planes if i == 0 else planes, planes, stride if i == 0 else 1)
+            for i in range(num_blocks)))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x)

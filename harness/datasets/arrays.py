@@ -42,7 +42,8 @@ def load_arrays(path: Path) -> tuple[list[str], Split | None, Split]:
     return classes, train, test
 
 
-def image_split(path: str | Path, images: np.ndarray | None, labels: np.ndarray | None, prefix: str = "") -> Split:
+def image_split(path: str | Path, images: np.ndarray | None, labels: np.ndarray | None,
+                prefix: str = "") -> Split:
     """`images` uint8 [N, H, W] or [N, H, W, C] and `labels` [N] of the file `path` as a Split.
 
     prefix: of the arrays' names in messages. Raises UserError for another form.
@@ -50,10 +51,11 @@ def image_split(path: str | Path, images: np.ndarray | None, labels: np.ndarray 
     if images is None or labels is None:
         raise UserError(f"{path} lacks {prefix}images or {prefix}labels: an image set has both")
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or not len(images):
-        raise UserError(f"{path}: {prefix}images is {images.dtype} {list(images.shape)}, not uint8 [N, H, W, C]")
+        raise UserError(f"{path}: {prefix}images is {images.dtype} {list(images.shape)}, not uint8 "
+                        "[N, H, W, C]")
     if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1] or labels.min() < 0:
-        raise UserError(f"{path}: {prefix}labels is {labels.dtype} {list(labels.shape)}, not integers from 0 for "
-                        f"{len(images):,} images")
+        raise UserError(f"{path}: {prefix}labels is {labels.dtype} {list(labels.shape)}, not integers from 0 "
+                        f"for {len(images):,} images")
     pixels = torch.from_numpy(images)
     pixels = pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
     return Split(pixels.contiguous(), torch.from_numpy(labels.astype(np.int64)), torch.arange(len(labels)))

@@ -18,7 +18,7 @@ from harness.errors import UserError
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set in memory: what to train on, what to select on (held out of the training set), what to test on.
+    """A data set in memory: what to train on, to select on (held out of the training set) and to test on.
 
     `extra` are generated images to train on beside the real ones; they stay in their file.
     """
@@ -51,29 +51,33 @@ class Dataset:
 
 
 def load_dataset(name: str, data_dir: str, val_size: int = 0, extra: str | None = None) -> Dataset:
-    """Load the data set `name` with `val_size` training images held out: a key of DATASETS, npz:FILE or an image folder.
+    """Load `name`, a key of DATASETS, npz:FILE or an image folder, with `val_size` training images held out.
 
-    `extra` is the path of an .npz file of generated images, as load_extra reads it; their indices follow those of the training set.
-    Raises UserError in one line when it is not there: what is missing, where it was looked for, how to get it.
+    extra: an .npz file of generated images, as load_extra reads it; their indices follow the training set's.
+    Raises UserError in one line if it is not there: what is missing, where it was looked for, how to get it.
     """
     if name in DATASETS:
         classes, train, test = DATASETS[name](Path(data_dir))
     elif name.startswith(arrays.PREFIX):
         classes, train, test = arrays.load_arrays(Path(name.removeprefix(arrays.PREFIX)))
         if train is None:
-            raise UserError(f"{name} has images to measure on alone: a training needs train_images, train_labels, "
-                            "test_images and test_labels")
+            raise UserError(f"{name} has images to measure on alone: a training needs train_images, "
+                            "train_labels, test_images and test_labels")
     else:
         folder = next((path for path in (Path(name), Path(data_dir) / name) if path.is_dir()), None)
         if folder is None:
-            raise UserError(f"no data set '{name}': choose one of {', '.join(DATASETS)}, npz:FILE, or an image folder with "
-                            f"train/CLASS/* and test/CLASS/* (there is no folder {name} and no folder {Path(data_dir) / name})")
+            raise UserError(f"no data set '{name}': choose one of {', '.join(DATASETS)}, npz:FILE, or an "
+                            "image folder with train/CLASS/* and test/CLASS/* "
+                            f"(there is no folder {name} and no folder {Path(data_dir) / name})")
         classes, train, test = load_image_folder(folder)
     if not 0 <= val_size < len(train):
-        raise UserError(f"--val_size {val_size} leaves nothing to train on: {name} has {len(train):,} training images")
+        raise UserError(f"--val_size {val_size} leaves nothing to train on: {name} has {len(train):,} "
+                        "training images")
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(SPLIT_SEED))
-    held_out, kept = order[:val_size].sort().values, order[val_size:].sort().values
-    generated = load_extra(extra, len(classes), tuple(test.images.shape[1:]), len(train)) if extra else None
+    held_out = order[:val_size].sort().values
+    kept = order[val_size:].sort().values
+    image_shape = tuple(test.images.shape[1:])
+    generated = load_extra(extra, len(classes), image_shape, len(train)) if extra else None
     return Dataset(name, tuple(classes), train[kept], train[held_out], test, generated)
 
 
@@ -89,23 +93,25 @@ def to_unit(images: Tensor) -> Tensor:
     return images.float().div_(255.0)
 
 
-def training_batches(split: Split, batch_size: int, seed: int, epoch: int, *, crop_padding: int = 0, padding_mode: str = "constant",
-                     flip: bool = False, rank: int = 0, world_size: int = 1, extra: Extra | None = None, extra_fraction: float = 0.0,
+def training_batches(split: Split, batch_size: int, seed: int, epoch: int, *, crop_padding: int = 0,
+                     padding_mode: str = "constant", flip: bool = False, rank: int = 0, world_size: int = 1,
+                     extra: Extra | None = None, extra_fraction: float = 0.0,
                      ) -> Iterator[tuple[Tensor, Tensor, Tensor, float]]:
     """One epoch in an order, and with crops and flips, that (seed, epoch) determine for every example.
 
-    Yields x [b, C, H, W] in [0, 1], y [b], index [b] and this process's share of the global batch times `world_size`: process
-    `rank` takes every world_size-th example of each global batch (`batch_places`), so the examples and their augmentation do not
-    depend on the number of processes.
+    Yields x [b, C, H, W] in [0, 1], y [b], index [b] and this process's share of the global batch times
+    `world_size`: process `rank` takes every world_size-th example of each global batch (`batch_places`), so
+    the examples and their augmentation do not depend on the number of processes.
 
-    With `extra`, round(extra_fraction * b) of a global batch of b are generated. An epoch still has as many images in all as `split`:
-    a random part of the real ones, each at most once, and random rows of the generated ones, each at most once unless there are too
-    few. Row r has the index extra.first_index + r, or the largest real index + 1 + r where that is more, so that no real one has it.
-    Raises UserError for an extra_fraction outside [0, 1].
+    With `extra`, round(extra_fraction * b) of a global batch of b are generated. An epoch still has as many
+    images in all as `split`: a random part of the real ones, each at most once, and random generated ones,
+    each at most once unless there are too few. Generated row r has the index extra.first_index + r, or the
+    largest real index + 1 + r if that is more. Raises UserError for an extra_fraction outside [0, 1].
     """
     device, count = split.images.device, len(split)
     generator = torch.Generator().manual_seed((seed << 20) + epoch)
-    order, augmentation = torch.randperm(count, generator=generator), _draw_augmentation(count, crop_padding, generator)
+    order = torch.randperm(count, generator=generator)
+    augmentation = _draw_augmentation(count, crop_padding, generator)
     if extra is not None:
         extra = replace(extra, first_index=max(extra.first_index, int(split.index.max()) + 1))
         order, drawn = _mix(order, batch_size, world_size, len(extra), extra_fraction, generator)
@@ -113,11 +119,13 @@ def training_batches(split: Split, batch_size: int, seed: int, epoch: int, *, cr
     augmentation, order_on_device = augmentation.to(device), order.to(device)
     for first, size in batch_places(count, batch_size, world_size):
         mine = slice(first + rank, first + size, world_size)
-        rows, real = order_on_device[mine], int((order[mine] < count).sum())  # those from `count` on are generated, and come last
+        rows = order_on_device[mine]
+        real = int((order[mine] < count).sum())  # those from `count` on are generated, and come last
         part = split[rows[:real]]
         if real < len(rows):
             part = _joined(part, extra[drawn[order[mine][real:] - count]].to(device))
-        x, (top, left, mirrored) = to_unit(part.images), augmentation[:, rows]
+        x = to_unit(part.images)
+        top, left, mirrored = augmentation[:, rows]
         if crop_padding:
             x = random_crop(x, crop_padding, padding_mode, top, left)
         if flip:
@@ -146,9 +154,9 @@ def _draw_augmentation(count: int, crop_padding: int, generator: torch.Generator
 
 def _mix(order: Tensor, batch_size: int, world_size: int, population: int, fraction: float,
          generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """`order` [n] with the last round(fraction * b) entries of every batch of b replaced by n, n + 1, ..., and the row of each of these.
+    """`order` [n] with the last round(fraction * b) of each batch of b replaced by n, n + 1, ...; their rows.
 
-    The rows, below `population`, differ where there are enough of them (of many, a few are drawn without a permutation of them all).
+    The rows, below `population`, differ if there are enough (a few of many are drawn without permuting all).
     """
     if not 0 <= fraction <= 1:
         raise UserError(f"--extra_fraction {fraction} is not in [0, 1]")
@@ -158,18 +166,20 @@ def _mix(order: Tensor, batch_size: int, world_size: int, population: int, fract
         generated = round(fraction * len(batch))
         batch[len(batch) - generated:] = torch.arange(numbers, numbers + generated)
         numbers += generated
-    drawn, seed = numbers - len(order), int(torch.randint(2**62, (), generator=generator))
+    drawn = numbers - len(order)
+    seed = int(torch.randint(2**62, (), generator=generator))
     rows = np.random.default_rng(seed).choice(population, drawn, replace=drawn > population)
     return order, torch.from_numpy(rows)
 
 
 def _joined(first: Split, second: Split) -> Split:
     """The examples of both, one after the other."""
-    return Split(*(torch.cat([getattr(first, name), getattr(second, name)]) for name in ("images", "labels", "index")))
+    pairs = ((getattr(first, name), getattr(second, name)) for name in ("images", "labels", "index"))
+    return Split(*map(torch.cat, pairs))
 
 
 def random_crop(x: Tensor, padding: int, padding_mode: str, top: Tensor, left: Tensor) -> Tensor:
-    """Pad x [B, C, H, W] on every side and cut the window of the original size at (top, left) [B], as one gather."""
+    """Pad x [B, C, H, W] on every side and cut its size out at (top, left) [B], as one gather."""
     batch, channels, height, width = x.shape
     padded = F.pad(x, (padding,) * 4, mode=padding_mode)
     rows = (top[:, None] + torch.arange(height, device=x.device))[:, None, :, None]
@@ -179,10 +189,11 @@ def random_crop(x: Tensor, padding: int, padding_mode: str, top: Tensor, left: T
     return padded[example, channel, rows, columns]
 
 
-def first_examples(split: Split, count: int | None, indices: str | None = None, flag: str = "--num_examples") -> Split:
-    """The first `count` examples, all of them for None, or first of all those that the text file `indices` names.
+def first_examples(split: Split, count: int | None, indices: str | None = None,
+                   flag: str = "--num_examples") -> Split:
+    """The first `count` examples, all for None, of `split` or of those that the text file `indices` names.
 
-    It names each by its place in the data set, `Split.index`. flag: what the message for a large `count` names.
+    It names each by its place in the data set, `Split.index`. flag: what a message on a large `count` names.
     """
     if indices:
         try:
@@ -191,8 +202,8 @@ def first_examples(split: Split, count: int | None, indices: str | None = None, 
             raise UserError(f"--indices {indices} is no text file of whole numbers ({error})") from error
         row = {place: k for k, place in enumerate(split.index.tolist())}
         if not places or len(set(places)) < len(places) or not row.keys() >= set(places):
-            raise UserError(f"--indices {indices}: each number stands once and is from 0 to {len(split) - 1:,}, and there is "
-                            "at least one")
+            raise UserError(f"--indices {indices}: each number stands once and is from 0 to "
+                            f"{len(split) - 1:,}, and there is at least one")
         split = split[torch.tensor([row[place] for place in places])]
     if count is not None and count > len(split):
         raise UserError(f"{flag} {count:,} is more than the set has: {len(split):,}")

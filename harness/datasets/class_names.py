@@ -30,8 +30,8 @@ def match_classes(split: Split, classes: tuple[str, ...], known: tuple[str, ...]
     if known is None and len(classes) == num_outputs:
         return split, classes, _said(classes, list(range(num_outputs)), "by the order of their names")
     theirs = f"{num_outputs} outputs" if known is None else f"the classes {_list(known)}"
-    raise UserError(f"the images have the classes {_list(classes)}, the network {theirs}: name the folders as the "
-                    "network's classes, or after their numbers")
+    raise UserError(f"the images have the classes {_list(classes)}, the network {theirs}: name the folders "
+                    "as the network's classes, or after their numbers")
 
 
 def _number(name: str) -> int:

@@ -1,8 +1,8 @@
 """The data sets by name.
 
-mnist, fmnist, cifar10, cifar100, svhn   from torchvision, downloaded on first use; svhn without its `extra` part
-tiny-imagenet                            tiny-imagenet-200.zip or the folder it unpacks to, downloaded on first use
-digits                                   1,797 real handwritten digits that scikit-learn carries, resized to 28x28: nothing to download
+mnist, fmnist, cifar10, cifar100, svhn   torchvision's, downloaded on first use; svhn without its `extra` part
+tiny-imagenet                            its zip or the folder it unpacks to, downloaded on first use
+digits                                   scikit-learn's 1,797 handwritten digits at 28x28: nothing to download
 """
 import importlib.util
 from functools import partial
@@ -21,9 +21,9 @@ SPLIT_SEED = 0  # the held-out split is the same for every seed and method
 
 
 def _torchvision(cls_name: str, data_dir: Path, option: str = "train", values: tuple = (True, False)) -> list:
-    """The training and the test set of a torchvision class, told apart by `option`, downloaded when they are not there.
+    """A torchvision class's training and test set, told apart by `option`, downloaded if they are not there.
 
-    Raises UserError where they are missing or damaged (torchvision compares their MD5) and cannot be downloaded.
+    Raises UserError for missing or damaged ones (torchvision compares their MD5) that cannot be downloaded.
     """
     import torchvision.datasets
 
@@ -35,19 +35,20 @@ def _torchvision(cls_name: str, data_dir: Path, option: str = "train", values: t
     try:
         return [cls(data_dir, **{option: value}, download=True) for value in values]
     except Exception as error:
-        raise UserError(f"{cls_name} is not in {data_dir.resolve()}, or damaged there, and could not be downloaded ({reason(error)}): put "
-                        f"whole files there as torchvision.datasets.{cls_name} lays them out, name their folder with --data_dir, or "
+        raise UserError(f"{cls_name} is not in {data_dir.resolve()}, or damaged there, and could not be "
+                        f"downloaded ({reason(error)}): put whole files there as torchvision.datasets."
+                        f"{cls_name} lays them out, name their folder with --data_dir, or "
                         "use --dataset digits") from error
 
 
 def _with_targets(cls_name: str, data_dir: Path) -> tuple:
-    """Both splits of a torchvision data set that has `classes`, `data` [N, H, W] or [N, H, W, C] and `targets` [N]."""
+    """Both splits of a torchvision data set with `classes`, `data` [N, H, W(, C)] and `targets` [N]."""
     train, test = _torchvision(cls_name, data_dir)
     return train.classes, split_of(train.data, train.targets), split_of(test.data, test.targets)
 
 
 def load_svhn(data_dir: Path) -> tuple:
-    """SVHN's 73,257 training and 26,032 test images of 32x32, labelled 0 to 9 by their digit, without its `extra` part."""
+    """SVHN's 73,257 training and 26,032 test images of 32x32, labelled 0 to 9 by their digit; no `extra`."""
     if importlib.util.find_spec("scipy") is None:
         raise UserError("--dataset svhn needs scipy to read SVHN's files: pip install -r requirements.txt")
     sets = _torchvision("SVHN", data_dir, "split", ("train", "test"))
@@ -56,7 +57,7 @@ def load_svhn(data_dir: Path) -> tuple:
 
 
 def load_digits(data_dir: Path) -> tuple:
-    """scikit-learn's 8x8 digits, resized to 28x28 (bilinear), in 1,437 training and 360 test images, stratified."""
+    """scikit-learn's 8x8 digits, resized to 28x28 (bilinear): 1,437 training, 360 test images, stratified."""
     try:
         from sklearn.datasets import load_digits as sklearn_digits
         from sklearn.model_selection import train_test_split
@@ -66,8 +67,10 @@ def load_digits(data_dir: Path) -> tuple:
     images = torch.as_tensor(digits.images / 16.0)[:, None]
     images = F.interpolate(images, size=(28, 28), mode="bilinear").squeeze(1).mul(255).round().to(torch.uint8)
     labels = torch.as_tensor(digits.target)
-    train, test = train_test_split(np.arange(len(labels)), test_size=360, stratify=digits.target, random_state=SPLIT_SEED)
-    return [str(k) for k in range(10)], split_of(images[train], labels[train]), split_of(images[test], labels[test])
+    places = train_test_split(np.arange(len(labels)), test_size=360, stratify=digits.target,
+                              random_state=SPLIT_SEED)
+    train, test = (split_of(images[rows], labels[rows]) for rows in places)
+    return [str(k) for k in range(10)], train, test
 
 
 DATASETS = {

@@ -16,7 +16,7 @@ def listing(files: dict[str, Path]) -> str:
 
 
 def cached(prefix: Path, listing: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """The arrays of <prefix>-<fingerprint of listing>.npz, or those of `make`, kept there for the next time."""
+    """The arrays of <prefix>-<fingerprint of listing>.npz, or those of `make`, kept there for next time."""
     fingerprint = hashlib.sha256(listing.encode(errors="surrogateescape")).hexdigest()[:16]
     cache = prefix.with_name(f"{prefix.name}-{fingerprint}.npz")
     arrays = _read_cache(cache)
@@ -46,7 +46,7 @@ def _write_cache(cache: Path, arrays: dict) -> None:
 
 
 def copy_stream(source: BinaryIO, target: BinaryIO | None, size: int | None, title: str) -> str:
-    """Copy all of `source`, of `size` bytes where that is known, behind a progress bar.  Returns its MD5; reads only for None."""
+    """Copy `source`, of `size` bytes if known, to `target` if given, behind a progress bar; its MD5."""
     digest = hashlib.md5()
     with tqdm(total=size, desc=title, unit="B", unit_scale=True, disable=None) as bar:
         while block := source.read(1 << 20):

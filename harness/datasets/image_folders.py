@@ -57,5 +57,6 @@ def _images_of(folder: Path) -> dict[str, list[Path]]:
         found[place.name] = [path for path in files if path.suffix.lower() in known]
         if not found[place.name]:
             what = f"{len(files)} files, such as {files[0].name}" if files else "nothing"
-            raise UserError(f"the class {place} has no image: it holds {what}; remove the folder, or add images")
+            raise UserError(f"the class {place} has no image: it holds {what}; remove the folder, or add "
+                            "images")
     return found

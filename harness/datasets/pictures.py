@@ -84,12 +84,13 @@ def decode(files: list[Path | zipfile.Path], title: str) -> tuple[np.ndarray, bo
                             "bring all images to one size")
         images[row] = pixels
     if on_white:
-        print(f"note: {title}: {on_white:,} of {len(files):,} images are transparent in part, and lie on white")
+        print(f"note: {title}: {on_white:,} of {len(files):,} images are transparent in part, "
+              "and lie on white")
     return images, grey
 
 
 def _check_memory(count: int, size: tuple[int, int], title: str) -> None:
     needed, free = COPIES * count * size[0] * size[1] * 3, free_memory(torch.device("cpu"))
     if needed > free:
-        raise UserError(f"{title}: {count:,} images of {size[0]}x{size[1]} take {needed / 1e9:,.1f} GB of memory, "
-                        f"and {free / 1e9:,.1f} GB are free: make them smaller, or take fewer")
+        raise UserError(f"{title}: {count:,} images of {size[0]}x{size[1]} take {needed / 1e9:,.1f} GB of "
+                        f"memory, and {free / 1e9:,.1f} GB are free: make them smaller, or take fewer")

@@ -20,37 +20,41 @@ TINY_COUNTS = {"training": 100_000, "validation": 10_000}
 
 
 def load_tiny_imagenet(data_dir: Path) -> tuple:
-    """Tiny ImageNet, 64x64: its 100,000 training images, and as the test set its 10,000 labelled validation images.
+    """Tiny ImageNet, 64x64: its 100,000 training images, and as test set its 10,000 validation images.
 
-    Read from `data_dir`/tiny-imagenet-200.zip, else from the folder tiny-imagenet-200 there, else from the zip downloaded to there;
-    decoded once into one array beside it (tiny-imagenet-200-cache-<fingerprint>.npz), and only then is the zip's MD5 compared. Class k
-    is the k-th of the sorted names in wnids.txt; images are in the order of their file names, grey ones converted to RGB. Raises
-    UserError for a zip with another MD5, a folder that is not whole, and validation images without labels.
+    Read from `data_dir`/tiny-imagenet-200.zip, else from the folder tiny-imagenet-200 there, else from the
+    zip downloaded to there; decoded once into tiny-imagenet-200-cache-<fingerprint>.npz beside it, and only
+    then is the zip's MD5 compared. Class k is the k-th of the sorted names in wnids.txt; images are in the
+    order of their file names, grey ones converted to RGB. Raises UserError for a zip with another MD5, a
+    folder that is not whole, and validation images without labels.
     """
-    archive, folder = data_dir / f"{TINY}.zip", data_dir / TINY
+    archive, folder, cache = data_dir / f"{TINY}.zip", data_dir / TINY, data_dir / f"{TINY}-cache"
     if not archive.is_file() and not folder.is_dir():
         _download_tiny_imagenet(archive)
     if archive.is_file():
-        arrays = cached(data_dir / f"{TINY}-cache", listing({archive.name: archive}), partial(_read_tiny_archive, archive))
+        arrays = cached(cache, listing({archive.name: archive}), partial(_read_tiny_archive, archive))
     else:
-        files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.suffix in (".JPEG", ".txt")}
-        arrays = cached(data_dir / f"{TINY}-cache", listing(files), partial(_read_tiny_files, files, folder))
+        files = {path.relative_to(folder).as_posix(): path
+                 for path in sorted(folder.rglob("*")) if path.suffix in (".JPEG", ".txt")}
+        arrays = cached(cache, listing(files), partial(_read_tiny_files, files, folder))
     train, test = (split_of(arrays[name], arrays[f"{name}_labels"]) for name in ("train", "test"))
     return arrays["classes"].tolist(), train, test
 
 
 def _download_tiny_imagenet(archive: Path) -> None:
-    print(f"{archive.name} is not in {archive.parent}, and neither is the folder {TINY}: downloading it", flush=True)
+    name = archive.name
+    print(f"{name} is not in {archive.parent}, and neither is the folder {TINY}: downloading it", flush=True)
     try:
         archive.parent.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(TINY_URL, timeout=60) as response, whole_file(archive) as file:
-            found = copy_stream(response, file, int(response.headers.get("Content-Length", 0)) or None, f"downloading {archive.name}")
+            size = int(response.headers.get("Content-Length", 0)) or None
+            found = copy_stream(response, file, size, f"downloading {name}")
             if found != TINY_MD5:
                 raise OSError(f"what came from {TINY_URL} has MD5 {found}, not {TINY_MD5}: try again")
     except (OSError, HTTPException, ValueError) as error:
-        raise UserError(f"{archive.name} is not in {archive.parent.resolve()}, nor is the folder {TINY}, and it could not be downloaded "
-                        f"({reason(error)}): put the file {TINY_URL} there, name its folder with --data_dir, or use --dataset digits"
-                        ) from error
+        raise UserError(f"{name} is not in {archive.parent.resolve()}, nor is the folder {TINY}, and it "
+                        f"could not be downloaded ({reason(error)}): put the file {TINY_URL} there, name its "
+                        "folder with --data_dir, or use --dataset digits") from error
 
 
 def _read_tiny_archive(archive: Path) -> dict[str, np.ndarray]:
@@ -58,24 +62,31 @@ def _read_tiny_archive(archive: Path) -> dict[str, np.ndarray]:
     with open(archive, "rb") as file:
         found = copy_stream(file, None, archive.stat().st_size, f"checking {archive.name}")
     if found != TINY_MD5:
-        raise UserError(f"{archive} is damaged or another file: its MD5 is {found}, not {TINY_MD5}; remove it and start again, which "
-                        f"downloads it, or download it again from {TINY_URL}")
+        raise UserError(f"{archive} is damaged or another file: its MD5 is {found}, not {TINY_MD5}; remove "
+                        f"it and start again, which downloads it, or download it again from {TINY_URL}")
     with zipfile.ZipFile(archive) as opened:
-        return _read_tiny_files({name.removeprefix(f"{TINY}/"): zipfile.Path(opened, name) for name in opened.namelist()}, archive)
+        names = opened.namelist()
+        files = {name.removeprefix(f"{TINY}/"): zipfile.Path(opened, name) for name in names}
+        return _read_tiny_files(files, archive)
 
 
 def _read_tiny_files(files: dict[str, Path | zipfile.Path], where: Path) -> dict[str, np.ndarray]:
-    """Decode train and test [N, 64, 64, 3], with train_labels and test_labels [N] and the classes, from files by their name in `where`."""
+    """Decode train and test [N, 64, 64, 3], train_labels and test_labels [N] and the classes from `where`.
+
+    files: by their name in `where`.
+    """
     if "wnids.txt" not in files:
         raise UserError(f"{where} is not whole: wnids.txt is missing; unpack {TINY}.zip again")
     classes = sorted(files["wnids.txt"].read_text(encoding="utf-8").split())
     labels = {wnid: k for k, wnid in enumerate(classes)}
     images = [name.split("/") for name in sorted(files) if name.endswith(".JPEG")]
-    train = {"/".join(parts): labels[parts[1]] for parts in images if parts[0] == "train" and parts[1] in labels}
+    train = {"/".join(parts): labels[parts[1]]
+             for parts in images if parts[0] == "train" and parts[1] in labels}
     test = _tiny_validation_labels(files, [parts for parts in images if parts[0] == "val"], labels, where)
     for (title, count), found in zip(TINY_COUNTS.items(), (train, test)):
         if len(found) != count:
-            raise UserError(f"{where} is not whole: it holds {len(found):,} {title} images, not {count:,}; unpack {TINY}.zip again")
+            raise UserError(f"{where} is not whole: it holds {len(found):,} {title} images, not {count:,}; "
+                            f"unpack {TINY}.zip again")
     arrays = {"classes": np.array(classes)}
     for split, found in (("train", train), ("test", test)):
         arrays[split], _ = decode([files[name] for name in found], f"decoding {TINY}, {split}")
@@ -83,9 +94,11 @@ def _read_tiny_files(files: dict[str, Path | zipfile.Path], where: Path) -> dict
     return arrays
 
 
-def _tiny_validation_labels(files: dict[str, Path | zipfile.Path], images: list[list[str]], labels: dict[str, int], where: Path) -> dict:
-    """{name: label} of the validation images, in the order of their file names wherever they lie: by the class folder that holds one,
-    else by val_annotations.txt (file, class, box).
+def _tiny_validation_labels(files: dict[str, Path | zipfile.Path], images: list[list[str]],
+                            labels: dict[str, int], where: Path) -> dict[str, int]:
+    """{name: label} of the validation images, in the order of their file names wherever they lie.
+
+    A label is that of the class folder around the image, else from val_annotations.txt (file, class, box).
     """
     annotations = {}
     if "val/val_annotations.txt" in files:
@@ -95,9 +108,12 @@ def _tiny_validation_labels(files: dict[str, Path | zipfile.Path], images: list[
     for parts in sorted(images, key=lambda parts: parts[-1]):
         label = labels.get(parts[1], labels.get(annotations.get(parts[-1])))
         if label is None and not annotations:
-            raise UserError(f"{where}: the images of val are in no class folders, and val/val_annotations.txt, which has their labels, is "
-                            f"missing; take it from {TINY}.zip, or unpack that again")
+            raise UserError(f"{where}: the images of val are in no class folders, and "
+                            "val/val_annotations.txt, which has their labels, is missing; "
+                            f"take it from {TINY}.zip, or unpack that again")
+        name = "/".join(parts)
         if label is None:
-            raise UserError(f"{where}: val/val_annotations.txt has no class of wnids.txt for {'/'.join(parts)}; unpack {TINY}.zip again")
-        found["/".join(parts)] = label
+            raise UserError(f"{where}: val/val_annotations.txt has no class of wnids.txt for {name}; "
+                            f"unpack {TINY}.zip again")
+        found[name] = label
     return found

@@ -1,4 +1,4 @@
-"""How many images an evaluation attacks at once where the user does not say: what fits into memory, and on a CPU no more than is fast."""
+"""How many images an evaluation attacks at once by default: what fits, and on a CPU what is fast."""
 from collections.abc import Callable
 
 import torch
@@ -9,19 +9,20 @@ from harness.datasets.split import Split
 from harness.device import free_memory, peak_memory
 from harness.evaluation.predictions import MULTIPLE, BatchInvariant
 
-PROBE = MULTIPLE     # images of the pass that is measured: attacks pad their batches to multiples of it
-SHARE = 0.5          # of the free memory for a forward and backward pass; the rest is for what the attacks keep beside it
+PROBE = MULTIPLE  # images of the pass that is measured: attacks pad their batches to multiples of it
+SHARE = 0.5       # of the free memory for a forward and backward pass; the rest is for the attacks' own
 # On a CPU larger batches gain next to nothing, and an interrupted evaluation loses one.
 FASTEST_ON_CPU = 512  # images
 
 
-def fitting_batch_size(model: nn.Module, split: Split, copies: int = 1, free: Callable = free_memory, peak: Callable = peak_memory) -> int:
-    """The number of images whose forward and backward pass, with respect to the images alone, takes SHARE of the free memory.
+def fitting_batch_size(model: nn.Module, split: Split, copies: int = 1, free: Callable = free_memory,
+                       peak: Callable = peak_memory) -> int:
+    """The number of images whose forward and backward pass, to the images alone, takes SHARE of free memory.
 
-    model: in eval mode, on the device of the N images of `split`; copies: of each image that an attack holds at once. One pass of PROBE
-    images is measured; what it takes beyond the images themselves counts as theirs. A multiple of PROBE, unless less than that fit; at
-    most FASTEST_ON_CPU on a CPU; at least 1, at most N rounded up to a multiple of PROBE. No verdict depends on it. free(device) and
-    peak(device, work) -> bytes.
+    model: in eval mode, on the device of the N images of `split`; copies: of each image that an attack holds
+    at once. One pass of PROBE images is measured; what it takes beyond the images counts as theirs. A
+    multiple of PROBE, unless fewer fit; at most FASTEST_ON_CPU on a CPU; at least 1, at most N rounded up to
+    a multiple of PROBE. No verdict depends on it. free(device) and peak(device, work) -> bytes.
     """
     device = split.images.device
     each = copies * max(peak(device, lambda: input_gradient(model, split.images)) / PROBE, 1.0)
@@ -31,7 +32,7 @@ def fitting_batch_size(model: nn.Module, split: Split, copies: int = 1, free: Ca
 
 
 def input_gradient(model: nn.Module, images: Tensor) -> Tensor:
-    """The gradient of an attack step with respect to PROBE images, the first of `images` again and again, with frozen parameters."""
+    """An attack step's gradient at PROBE images, the first of `images` again and again; parameters frozen."""
     x = to_unit(images[torch.arange(PROBE, device=images.device) % len(images)]).requires_grad_()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:

@@ -15,9 +15,9 @@ def at_chance(hits: Sequence[float], counts: Sequence[float]) -> bool:
 
         mean_k hits_k / counts_k  <=  1/K + 1.96 sqrt( mean_k p (1 - p) / counts_k / K ),    p = 1/K
 
-    over the K classes that have examples. Predictions that do not depend on the image have a mean of 1/K whatever they are, and however
-    unequal the classes; the second term is 1.96 standard errors of predictions that are uniform. With one class there is no chance level:
-    False.
+    over the K classes that have examples. Predictions that do not depend on the image have a mean of 1/K
+    whatever they are, and however unequal the classes; the second term is 1.96 standard errors of predictions
+    that are uniform. With one class there is no chance level: False.
     """
     pairs = [(hit, count) for hit, count in zip(hits, counts) if count]
     if len(pairs) < 2:
@@ -30,7 +30,8 @@ def at_chance(hits: Sequence[float], counts: Sequence[float]) -> bool:
 
 def metrics_at_chance(confusions: dict[str, list[list[int]]]) -> list[str]:
     """The metrics whose confusion matrix (rows: true class) is at chance."""
-    return [metric for metric, rows in confusions.items() if at_chance([row[k] for k, row in enumerate(rows)], [sum(row) for row in rows])]
+    return [metric for metric, rows in confusions.items()
+            if at_chance([row[k] for k, row in enumerate(rows)], [sum(row) for row in rows])]
 
 
 class ClassCounts:
@@ -48,12 +49,14 @@ class ClassCounts:
         return at_chance(*reduce(self.counts.clone()).tolist())
 
 
-def collapsed_since(at_chance_for: Sequence[int], epochs: int, warmup_epochs: float = 0, ended: bool = False) -> int | None:
+def collapsed_since(at_chance_for: Sequence[int], epochs: int, warmup_epochs: float = 0,
+                    ended: bool = False) -> int | None:
     """The epoch since which a run of `epochs` epochs has collapsed; None while it has not.
 
-    at_chance_for: of each epoch so far, how many epochs up to it were at chance without a break. A run has collapsed once it has been at
-    chance for a tenth of its epochs after having been above, or for half of them without ever having been above, since some networks
-    learn late; for SOON epochs at least, and not before the learning rate's warm-up is over. At the end of a run SOON epochs are enough.
+    at_chance_for: of each epoch so far, how many epochs up to it were at chance without a break. A run has
+    collapsed once it has been at chance for a tenth of its epochs after having been above, or for half of
+    them without ever having been above, since some networks learn late; for SOON epochs at least, and not
+    before the learning rate's warm-up is over. At the end of a run SOON epochs are enough.
     """
     done, streak = len(at_chance_for), at_chance_for[-1] if at_chance_for else 0
     if ended:

@@ -61,9 +61,9 @@ class Job:
 def evaluate(cfg: EvalConfig, protocol: Protocol, build: Callable[..., nn.Module], **elsewhere: Any) -> None:
     """Measure every checkpoint that `cfg` names, print the figures and write them down.
 
-    build: as in `harness.checkpoint.load_model`; elsewhere: `load` and `readers` of `open_subject`, for images
-    and networks from elsewhere. Raises UserError for what does not fit, and RunError at the end where A_rob's
-    or A_tr's attack has left its ball or box.
+    build: as in `harness.checkpoint.load_model`; elsewhere: `load` and `readers` of `open_subject`, for
+    images and networks from elsewhere. Raises UserError for what does not fit, and RunError at the end where
+    A_rob's or A_tr's attack has left its ball or box.
     """
     job, files = begin(cfg), find_checkpoints(cfg.checkpoint, protocol.channels)
     with ExitStack() as holding:
@@ -176,7 +176,7 @@ def about_of(subject: Subject, ball: Ball, cfg: EvalConfig, test: Split) -> dict
 
 def claim(job: Job, cfg: EvalConfig, files: list[tuple[str, Path]], name: str, about: dict,
           holding: ExitStack) -> tuple[Path, Path]:
-    """Where the result and the record go: to be resumed, or OUT.json and OUT.record, held until `holding` ends.
+    """Where the result and record go: to be resumed, or OUT.json and OUT.record, held until `holding` ends.
 
     Without --out it is the next free name; a record of the same evaluation goes on, if it is not finished and
     nobody works in it. Only shards share a record.
@@ -187,7 +187,8 @@ def claim(job: Job, cfg: EvalConfig, files: list[tuple[str, Path]], name: str, a
 
         def is_mine(out: Path) -> bool:
             folder = moved or out.with_suffix(".record")
-            if read_about(folder / name) is not None and not is_same(read_about(folder / name), about) and not cfg.out:
+            before = read_about(folder / name)
+            if before is not None and not cfg.out and not is_same(before, about):
                 return False
             folder.mkdir(parents=True, exist_ok=True)
             try:
@@ -196,7 +197,7 @@ def claim(job: Job, cfg: EvalConfig, files: list[tuple[str, Path]], name: str, a
                 if cfg.out:
                     raise UserError(f"another evaluation works in {folder} at this moment") from None
                 return False
-            return not out.exists()                     # it may have come while another process held the folder
+            return not out.exists()  # it may have come while another process held the folder
 
         out = report.output_path(cfg.out, files[0][1], len(files) > 1, is_mine)
         place = out, moved or out.with_suffix(".record")
@@ -205,7 +206,8 @@ def claim(job: Job, cfg: EvalConfig, files: list[tuple[str, Path]], name: str, a
 
 def write_config(cfg: EvalConfig, first: Path, out: Path, folder: Path) -> None:
     """Write what --resume begins from into the record, which has been compared with this evaluation."""
-    chosen = {"checkpoint": cfg.checkpoint or str(first.parent), "out": str(out), "resume": None, "shard": None}
+    checkpoint = cfg.checkpoint or str(first.parent)
+    chosen = {"checkpoint": checkpoint, "out": str(out), "resume": None, "shard": None}
     facts = {"script": Path(command_line().split()[1]).stem, "command": command_line()}
     write_text(folder / "config.json", json.dumps(facts | asdict(cfg) | chosen, indent=2) + "\n")
 

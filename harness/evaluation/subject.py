@@ -125,7 +125,7 @@ def open_subject(name: str, path: Path, build: Callable[..., nn.Module], *, arch
     build: as in `harness.checkpoint.load_model`. arch, dataset, data_dir: None where the checkpoint says it;
     default: the data set where neither does. load(dataset, data_dir) -> images, and the names of their
     classes, () where there are none. readers: suffix of a file that is no checkpoint -> function that reads
-    the network in it; ignore_extra: as in `load_model`. Raises UserError in one line for whatever does not fit.
+    the network in it; ignore_extra: as in `load_model`. Raises UserError in one line for what does not fit.
     """
     reader = (readers or {}).get(path.suffix)
     contents = {} if reader else read(path)
@@ -139,8 +139,8 @@ def open_subject(name: str, path: Path, build: Callable[..., nn.Module], *, arch
     split, classes = load(dataset, data_dir)
     channels, num_classes = split.images.shape[1], len(classes) or int(split.labels.max()) + 1
     if own and own["in_channels"] != channels:
-        raise UserError(f"{path} takes {own['in_channels']}-channel images, but {dataset} has {channels}-channel "
-                        "images: name a --dataset that fits")
+        raise UserError(f"{path} takes {own['in_channels']}-channel images, but {dataset} has "
+                        f"{channels}-channel images: name a --dataset that fits")
     model = reader(path) if reader else model_from(
         contents, path, arch, num_classes, channels, build=build, report=print, ignore_extra=ignore_extra)
     published = image_order(dataset) == "published"

@@ -66,8 +66,8 @@ class Meters:
         """Raise RunError if the loss of a step so far was not finite."""
         step = int(self.bad_step)
         if step >= 0:
-            raise RunError(f"the loss is not finite at epoch {epoch}, step {step}: try {shorter_steps(cfg)} or "
-                           f"a smaller --lr; what was saved before is intact in {folder}")
+            raise RunError(f"the loss is not finite at epoch {epoch}, step {step}: try {shorter_steps(cfg)} "
+                           f"or a smaller --lr; what was saved before is intact in {folder}")
 
     def log_columns(self) -> dict[str, float]:
         """The means over all processes as columns of log.csv, accuracies in percent."""

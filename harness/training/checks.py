@@ -24,7 +24,7 @@ def check_command(cfg: RunOptions, build_model: Callable[..., nn.Module]) -> Non
 
 
 def check_network(name: str, build_model: Callable[..., nn.Module]) -> None:
-    """Raise UserError for an unknown network, and for a file of a network that is not there; run no such file."""
+    """Raise UserError for an unknown network, and for a network's file that is not there; run no file."""
     if ".py:" in name:
         if not Path(name.rpartition(":")[0]).is_file():
             raise UserError(f"model '{name}': there is no file {name.rpartition(':')[0]}")

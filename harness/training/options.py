@@ -32,7 +32,7 @@ class RunOptions(Hyperparameters):
     resume: str | None = None           # run folder to continue
     device: str = "auto"                # auto, cpu, or an accelerator by its name in torch
     precision: Literal["auto", "bf16", "float32"] = "auto"  # auto: bf16 where it is faster
-    attack_view: bool = True            # attack a faster form of the network, where one can be made and checked
+    attack_view: bool = True          # attack a faster form of the network, where one can be made and checked
     max_batches: int | None = None      # stop every epoch after this many batches, for a trial run
 
 

@@ -1,4 +1,4 @@
-"""The arithmetic of training: bfloat16 or float32, in the network's memory format, compiled where asked for."""
+"""The arithmetic of training: bfloat16 or float32, in the network's memory format, compiled if asked for."""
 from collections.abc import Callable
 
 import torch
@@ -39,7 +39,7 @@ class TrainingPrecision(nn.Module):
         self.view = AttackView(module) if attack_view else None
 
     def forward(self, x: Tensor) -> Tensor:
-        alone = torch.compiler.is_compiling() or self.compilation is None  # or a part of what is being compiled
+        alone = torch.compiler.is_compiling() or self.compilation is None  # or a part of what is compiled
         return (self.plain(x) if alone else self.compilation.run(self, x)).to(torch.float32, copy=True)
 
     def plain(self, x: Tensor) -> Tensor:
@@ -48,7 +48,8 @@ class TrainingPrecision(nn.Module):
         with torch.autocast(x.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             return self.module(x) if self.view is None else self.view(x)
 
-    def pgd_step(self, steps: Callable, whole_step: Callable, x_adv: Tensor, settings: dict[str, object]) -> Callable:
+    def pgd_step(self, steps: Callable, whole_step: Callable, x_adv: Tensor,
+                 settings: dict[str, object]) -> Callable:
         """The steps of an attack on this model, in one of the two forms that `attacks.pgd.pgd` offers."""
         if self.compilation is None:
             return steps(self, **settings)

@@ -81,15 +81,15 @@ class Run(Steps):
     # ---- model ---------------------------------------------------------------------------------------------
 
     def build(self, build_model: Callable[..., nn.Module]) -> nn.Module:
-        """The configured network for this data set: on the device, in the training precision, parallel under torchrun."""
+        """The configured network for this data set: on the device, in its precision, parallel in torchrun."""
         mean, std = self.data.channel_statistics() if self.cfg.normalize else (None, None)
         channels = self.data.image_shape[0]
         try:
             model = build_model(self.cfg.model, self.data.num_classes, channels, mean, std)
         except ValueError as error:
             raise UserError(str(error)) from error
-        self.architecture = {"name": self.cfg.model, "num_classes": self.data.num_classes, "in_channels": channels,
-                             "mean": mean, "std": std}
+        self.architecture = {"name": self.cfg.model, "num_classes": self.data.num_classes,
+                             "in_channels": channels, "mean": mean, "std": std}
         self.dtype = choose_dtype(self.cfg.precision, self.device, model)
         model = model.to(self.device).train()
         batch = self.train.images[:self.cfg.batch_size // self.world_size]
@@ -102,8 +102,9 @@ class Run(Steps):
         return distributed.parallel(model, find_unused=bool(trial.unused))
 
     def first_layer(self, model: nn.Module) -> FirstLayer:
-        """The first layer f0 of a model from `build`, in the training precision; its gradients wait for `update`."""
-        return FirstLayer(TrainingPrecision(bare(model), self.dtype, None, False), to_unit(self.train.images[:1]))
+        """The first layer f0 of a model from `build`, in its precision; its gradients wait for `update`."""
+        network = TrainingPrecision(bare(model), self.dtype, None, False)
+        return FirstLayer(network, to_unit(self.train.images[:1]))
 
     def persistent_rows(self, name: str, count: int, shape: tuple[int, ...] = ()) -> PersistentRows:
         """`count` rows of `shape`, zeros at first, that the checkpoint holds as `name`."""
@@ -151,7 +152,7 @@ class Run(Steps):
         training = self.meters.log_columns()
         weights = self.meters.weights.compute(distributed.total)
         at_chance = self.meters.class_counts.at_chance(distributed.total)
-        self.collapse.add(at_chance and not self.cfg.max_batches)  # a trial run learns nothing, and that is no collapse
+        self.collapse.add(at_chance and not self.cfg.max_batches)  # a trial run learns nothing: no collapse
         for rows in self.persistent.values():
             rows.synchronize()
         self.epoch += 1

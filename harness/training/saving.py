@@ -44,7 +44,8 @@ def make_folder(cfg: RunOptions, script: str, data: Dataset, device: torch.devic
     before = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     for name, what in CONTENTS.items():
         if before.get(name, contents[name]) != contents[name]:
-            raise UserError(f"--resume {folder}: {what} changed since this run began, so it would be another run")
+            raise UserError(f"--resume {folder}: {what} changed since this run began, so it would be "
+                            "another run")
     return folder
 
 
@@ -55,8 +56,8 @@ def update_config(cfg: RunOptions, folder: Path) -> None:
     write_text(path, json.dumps(before | dataclasses.asdict(cfg) | {"resume": None}, indent=2) + "\n")
 
 
-CONTENTS = {"data_sha256": "the training images or their labels have", "extra_data_sha256": "the generated images have",
-            "model_sha256": "the file of the network has"}
+CONTENTS = {"data_sha256": "the training images or their labels have",
+            "extra_data_sha256": "the generated images have", "model_sha256": "the file of the network has"}
 
 
 def fingerprints(cfg: RunOptions, data: Dataset) -> dict[str, str | None]:

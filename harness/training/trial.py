@@ -23,7 +23,7 @@ class Trial:
 
 def trial_pass(network: nn.Module, images: Tensor, num_classes: int, *, dtype: torch.dtype = torch.float32,
                report: Callable[[str], None] = print) -> Trial:
-    """Pass a few images through the network as all that follows does, and leave no trace but its memory format.
+    """Pass a few images through the network as what follows does, and leave no trace but its memory format.
 
     network: on the device of `images` [N, C, H, W] uint8, in the mode of what follows; dtype: of autocast.
     The network is put into channels last, which is faster; where it fails so, as `.view` on a feature map
@@ -39,7 +39,8 @@ def trial_pass(network: nn.Module, images: Tensor, num_classes: int, *, dtype: t
         network.to(memory_format=torch.channels_last)
         _tried(network, x.contiguous(memory_format=torch.channels_last), num_classes, dtype)
         given = _logits(network, x.contiguous(memory_format=torch.channels_last))
-        reason = None if (given - expected).norm() <= SAME * expected.norm() else "channels last changes its outputs"
+        same = (given - expected).norm() <= SAME * expected.norm()
+        reason = None if same else "channels last changes its outputs"
     except (UserError, RuntimeError) as error:
         reason = f"channels last fails: {str(error).splitlines()[0]}"
     if reason:
@@ -64,8 +65,8 @@ def _tried(network: nn.Module, x: Tensor, num_classes: int, dtype: torch.dtype) 
             logits = _passed(network, point)
             gradients = _gradients(logits, [point, *parameters.values()])
     if gradients[0] is None:
-        raise UserError("no gradient of the network's outputs reaches the images, and every attack here follows "
-                        "one: a detach(), no_grad(), rounding or numpy stands in its forward pass")
+        raise UserError("no gradient of the network's outputs reaches the images, and every attack here "
+                        "follows one: a detach(), no_grad(), rounding or numpy stands in its forward pass")
     unused = [name for name, gradient in zip(parameters, gradients[1:]) if gradient is None]
     return Trial(logits.shape[1], tuple(unused))
 
@@ -91,12 +92,12 @@ def _passed(network: nn.Module, x: Tensor) -> Tensor:
 def _check_outputs(outputs: object, x: Tensor, num_classes: int) -> None:
     if not isinstance(outputs, Tensor):
         parts = f" with {', '.join(map(str, outputs))}" if isinstance(outputs, dict) else ""
-        raise UserError(f"the network gives a {type(outputs).__name__}{parts}, not a tensor of logits [B, K]: let its "
-                        "forward return the logits alone")
+        raise UserError(f"the network gives a {type(outputs).__name__}{parts}, not a tensor of logits "
+                        "[B, K]: let its forward return the logits alone")
     shape = tuple(outputs.shape)
     if len(shape) != 2 or shape[0] != len(x) or not outputs.is_floating_point():
-        raise UserError(f"the network gives outputs of shape {shape} and type {outputs.dtype} for {len(x)} images, not "
-                        "floating-point logits [B, K]")
+        raise UserError(f"the network gives outputs of shape {shape} and type {outputs.dtype} for {len(x)} "
+                        "images, not floating-point logits [B, K]")
     if shape[1] < num_classes:
         raise UserError(f"the network gives {shape[1]} outputs where the data set has {num_classes} classes")
     if not bool(torch.isfinite(outputs).all()):
