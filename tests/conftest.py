@@ -1,11 +1,13 @@
-"""What the tests share: a script run inside this process, a script run as its user would, and tiny data sets."""
+"""What the tests share: a script run inside this process,
+a script run as its user would, and tiny data sets."""
 import importlib
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch starts: on tiny tensors more threads only wait for one another
+# before torch starts: on tiny tensors more threads only wait for one another
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
@@ -14,7 +16,8 @@ from PIL import Image
 from harness.config import parse_config
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = ("--dataset", "digits", "--val_size", "40", "--num_steps", "2", "--val_num_steps", "2", "--max_batches", "2", "--epochs", "1")
+TINY = ("--dataset", "digits", "--val_size", "40", "--num_steps", "2", "--val_num_steps", "2",
+        "--max_batches", "2", "--epochs", "1")
 
 
 @pytest.fixture
@@ -32,7 +35,8 @@ def script(tmp_path, monkeypatch):
 
 @pytest.fixture
 def shell(tmp_path):
-    """Run a script as its user would, in an empty folder; gives the finished process with its output as text."""
+    """Run a script as its user would, in an empty folder; gives the finished process
+    with its output as text."""
 
     def run(name, *args, launcher=(sys.executable,), **options):
         command = [*launcher, str(ROOT / name), *map(str, args)]

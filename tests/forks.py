@@ -1,4 +1,5 @@
-"""Scripts in processes of their own that begin at once: forks of an interpreter that has loaded everything."""
+"""Scripts in processes of their own that begin at once: forks of an interpreter
+that has loaded everything."""
 import importlib
 import multiprocessing
 import os
@@ -22,7 +23,8 @@ def _run(barrier, name, words):
 
 
 def start(name, *commands):
-    """Processes of one script, one a command, that begin at the same moment; stderr goes to a file of each."""
+    """Processes of one script, one a command, that begin at the same moment;
+    stderr goes to a file of each."""
     importlib.import_module(name)
     barrier = FORK.Barrier(len(commands))
     processes = [FORK.Process(target=_run, args=(barrier, name, words)) for words in commands]
