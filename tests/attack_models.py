@@ -20,9 +20,11 @@ class Linear(nn.Module):
         return x.flatten(1) @ self.weight.T + self.bias
 
 
-def two_classes(count: int = 12, shape: tuple[int, ...] = (1, 6, 6), seed: int = 0) -> tuple[Linear, Tensor, Tensor, Tensor, Tensor]:
-    """A linear model of two classes, images in [0.4, 0.6] all classified correctly, their labels, w [D] = the gradient of the difference
-    of the logits, and the margins z_y - z_other [B], small enough that no bound of the box is met on the way to the boundary."""
+def two_classes(count: int = 12, shape: tuple[int, ...] = (1, 6, 6),
+                seed: int = 0) -> tuple[Linear, Tensor, Tensor, Tensor, Tensor]:
+    """A linear model of two classes, images in [0.4, 0.6] all classified correctly, their labels,
+    w [D] = the gradient of the difference of the logits, and the margins z_y - z_other [B],
+    small enough that no bound of the box is met on the way to the boundary."""
     generator = torch.Generator().manual_seed(seed)
     x = 0.4 + 0.2 * torch.rand(count, *shape, generator=generator)
     w = torch.randn(x[0].numel(), generator=generator)
@@ -36,16 +38,19 @@ def two_classes(count: int = 12, shape: tuple[int, ...] = (1, 6, 6), seed: int =
 
 
 def network(num_classes: int = 10, shape: tuple[int, ...] = (1, 8, 8), seed: int = 0) -> nn.Module:
-    """A small network with dropout, in training mode, in float64: gradients everywhere, and all logits equal on the grey image."""
+    """A small network with dropout, in training mode, in float64: gradients everywhere,
+    and all logits equal on the grey image."""
     torch.manual_seed(seed)
     size = shape[0] * shape[1] * shape[2]
-    model = nn.Sequential(nn.Flatten(), nn.Linear(size, 32), nn.Softplus(), nn.Dropout(0.5), nn.Linear(32, num_classes)).double()
+    model = nn.Sequential(nn.Flatten(), nn.Linear(size, 32), nn.Softplus(), nn.Dropout(0.5),
+                          nn.Linear(32, num_classes)).double()
     with torch.no_grad():
         model[-1].bias -= model.eval()(torch.full((1, *shape), 0.5, dtype=torch.float64))[0]
     return model.train()
 
 
-def batch(model: nn.Module, count: int = 9, shape: tuple[int, ...] = (1, 8, 8), seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+def batch(model: nn.Module, count: int = 9, shape: tuple[int, ...] = (1, 8, 8),
+          seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     """Images in [0, 1], the model's own predictions as labels, and keys."""
     x = torch.rand(count, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     model.eval()
@@ -64,7 +69,8 @@ def misclassified(model: nn.Module, x_adv: Tensor, y: Tensor) -> Tensor:
 
 
 def assert_pure(attack, model: nn.Module, x: Tensor, y: Tensor, keys: Tensor) -> None:
-    """The model, its modes, flags and gradients, the images, and torch's generator are as before; its state changes no result."""
+    """The model, its modes, flags and gradients, the images, and torch's generator are as before;
+    its state changes no result."""
     model.train()
     next(iter(model.parameters())).requires_grad_(False)
     flags, modes = [p.requires_grad for p in model.parameters()], [m.training for m in model.modules()]
@@ -75,7 +81,8 @@ def assert_pure(attack, model: nn.Module, x: Tensor, y: Tensor, keys: Tensor) ->
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(6)
     assert torch.equal(attack(model, x, y, keys=keys), first)
-    assert [p.requires_grad for p in model.parameters()] == flags and [m.training for m in model.modules()] == modes
+    assert ([p.requires_grad for p in model.parameters()] == flags
+            and [m.training for m in model.modules()] == modes)
     assert all(p.grad is None for p in model.parameters()) and not first.requires_grad
     assert torch.equal(x, image) and first.shape == x.shape and first.dtype == x.dtype
     assert first.min() >= 0 and first.max() <= 1
@@ -84,12 +91,15 @@ def assert_pure(attack, model: nn.Module, x: Tensor, y: Tensor, keys: Tensor) ->
 def assert_independent_of_the_batch(attack, model: nn.Module, x: Tensor, y: Tensor, keys: Tensor) -> None:
     """One by one, in two parts and in another order: each example has the same result."""
     whole = attack(model, x, y, keys=keys)
-    for parts in (torch.arange(len(x)).split(1), torch.arange(len(x)).split(4), (torch.arange(len(x)).flip(0),)):
+    for parts in (torch.arange(len(x)).split(1), torch.arange(len(x)).split(4),
+                  (torch.arange(len(x)).flip(0),)):
         for rows in parts:
-            torch.testing.assert_close(attack(model, x[rows], y[rows], keys=keys[rows]), whole[rows], rtol=0, atol=1e-6)
+            torch.testing.assert_close(attack(model, x[rows], y[rows], keys=keys[rows]), whole[rows],
+                                       rtol=0, atol=1e-6)
 
 
-def assert_leaves_the_misclassified_alone(attack, model: nn.Module, x: Tensor, y: Tensor, keys: Tensor) -> None:
+def assert_leaves_the_misclassified_alone(attack, model: nn.Module, x: Tensor, y: Tensor,
+                                          keys: Tensor) -> None:
     """Where the label is wrong from the start, x itself comes back, for all of the batch or part of it."""
     for wrong in (torch.ones_like(y, dtype=torch.bool), torch.arange(len(y)) % 2 == 0):
         labels = torch.where(wrong, (y + 1) % model(x).shape[1], y)
@@ -108,7 +118,8 @@ def assert_refuses_what_does_not_fit(attack, model: nn.Module, x: Tensor, y: Ten
 
 
 def fake_package(monkeypatch, broken=False):
-    """A package with the published one's interface and its bad manners: it reseeds, ends tracing and writes into the logits."""
+    """A package with the published one's interface and its bad manners:
+    it reseeds, ends tracing and writes into the logits."""
 
     class AutoAttack:
         def __init__(self, model, *, norm, eps, seed, version, device):

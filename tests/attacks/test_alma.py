@@ -40,7 +40,8 @@ def test_rounding_does_not_decide_at_which_class_alma_ends():
 def test_alma_leaves_a_far_adversary_that_lies_on_the_boundary(norm):
     model = linear(2)
     x, y = interior(model)
-    away = torch.linspace(-0.2, 0.2, x[0].numel(), dtype=x.dtype).view_as(x[0])  # along the boundary, for the most part
+    # along the boundary, for the most part
+    away = torch.linspace(-0.2, 0.2, x[0].numel(), dtype=x.dtype).view_as(x[0])
     normal = (model[1].weight[1] - model[1].weight[0]).view_as(x[0])
     away = away - normal * (away * normal).sum() / normal.square().sum()
     near = alma(model, x, y, norm=norm, num_steps=500)
@@ -78,7 +79,8 @@ def test_one_step_of_the_polish_is_exact_on_a_linear_model(norm):
     assert misclassified(model(far), y).all()
     x_adv = polish(model, x, y, far, norm=norm, num_steps=1)
     assert misclassified(model(x_adv), y).all()
-    torch.testing.assert_close(norm_of(x_adv - x, norm), linear_distance(model, x, y, norm), rtol=2e-4, atol=0)
+    torch.testing.assert_close(norm_of(x_adv - x, norm), linear_distance(model, x, y, norm),
+                               rtol=2e-4, atol=0)
 
 
 @norms
@@ -100,7 +102,8 @@ def test_the_nearest_point_of_a_half_space_within_the_box(norm):
     x = torch.tensor([[0.9, 0.5, 0.2, 0.5]], dtype=torch.float64)
     gradient = torch.tensor([[-2.0, 1.0, 1.0, 0.0]], dtype=torch.float64)  # room for 0.1, 0.5, 0.2 and any
     moved = nearest_loss(x, gradient, torch.tensor([0.5], dtype=torch.float64), norm)[0].tolist()
-    expected = {"linf": [0.1, -0.15, -0.15, 0.0], "l2": [0.1, -0.15, -0.15, 0.0], "l1": [0.1, -0.3, 0.0, 0.0]}[norm]
+    expected = {"linf": [0.1, -0.15, -0.15, 0.0], "l2": [0.1, -0.15, -0.15, 0.0],
+                "l1": [0.1, -0.3, 0.0, 0.0]}[norm]
     assert moved == pytest.approx(expected, abs=1e-12)
     out_of_reach = nearest_loss(x, gradient, torch.tensor([5.0], dtype=torch.float64), norm)[0].tolist()
     assert out_of_reach == pytest.approx([0.1, -0.5, -0.2, 0.0])

@@ -1,4 +1,5 @@
-"""attacks/apgd.py, attacks/dlr.py and attacks/geometry.py: closed forms on linear models, the schedule, and what holds for every batch."""
+"""attacks/apgd.py, attacks/dlr.py and attacks/geometry.py: closed forms on linear models, the schedule,
+and what holds for every batch."""
 from functools import partial
 
 import pytest
@@ -34,13 +35,15 @@ def test_dlr_losses_by_hand_and_unchanged_by_shift_and_scale():
     target = torch.tensor([1, 0])
     torch.testing.assert_close(targeted_dlr_loss(logits, y, target), torch.tensor([-3.0 / 3.5, -3.0 / 4.5]))
     torch.testing.assert_close(dlr_loss(100 * logits + 7, y), dlr_loss(logits, y))
-    torch.testing.assert_close(targeted_dlr_loss(100 * logits + 7, y, target), targeted_dlr_loss(logits, y, target))
+    torch.testing.assert_close(targeted_dlr_loss(100 * logits + 7, y, target),
+                               targeted_dlr_loss(logits, y, target))
 
 
 def test_dlr_with_two_and_three_classes_still_has_a_gradient():
     for logits in (torch.tensor([[2.0, 1.0]]), torch.tensor([[2.0, 1.0, -1.0]])):
         logits.requires_grad_()
-        for loss in (dlr_loss(logits, torch.tensor([0])), targeted_dlr_loss(logits, torch.tensor([0]), torch.tensor([1]))):
+        for loss in (dlr_loss(logits, torch.tensor([0])),
+                     targeted_dlr_loss(logits, torch.tensor([0]), torch.tensor([1]))):
             torch.testing.assert_close(loss, torch.tensor([-1.0 if logits.shape[1] == 2 else -1.0 / 3.0]))
             assert torch.autograd.grad(loss.sum(), logits)[0].abs().sum() > 0.1
 
@@ -64,10 +67,12 @@ def test_projection_direction_and_random_points(norm):
     keys = example_keys(torch.arange(20))
     project = projection(x, radius, norm)
     far = project(x + 3.0 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1)))
-    assert inside(far, x, radius, norm).all() and (norm_of(far - x, norm)[5:] > 0.2 * radius.flatten()[5:]).all()
+    assert (inside(far, x, radius, norm).all()
+            and (norm_of(far - x, norm)[5:] > 0.2 * radius.flatten()[5:]).all())
     torch.testing.assert_close(project(far.clone()), far)
     point = random_point(x, radius, norm, keys)
-    assert inside(point, x, radius, norm).all() and torch.equal(point[3:5], random_point(x[3:5], radius[3:5], norm, keys[3:5]))
+    assert (inside(point, x, radius, norm).all()
+            and torch.equal(point[3:5], random_point(x[3:5], radius[3:5], norm, keys[3:5])))
     torch.testing.assert_close(norm_of(steepest(x - 0.5, norm), norm), torch.ones(20))
     assert not steepest(torch.zeros_like(x), norm).any()
     outside = far.clone()
@@ -103,12 +108,14 @@ def test_a_linear_model_falls_just_beyond_its_distance_and_not_before(attack, no
     beyond = attack(model, x, y, epsilon=1.01 * distance, norm=norm)
     assert misclassified(model, beyond, y).all() and inside(beyond, x, radii(1.01 * distance, x), norm).all()
     before = attack(model, x, y, epsilon=0.99 * distance, norm=norm)
-    assert not misclassified(model, before, y).any() and inside(before, x, radii(0.99 * distance, x), norm).all()
+    assert (not misclassified(model, before, y).any()
+            and inside(before, x, radii(0.99 * distance, x), norm).all())
 
 
 @every_norm
 def test_the_point_of_largest_loss_of_a_linear_model(norm):
-    """Not fooled: the best point is x - epsilon * d(w) on the side of the other class, whose margin is margin - epsilon |w|_dual."""
+    """Not fooled: the best point is x - epsilon * d(w) on the side of the other class,
+    whose margin is margin - epsilon |w|_dual."""
     model, x, y, w, margins = two_classes()
     epsilon = 0.5 * margins / DUAL[norm](w)
     logits = model(apgd(model, x, y, epsilon=epsilon, norm=norm)).detach()
@@ -119,12 +126,12 @@ def test_the_point_of_largest_loss_of_a_linear_model(norm):
 def test_a_loss_function_and_a_start_are_used():
     model, x, y, _, _ = two_classes()
     start = (x + 0.01).clamp(0, 1)
-    assert torch.equal(apgd(model, x, y, epsilon=0.02, num_steps=0, start=start)[~misclassified(model, start, y)],
-                       start[~misclassified(model, start, y)])
+    right = ~misclassified(model, start, y)
+    assert torch.equal(apgd(model, x, y, epsilon=0.02, num_steps=0, start=start)[right], start[right])
     upwards = apgd(model, x, y, epsilon=0.001, loss=lambda logits, y: logits.gather(1, y[:, None]).squeeze(1))
     assert (model(upwards).gather(1, y[:, None]) > model(x).gather(1, y[:, None])).all()
-    for wrong in ({"start": "gaussian"}, {"start": x[1:]}, {"loss": "hinge"}, {"epsilon": -1.0}, {"epsilon": torch.ones(2)},
-                  {"num_steps": -1}):
+    for wrong in ({"start": "gaussian"}, {"start": x[1:]}, {"loss": "hinge"}, {"epsilon": -1.0},
+                  {"epsilon": torch.ones(2)}, {"num_steps": -1}):
         with pytest.raises(ValueError):
             apgd(model, x, y, **({"epsilon": 0.1} | wrong))
 

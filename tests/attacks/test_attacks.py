@@ -1,4 +1,5 @@
-"""PGD and FGSM against reference attacks and closed forms, what they guarantee of x_adv and of the model, and the keyed noise."""
+"""PGD and FGSM against reference attacks and closed forms, what they guarantee of x_adv and of the model,
+and the keyed noise."""
 import json
 import math
 from itertools import pairwise
@@ -47,9 +48,11 @@ def batch(shape=(6, 1, 3, 3), num_classes=2, dtype=torch.float64, seed=0):
 
 
 def mixed_model():
-    """BatchNorm and dropout, some submodules in eval mode, one weight frozen by the user, some gradients already there."""
+    """BatchNorm and dropout, some submodules in eval mode, one weight frozen by the user,
+    some gradients already there."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Sequential(nn.ReLU(), nn.Dropout(0.5)), nn.Flatten(), nn.Linear(4, 2))
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Sequential(nn.ReLU(), nn.Dropout(0.5)),
+                          nn.Flatten(), nn.Linear(4, 2))
     model[1].eval()
     model[2][1].eval()
     model[0].weight.requires_grad_(False)
@@ -59,9 +62,11 @@ def mixed_model():
 
 
 def state(model):
-    """Everything about the model that an attack must leave alone, in plain values: modes, flags, gradients, parameters."""
+    """Everything about the model that an attack must leave alone, in plain values:
+    modes, flags, gradients, parameters."""
     return ([module.training for module in model.modules()],
-            [(parameter.requires_grad, id(parameter.grad), parameter.grad is not None and parameter.grad.tolist(), parameter.tolist())
+            [(parameter.requires_grad, id(parameter.grad),
+              parameter.grad is not None and parameter.grad.tolist(), parameter.tolist())
              for parameter in model.parameters()])
 
 
@@ -82,17 +87,20 @@ def weighted_cross_entropy(logits, y):
     ("trades.trades_loss, start = x + 0.001*noise_normal", "gaussian", kl_divergence),
     ("mart.mart_loss, start = x + 0.001*noise_normal", "gaussian", cross_entropy),
     ("zeng.PGDAttacker mode=baseline alpha=0.0, no random start", "clean", cross_entropy),
-    ("zeng.PGDAttacker mode=baseline alpha=0.0, start = x + EPS*noise_uniform (not clamped)", "uniform", cross_entropy),
+    ("zeng.PGDAttacker mode=baseline alpha=0.0, start = x + EPS*noise_uniform (not clamped)", "uniform",
+     cross_entropy),
     ("zeng.PGDAttacker mode=margin alpha=2.0, no random start", "clean", weighted_cross_entropy),
-    ("zeng.PGDAttacker mode=margin alpha=2.0, start = x + EPS*noise_uniform (not clamped)", "uniform", weighted_cross_entropy),
+    ("zeng.PGDAttacker mode=margin alpha=2.0, start = x + EPS*noise_uniform (not clamped)", "uniform",
+     weighted_cross_entropy),
 ))
 def test_pgd_is_the_attack_of_the_released_code(name, start, loss_fn):
     x, uniform, normal = (torch.tensor(TOY[key]) for key in ("x", "noise_uniform", "noise_normal"))
     model = tanh_network(TOY)
-    first = {"clean": x, "uniform": x + TOY["eps"] * uniform, "clamped uniform": (x + TOY["eps"] * uniform).clamp(0, 1),
-             "gaussian": x + 0.001 * normal}[start]
+    first = {"clean": x, "uniform": x + TOY["eps"] * uniform,
+             "clamped uniform": (x + TOY["eps"] * uniform).clamp(0, 1), "gaussian": x + 0.001 * normal}[start]
     target = predict(model, x) if loss_fn is kl_divergence else torch.tensor(TOY["labels"])
-    x_adv = pgd(model, x, target, epsilon=TOY["eps"], step_size=TOY["step_size"], num_steps=TOY["steps"], loss_fn=loss_fn, start=first)
+    x_adv = pgd(model, x, target, epsilon=TOY["eps"], step_size=TOY["step_size"], num_steps=TOY["steps"],
+                loss_fn=loss_fn, start=first)
     torch.testing.assert_close(x_adv, torch.tensor(TOY["out"][name]["x_adv_f32"]), rtol=0, atol=1e-6)
 
 
@@ -104,12 +112,14 @@ def tanh_network(golden):
 
 
 def kappa_of(golden, start, kappa="count"):
-    return pgd_kappa(tanh_network(golden), torch.tensor(golden["x"]), torch.tensor(golden["labels"]), epsilon=golden["eps"],
-                     step_size=golden["step_size"], num_steps=golden.get("steps"), start=start, kappa=kappa)
+    return pgd_kappa(tanh_network(golden), torch.tensor(golden["x"]), torch.tensor(golden["labels"]),
+                     epsilon=golden["eps"], step_size=golden["step_size"], num_steps=golden.get("steps"),
+                     start=start, kappa=kappa)
 
 
 @pytest.mark.parametrize(("name", "noisy"), (
-    ("gairat.GA_PGD cent, no random start", False), ("gairat.GA_PGD cent, start = clamp(x + EPS*noise_uniform)", True)))
+    ("gairat.GA_PGD cent, no random start", False),
+    ("gairat.GA_PGD cent, start = clamp(x + EPS*noise_uniform)", True)))
 def test_kappa_is_that_of_the_released_code(name, noisy):
     x = torch.tensor(TOY["x"])
     start = (x + TOY["eps"] * torch.tensor(TOY["noise_uniform"])).clamp(0, 1) if noisy else x
@@ -180,7 +190,8 @@ def test_cw_attack_follows_the_only_rival_among_many_classes(dtype):
 def test_kl_attack_from_the_gaussian_start_reaches_a_vertex_of_the_ball():
     model, (x, _) = linear_model(), batch()
     x = 0.2 + 0.6 * x
-    x_adv = pgd(model, x, predict(model, x), epsilon=0.1, step_size=0.03, num_steps=10, loss_fn=kl_divergence, start="gaussian")
+    x_adv = pgd(model, x, predict(model, x), epsilon=0.1, step_size=0.03, num_steps=10, loss_fn=kl_divergence,
+                start="gaussian")
     torch.testing.assert_close((x_adv - x).abs(), torch.full_like(x, 0.1), rtol=0, atol=1e-12)
 
 
@@ -188,7 +199,8 @@ def test_kl_attack_from_the_gaussian_start_reaches_a_vertex_of_the_ball():
 def test_pgd_never_ends_below_its_start_on_a_linear_model(start):
     model, (x, y) = linear_model(), batch((20, 1, 3, 3))
     keys = example_keys(torch.arange(20), 0)
-    attacked = [small_attack(model, x, y, num_steps=num_steps, step_size=0.01, start=start, keys=keys) for num_steps in range(5)]
+    attacked = [small_attack(model, x, y, num_steps=num_steps, step_size=0.01, start=start, keys=keys)
+                for num_steps in range(5)]
     losses = [cross_entropy(model(x_adv), y) for x_adv in attacked]
     for before, after in pairwise(losses):
         assert (after >= before - 1e-12).all()
@@ -201,7 +213,8 @@ def test_one_step_moves_every_pixel_by_step_size_along_the_sign():
     model, (x, y) = linear_model(), batch()
     x = 0.2 + 0.6 * x
     moved = pgd(model, x, y, epsilon=0.1, step_size=0.02, num_steps=1, start="clean") - x
-    torch.testing.assert_close(moved, 0.02 * (best_for_two_classes(model, x, y, 0.1) - x).sign(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(moved, 0.02 * (best_for_two_classes(model, x, y, 0.1) - x).sign(),
+                               rtol=0, atol=1e-12)
 
 
 def test_pixels_without_a_gradient_stay_where_they_are():
@@ -226,7 +239,8 @@ def test_kl_gradient_vanishes_at_the_clean_image_and_not_at_the_gaussian_start()
 
 def test_kl_attack_from_the_clean_start_does_not_move():
     model, (x, y) = linear_model(dtype=torch.float32), batch(dtype=torch.float32)
-    model[1].bias.data.copy_(torch.tensor([200.0, 0.0]))  # probabilities of exactly 1 and 0: no rounding in the gradient
+    # probabilities of exactly 1 and 0: no rounding in the gradient
+    model[1].bias.data.copy_(torch.tensor([200.0, 0.0]))
     assert torch.equal(small_attack(model, x, predict(model, x), loss_fn=kl_divergence, start="clean"), x)
     assert not torch.equal(small_attack(model, x, torch.ones_like(y), start="clean"), x)
 
@@ -271,7 +285,8 @@ def test_random_starts_have_the_spread_they_should_have(dtype):
     model = linear_model(shape=(1, 50, 50), dtype=dtype)
     x, y = torch.full((4, 1, 50, 50), 0.5, dtype=dtype), torch.zeros(4, dtype=torch.long)
     for keys in (None, example_keys(torch.arange(4), 1)):
-        noise = {start: pgd(model, x, y, epsilon=0.1, step_size=0.0, num_steps=0, start=start, keys=keys) - x for start in STARTS}
+        noise = {start: pgd(model, x, y, epsilon=0.1, step_size=0.0, num_steps=0, start=start, keys=keys) - x
+                 for start in STARTS}
         assert noise["clean"].count_nonzero() == 0
         assert noise["uniform"].std().item() == pytest.approx(0.1 / math.sqrt(3), rel=0.03)
         assert noise["uniform"].abs().max().item() == pytest.approx(0.1, rel=0.01)
@@ -311,13 +326,15 @@ def test_inputs_are_left_as_they_were():
 @given(st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.integers(1, 4)),
        st.sampled_from((0.0, 1 / 255, 0.031, 0.3, 1.0, 2.0)), st.floats(0, 1), st.integers(0, 3),
        st.sampled_from((*STARTS, "far")), st.sampled_from(("eval", "train", None)), st.booleans())
-def test_x_adv_is_finite_inside_the_ball_and_inside_the_box(shape, epsilon, step_size, num_steps, start, mode, keyed):
+def test_x_adv_is_finite_inside_the_ball_and_inside_the_box(
+        shape, epsilon, step_size, num_steps, start, mode, keyed):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(shape[1], 3, 3, padding=1), nn.Tanh(), nn.Dropout(0.2), nn.Flatten(),
                           nn.Linear(3 * shape[2] * shape[3], 4))
     x = torch.rand(shape).round(decimals=1)
     first = x + 5 * torch.randn(shape) if start == "far" else start
-    x_adv = pgd(model, x, torch.randint(4, shape[:1]), epsilon=epsilon, step_size=step_size, num_steps=num_steps, start=first, mode=mode,
+    x_adv = pgd(model, x, torch.randint(4, shape[:1]), epsilon=epsilon, step_size=step_size,
+                num_steps=num_steps, start=first, mode=mode,
                 keys=example_keys(torch.arange(shape[0])) if keyed else None)
     assert x_adv.shape == x.shape
     assert x_adv.dtype == x.dtype
@@ -347,7 +364,8 @@ def test_no_steps_gives_the_projected_start():
 @pytest.mark.parametrize("num_steps", (0, 2))
 def test_x_adv_has_no_graph_even_where_x_requires_a_gradient(num_steps):
     model, (x, y) = linear_model(), batch()
-    for images, start in ((x, "uniform"), (x.clone().requires_grad_(), "clean"), (x, x.clone().requires_grad_())):
+    for images, start in ((x, "uniform"), (x.clone().requires_grad_(), "clean"),
+                          (x, x.clone().requires_grad_())):
         assert not small_attack(model, images, y, num_steps=num_steps, start=start).requires_grad
 
 
@@ -379,7 +397,8 @@ def test_an_attack_under_no_grad_is_the_same_attack():
 ))
 def test_bad_input_raises_a_value_error_that_names_it(message, wrong):
     model = linear_model(dtype=torch.float32)
-    valid = {"x": torch.full((2, 1, 3, 3), 0.5), "target": torch.tensor([0, 1]), "epsilon": 0.1, "step_size": 0.1, "num_steps": 1}
+    valid = {"x": torch.full((2, 1, 3, 3), 0.5), "target": torch.tensor([0, 1]), "epsilon": 0.1,
+             "step_size": 0.1, "num_steps": 1}
     pgd(model, **valid)
     with pytest.raises(ValueError, match=message):
         pgd(model, **valid | wrong)
@@ -465,7 +484,8 @@ def test_the_bare_module_is_attacked_under_distributed_data_parallel(process_gro
     assert state(wrapper) == before
     model.zero_grad()
     wrapper(x).sum().backward()
-    assert [parameter.grad is not None for parameter in model.parameters()] == [False, True, True, True, True, True]
+    assert ([parameter.grad is not None for parameter in model.parameters()]
+            == [False, True, True, True, True, True])
 
 
 # The keyed noise
@@ -474,7 +494,8 @@ WORD = 2**64
 
 
 def splitmix64(seed):
-    """The generator as published (Steele, Lea & Flood 2014; Vigna's splitmix64.c), on Python's unbounded integers."""
+    """The generator as published (Steele, Lea & Flood 2014; Vigna's splitmix64.c),
+    on Python's unbounded integers."""
     while True:
         seed = (seed + 0x9E3779B97F4A7C15) % WORD
         yield finalizer(seed)
@@ -490,7 +511,8 @@ def signed(word):
     return word - WORD if word >= WORD // 2 else word
 
 
-words = st.lists(st.integers(0, WORD - 1), min_size=1, max_size=20).map(lambda drawn: [*drawn, 0, 1, WORD - 1, WORD // 2, WORD // 2 - 1])
+words = st.lists(st.integers(0, WORD - 1), min_size=1,
+                 max_size=20).map(lambda drawn: [*drawn, 0, 1, WORD - 1, WORD // 2, WORD // 2 - 1])
 
 
 @quick
@@ -507,7 +529,8 @@ def test_uniform_noise_is_the_top_of_the_published_splitmix64_sequence():
     for seed, numbers in published.items():
         generator = splitmix64(seed)
         assert tuple(next(generator) for _ in numbers) == numbers
-        assert keyed_uniform(torch.tensor([seed]), (3,)).tolist() == [[(number >> 40) / 2**24 for number in numbers]]
+        assert (keyed_uniform(torch.tensor([seed]), (3,)).tolist()
+                == [[(number >> 40) / 2**24 for number in numbers]])
 
 
 @pytest.mark.parametrize("draw", (keyed_uniform, keyed_normal))
@@ -538,12 +561,14 @@ def test_uniform_noise_is_uniform():
     noise = keyed_uniform(example_keys(torch.arange(64), 0, 0), (1, 32, 32)).double()
     assert noise.min() >= 0
     assert noise.max() < 1
-    for numbers in (noise.flatten(), keyed_uniform(example_keys(torch.arange(65_536), 0, 0), (1,)).double().flatten()):
+    for numbers in (noise.flatten(),
+                    keyed_uniform(example_keys(torch.arange(65_536), 0, 0), (1,)).double().flatten()):
         count = numbers.numel()
         assert numbers.mean().item() == pytest.approx(1 / 2, abs=4 * math.sqrt(1 / 12 / count))
         assert numbers.var().item() == pytest.approx(1 / 12, abs=4 * math.sqrt(1 / 180 / count))
         observed = torch.histc(numbers, bins=16, min=0, max=1)
-        assert ((observed - count / 16) ** 2 / (count / 16)).sum() < 44.3  # the 99.99 % point of chi-square with 15 degrees of freedom
+        # the 99.99 % point of chi-square with 15 degrees of freedom
+        assert ((observed - count / 16) ** 2 / (count / 16)).sum() < 44.3
 
 
 @pytest.mark.parametrize("draw", (keyed_uniform, keyed_normal))
@@ -556,12 +581,14 @@ def test_noise_has_no_correlation_between_pixels_keys_or_streams(draw):
     assert correlation(noise[:-1], noise[1:]) < limit
     for stream in ((0, 1), (1, 0), (0,)):
         assert correlation(noise, draw(example_keys(index, *stream), (1, 32, 32)).double()) < limit
-    consecutive = draw(index, (1, 32, 32)).double()  # neighbouring keys, not only keys of neighbouring examples
+    # neighbouring keys, not only keys of neighbouring examples
+    consecutive = draw(index, (1, 32, 32)).double()
     assert correlation(consecutive[:-1], consecutive[1:]) < limit
 
 
 def test_normal_noise_is_box_muller_of_the_uniform_noise_and_finite_at_zero():
-    keys = torch.tensor([7, -7, signed(-0x9E3779B97F4A7C15 % WORD)])  # the last one's first uniform number is exactly zero
+    # the last one's first uniform number is exactly zero
+    keys = torch.tensor([7, -7, signed(-0x9E3779B97F4A7C15 % WORD)])
     radius, angle = keyed_uniform(keys, (2, 50)).double().unbind(dim=1)
     assert radius[2, 0] == 0
     expected = (-2 * (1 - radius).log()).sqrt() * (2 * math.pi * angle).cos()
@@ -584,8 +611,10 @@ def test_keyed_attack_on_an_example_is_the_same_alone_and_in_any_batch(start):
     few_steps = {"step_size": 0.01, "start": start}  # so few that the start still shows in x_adv
     whole = small_attack(model, x, y, keys=keys, **few_steps)
     for chosen in ([3], [5, 0, 3], [0, 1, 2]):
-        assert torch.equal(small_attack(model, x[chosen], y[chosen], keys=keys[chosen], **few_steps), whole[chosen])
-    assert not torch.equal(small_attack(model, x, y, keys=example_keys(torch.arange(6), 0, 3), **few_steps), whole)
+        assert torch.equal(small_attack(model, x[chosen], y[chosen], keys=keys[chosen], **few_steps),
+                           whole[chosen])
+    assert not torch.equal(small_attack(model, x, y, keys=example_keys(torch.arange(6), 0, 3), **few_steps),
+                           whole)
 
 
 def test_keyed_attack_leaves_the_global_generator_alone():

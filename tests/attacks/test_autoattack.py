@@ -1,4 +1,5 @@
-"""attacks/autoattack.py, attacks/reference.py: who breaks what, what counts, the globals that are restored."""
+"""attacks/autoattack.py, attacks/reference.py: who breaks what, what counts,
+the globals that are restored."""
 import sys
 from functools import partial
 
@@ -20,7 +21,8 @@ from tests.attack_models import (
     two_classes,
 )
 
-QUICK = tuple((name, partial(attack, **{"num_queries" if name == "square" else "num_steps": 8})) for name, attack in STANDARD)
+QUICK = tuple((name, partial(attack, **{"num_queries" if name == "square" else "num_steps": 8}))
+              for name, attack in STANDARD)
 
 
 def quick(*args, **options):
@@ -65,7 +67,8 @@ def test_any_number_of_classes_and_radius_zero(classes):
 
 
 def test_each_member_meets_the_survivors_only_and_nothing_counts_unconfirmed():
-    """Members that leave the ball, leave the box, return NaN, do nothing, and fool the first two images: only the last one counts."""
+    """Members that leave the ball, leave the box, return NaN, do nothing, and fool the first two images:
+    only the last one counts."""
     model = network(2)
     x, y, _ = batch(model, 6)
     real = autoattack(model, x, y, epsilon=0.3)
@@ -82,15 +85,18 @@ def test_each_member_meets_the_survivors_only_and_nothing_counts_unconfirmed():
     def rows_of(part):
         return [int((x == image).flatten(1).all(1).nonzero()) for image in part]
 
-    members = [("far", member(lambda part: real[rows_of(part)] * 0 + 0.5)), ("box", member(lambda part: part - 5)),
+    members = [("far", member(lambda part: real[rows_of(part)] * 0 + 0.5)),
+               ("box", member(lambda part: part - 5)),
                ("nan", member(lambda part: part * float("nan"))), ("nothing", member(lambda part: part)),
-               ("two", member(lambda part: torch.stack([real[row] if row < 2 else x[row] for row in rows_of(part)]))),
+               ("two", member(lambda part: torch.stack([real[row] if row < 2 else x[row]
+                                                        for row in rows_of(part)]))),
                ("all", member(lambda part: real[rows_of(part)]))]
     x_adv, broken_by = run_ensemble(model, x, y, members[:5], epsilon=0.3)
     assert broken_by.tolist() == [4, 4, STANDING, STANDING, STANDING, MISCLASSIFIED] and asked == [5] * 5
     assert torch.equal(x_adv[:2], real[:2]) and torch.equal(x_adv[2:], x[2:])
     asked.clear()
-    assert run_ensemble(model, x, y, members[4:], epsilon=0.3)[1].tolist() == [0, 0, 1, 1, 1, MISCLASSIFIED] and asked == [5, 3]
+    assert (run_ensemble(model, x, y, members[4:], epsilon=0.3)[1].tolist() == [0, 0, 1, 1, 1, MISCLASSIFIED]
+            and asked == [5, 3])
     assert not confirmed(model, real, x, y, epsilon=1e-4)[:5].any()
 
 
@@ -112,7 +118,8 @@ def test_the_reference_leaves_the_globals_and_the_model_as_they_were(monkeypatch
             with pytest.raises(RuntimeError):
                 autoattack_reference(model, x, y, epsilon=0.1)
         else:
-            assert torch.equal(autoattack_reference(model, x, y, epsilon=0.1, norm="l2", seed=3), (x + 0.1).clamp(0, 1))
+            assert torch.equal(autoattack_reference(model, x, y, epsilon=0.1, norm="l2", seed=3),
+                               (x + 0.1).clamp(0, 1))
         traced = sys.gettrace()
     finally:
         sys.settrace(before)

@@ -1,4 +1,5 @@
-"""Bisection with targeted APGD against the closed form of linear models, and the minimal-norm attacks held against foolbox."""
+"""Bisection with targeted APGD against the closed form of linear models,
+and the minimal-norm attacks held against foolbox."""
 from dataclasses import replace
 
 import pytest
@@ -18,7 +19,8 @@ from losses.margin import misclassified
 def test_apgd_with_a_radius_of_each_example_finds_the_distance_of_a_linear_model(norm, num_classes):
     model = linear(num_classes)
     x, y = interior(model)
-    x_adv, expected = apgd_bisection(model, x, y, norm=norm, num_steps=20, num_rounds=14), linear_distance(model, x, y, norm)
+    x_adv = apgd_bisection(model, x, y, norm=norm, num_steps=20, num_rounds=14)
+    expected = linear_distance(model, x, y, norm)
     distance = norm_of(x_adv - x, norm)
     assert misclassified(model(x_adv), y).all() and (distance >= expected * (1 - 1e-9)).all()
     torch.testing.assert_close(distance, expected, rtol=0.01, atol=0)
@@ -38,14 +40,20 @@ def test_it_begins_from_the_known_distances_and_finds_nothing_below_the_true_one
 def test_the_thorough_budget_runs_it():
     model = linear(5)
     x, y = interior(model, count=2)
-    small = replace(BUDGETS["strong"], num_steps=20, target_steps=5, num_targets=2, num_rounds=3, round_steps=5, fab_steps=5, fab_targets=2)
+    small = replace(BUDGETS["strong"], num_steps=20, target_steps=5, num_targets=2, num_rounds=3,
+                    round_steps=5, fab_steps=5, fab_targets=2)
     result = minimal_distances(model, x, y, budget=small)
-    assert {name for name in result.attacks if "apgd" in name} == {"apgd-t bisection linf", "apgd-t bisection l2"}
-    assert not any("apgd" in name for name in minimal_distances(model, x, y, budget=replace(small, thorough=False)).attacks)
+    assert ({name for name in result.attacks if "apgd" in name}
+            == {"apgd-t bisection linf", "apgd-t bisection l2"})
+    assert not any("apgd" in name
+                   for name in minimal_distances(model, x, y, budget=replace(small, thorough=False)).attacks)
 
 
-@pytest.mark.parametrize(("norm", "theirs", "ours"), (("linf", "LInfFMNAttack", fmn), ("l2", "L2FMNAttack", fmn), ("l2", "DDNAttack", ddn)))
-def test_foolbox_finds_no_shorter_distance_than_the_pool_and_about_what_our_own_form_of_its_attack_finds(norm, theirs, ours):
+@pytest.mark.parametrize(("norm", "theirs", "ours"),
+                         (("linf", "LInfFMNAttack", fmn), ("l2", "L2FMNAttack", fmn),
+                          ("l2", "DDNAttack", ddn)))
+def test_foolbox_finds_no_shorter_distance_than_the_pool_and_about_what_our_own_form_of_its_attack_finds(
+        norm, theirs, ours):
     foolbox = pytest.importorskip("foolbox", reason="foolbox is in requirements-dev.txt")
     model, file = tiny_mlp()
     x, y = torch.from_numpy(file["images"])[:, None].float() / 255, torch.from_numpy(file["labels"]).long()

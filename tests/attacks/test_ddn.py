@@ -32,7 +32,8 @@ def test_a_target_is_followed():
     model = sharp(4)
     x, y = interior(model, margin=50.0)
     target = ranked_targets(model(x), y, 3)[:, 2]
-    lead = [-logit_margin(model(ddn(model, x, y, num_steps=1, target=aim)), y, target) for aim in (target, None)]
+    lead = [-logit_margin(model(ddn(model, x, y, num_steps=1, target=aim)), y, target)
+            for aim in (target, None)]
     assert (lead[0] > lead[1] + 50).all()  # of the target over y, after one step of length one
     assert misclassified(model(ddn(model, x, y, num_steps=100, target=target)), y).all()
 
@@ -43,7 +44,8 @@ def test_saturated_logits_give_a_direction_all_the_same():
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(2000)  # the probabilities are 0 and 1, the gradient of the cross-entropy is 0
-    assert torch.autograd.grad(torch.nn.functional.cross_entropy(model(x.requires_grad_()), y), x)[0].abs().sum() == 0
+    loss = torch.nn.functional.cross_entropy(model(x.requires_grad_()), y)
+    assert torch.autograd.grad(loss, x)[0].abs().sum() == 0
     assert misclassified(model(ddn(model, x.detach(), y)), y).all()
 
 

@@ -1,4 +1,5 @@
-"""attacks/fab.py: the projections against linear programmes and bisection, distances on linear models, and what holds for every batch."""
+"""attacks/fab.py: the projections against linear programmes and bisection, distances on linear models,
+and what holds for every batch."""
 from functools import partial
 
 import numpy as np
@@ -27,7 +28,8 @@ every_norm = pytest.mark.parametrize("norm", NORMS)
 
 
 def nearest_distance(x, w, c, norm):
-    """The least |d| with <w, d> + c = 0 and 0 <= x + d <= 1: linear programmes for l_inf and l_1, bisection on the multiplier for l_2."""
+    """The least |d| with <w, d> + c = 0 and 0 <= x + d <= 1: linear programmes for l_inf and l_1,
+    bisection on the multiplier for l_2."""
     size = len(x)
     if norm == "l2":
         low, high = 0.0, 1e6
@@ -39,7 +41,8 @@ def nearest_distance(x, w, c, norm):
     slack = 1 if norm == "linf" else size  # d = the first variables, |d_i| <= the others
     bound = np.ones((size, 1)) if norm == "linf" else np.eye(size)
     both = np.block([[np.eye(size), -bound], [-np.eye(size), -bound]])
-    solved = linprog(np.r_[np.zeros(size), np.ones(slack)], both, np.zeros(2 * size), np.r_[w, np.zeros(slack)][None], [-c],
+    solved = linprog(np.r_[np.zeros(size), np.ones(slack)], both, np.zeros(2 * size),
+                     np.r_[w, np.zeros(slack)][None], [-c],
                      bounds=[(-a, 1 - a) for a in x] + [(0, None)] * slack)
     return solved.fun
 
@@ -49,13 +52,15 @@ def nearest_distance(x, w, c, norm):
 @given(seed=st.integers(0, 10**6), size=st.integers(1, 12), share=st.floats(-0.98, 0.98), flat=st.booleans())
 def test_the_projection_is_the_nearest_point_of_hyperplane_and_box(norm, seed, size, share, flat):
     random = np.random.default_rng(seed)
-    x, w = random.random(size).round(1 if flat else 8), random.normal(size=size).round(0 if flat else 8)  # ties, zeros and bounds
+    # ties, zeros and bounds
+    x, w = random.random(size).round(1 if flat else 8), random.normal(size=size).round(0 if flat else 8)
     reach = np.maximum(w * (1 - x), -w * x).sum() if share < 0 else np.maximum(-w * (1 - x), w * x).sum()
     c = share * reach
     z = project_box(torch.tensor(x)[None], torch.tensor(w)[None], torch.tensor([c]), norm)
     assert z.min() >= 0 and z.max() <= 1
     assert float(w @ (z[0].numpy() - x) + c) == pytest.approx(0.0, abs=1e-8)
-    assert norm_of(z - torch.tensor(x), norm).item() == pytest.approx(nearest_distance(x, w, c, norm), rel=1e-6, abs=1e-7)
+    assert (norm_of(z - torch.tensor(x), norm).item()
+            == pytest.approx(nearest_distance(x, w, c, norm), rel=1e-6, abs=1e-7))
 
 
 @every_norm
@@ -67,7 +72,8 @@ def test_a_hyperplane_beyond_the_box_and_a_dead_gradient(norm):
 
 @every_norm
 def test_distances_on_a_linear_model(norm):
-    """margin / |w|_dual, where the box is wide enough: for l_1, whose perturbation is on one pixel, so near the boundary only."""
+    """margin / |w|_dual, where the box is wide enough: for l_1, whose perturbation is on one pixel,
+    so near the boundary only."""
     model, x, y, w, margins = two_classes(seed=3)
     near = margins / DUAL[norm](w) < 0.35
     assert near.sum() >= 4

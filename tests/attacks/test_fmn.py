@@ -1,4 +1,5 @@
-"""FMN against the closed form of linear models, from the clean image and from images of other classes; the norms and projections shared."""
+"""FMN against the closed form of linear models, from the clean image and from images of other classes;
+the norms and projections shared."""
 import pytest
 import torch
 from hypothesis import given, settings
@@ -36,7 +37,8 @@ def test_from_an_image_of_another_class_it_finds_what_the_clean_gradient_hides(n
     assert torch.equal(fmn(model, x, y, norm=norm), x)
     x_adv = fmn(model, x, y, norm=norm, start=torch.ones_like(x))
     assert misclassified(model(x_adv), y).all()
-    assert norm_of(x_adv - x, norm).item() == pytest.approx({"linf": 0.3, "l2": 1.2, "l1": 4.8}[norm], rel=0.01)
+    expected = {"linf": 0.3, "l2": 1.2, "l1": 4.8}[norm]
+    assert norm_of(x_adv - x, norm).item() == pytest.approx(expected, rel=0.01)
 
 
 class Function(torch.nn.Module):
@@ -61,7 +63,8 @@ def test_a_target_is_followed_and_every_misclassification_counts(norm):
     target = ranked_targets(model(x), y, 2)[:, 1]
     x_adv = fmn(model, x, y, norm=norm, num_steps=300, step_size=1.0, target=target)
     weight, logits = model[1].weight.detach(), model(x).detach()
-    normal = torch.linalg.vector_norm(weight[y] - weight[target], ord={"linf": 1, "l2": 2, "l1": torch.inf}[norm], dim=1)
+    normal = torch.linalg.vector_norm(weight[y] - weight[target],
+                                      ord={"linf": 1, "l2": 2, "l1": torch.inf}[norm], dim=1)
     to_target = (logits.gather(1, y[:, None]) - logits.gather(1, target[:, None])).squeeze(1) / normal
     assert misclassified(model(x_adv), y).all()
     assert (norm_of(x_adv - x, norm) <= 1.01 * to_target).all()
@@ -76,7 +79,8 @@ def test_the_projection_is_the_nearest_point_of_the_ball(norm, seed, radius):
     radii = torch.tensor([radius, radius / 2, 100.0], dtype=torch.float64)
     found = project_ball(delta, per_example(radii, delta), norm)
     assert (norm_of(found, norm) <= radii * (1 + 1e-9)).all() and torch.equal(found[2], delta[2])
-    other = project_ball(torch.randn((3, 1, 2, 5), generator=generator, dtype=torch.float64), per_example(radii, delta), norm)
+    other = project_ball(torch.randn((3, 1, 2, 5), generator=generator, dtype=torch.float64),
+                         per_example(radii, delta), norm)
     obtuse = ((delta - found) * (other - found)).flatten(1).sum(dim=1)  # of the projection onto a convex set
     assert (obtuse <= 1e-9).all()
 
@@ -99,8 +103,10 @@ def test_the_last_iterate_and_misclassified_images_count():
 
 
 @pytest.mark.parametrize(("message", "wrong"), (
-    ("unknown norm 'l3'", {"norm": "l3"}), ("num_steps", {"num_steps": -1}), ("labels", {"y": torch.zeros(3)}),
-    (r"\[0, 1\]", {"x": torch.full((8, 1, 4, 4), 2.0)}), ("start of shape", {"start": torch.zeros(1, 1, 4, 4)})))
+    ("unknown norm 'l3'", {"norm": "l3"}),
+    ("num_steps", {"num_steps": -1}), ("labels", {"y": torch.zeros(3)}),
+    (r"\[0, 1\]", {"x": torch.full((8, 1, 4, 4), 2.0)}),
+    ("start of shape", {"start": torch.zeros(1, 1, 4, 4)})))
 def test_bad_input_raises_a_value_error_that_names_it(message, wrong):
     model = linear(dtype=torch.float32)
     x, y = interior(model)

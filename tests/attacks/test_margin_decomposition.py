@@ -11,7 +11,8 @@ from attacks.margin_decomposition import md, mdmt, step_length
 from attacks.noise import example_keys
 from losses.margin import cw_loss
 
-GOLDEN, TOY = (json.loads((Path(__file__).parents[1] / "golden" / f"{name}.json").read_text()) for name in ("md", "attacks_toy"))
+GOLDEN, TOY = (json.loads((Path(__file__).parents[1] / "golden" / f"{name}.json").read_text())
+               for name in ("md", "attacks_toy"))
 attacks = pytest.mark.parametrize("attack", (md, mdmt))
 
 
@@ -22,7 +23,8 @@ def test_the_margin_of_a_linear_model_of_two_classes_is_that_of_the_corner(attac
     y = torch.zeros(6, dtype=torch.int64)
     slope = (model[1].weight[1] - model[1].weight[0]).detach()
     x_adv = attack(model, x, y, epsilon=0.05)
-    assert torch.allclose(cw_loss(model(x_adv), y), cw_loss(model(x), y) + 0.05 * slope.abs().sum(), atol=1e-5)
+    assert torch.allclose(cw_loss(model(x_adv), y), cw_loss(model(x), y) + 0.05 * slope.abs().sum(),
+                          atol=1e-5)
 
 
 @attacks
@@ -33,7 +35,8 @@ def test_ball_box_and_batches(attack, num_classes, norm):
     y, keys = model(x).argmax(1), example_keys(torch.arange(7), 1)
     options = {"epsilon": 0.1, "norm": norm, "num_steps": 8, "change_step": 3}
     whole = attack(model, x, y, keys=keys, **options)
-    single = torch.cat([attack(model, x[k:k + 1], y[k:k + 1], keys=keys[k:k + 1], **options) for k in range(7)])
+    single = torch.cat([attack(model, x[k:k + 1], y[k:k + 1], keys=keys[k:k + 1], **options)
+                        for k in range(7)])
     assert torch.allclose(whole, single, atol=1e-5)
     size = (whole - x).flatten(1).norm(dim=1, p=math.inf if norm == "linf" else 2)
     assert size.max() <= 0.1 + 1e-6 and whole.min() >= 0 and whole.max() <= 1
@@ -60,7 +63,8 @@ def test_a_change_step_beyond_the_end_is_refused():
 
 
 def iterates_of(attack, monkeypatch) -> torch.Tensor:
-    """What the attack shows the network from the released code's start, [runs, num_steps + 1, B, ...], and the result."""
+    """What the attack shows the network from the released code's start, [runs, num_steps + 1, B, ...],
+    and the result."""
     shape = (len(GOLDEN["rows"]), *torch.tensor(TOY["x"]).shape[1:])
     x, start = (torch.tensor(GOLDEN[name], dtype=torch.float64).view(shape) for name in ("x", "start"))
     weights = {name: torch.tensor(value, dtype=torch.float64) for name, value in TOY["model"].items()}
@@ -69,7 +73,8 @@ def iterates_of(attack, monkeypatch) -> torch.Tensor:
     class Net(torch.nn.Module):
         def forward(self, x):
             seen.append(x.detach().clone())
-            return torch.tanh(x.flatten(1) @ weights["W1"].T + weights["b1"]) @ weights["W2"].T + weights["b2"]
+            return (torch.tanh(x.flatten(1) @ weights["W1"].T + weights["b1"]) @ weights["W2"].T
+                    + weights["b2"])
 
     monkeypatch.setattr("attacks.margin_decomposition.first_iterate", lambda *_: start.clone())
     attack(Net(), x, torch.tensor(GOLDEN["labels"]), epsilon=GOLDEN["epsilon"], num_steps=GOLDEN["num_steps"],
@@ -84,7 +89,8 @@ def test_md_takes_the_steps_of_the_released_code(monkeypatch):
 
 
 def test_mdmt_ends_where_the_released_code_does(monkeypatch):
-    ours = iterates_of(mdmt, monkeypatch)[:, -1].flatten(2).unflatten(0, (9, 2))  # [class by rank, run, B, CHW]
+    # [class by rank, run, B, CHW]
+    ours = iterates_of(mdmt, monkeypatch)[:, -1].flatten(2).unflatten(0, (9, 2))
     for rank, ends in GOLDEN["mdmt_f64"].items():
         assert torch.allclose(ours[int(rank)], torch.tensor(ends, dtype=torch.float64), rtol=0, atol=1e-8)
     assert not torch.allclose(ours[0], ours[3], atol=1e-3)

@@ -50,8 +50,10 @@ def test_the_proximal_operator_minimises_its_objective(norm):
     assert found[5].count_nonzero() == 0  # so heavy a norm leaves nothing
     for scale in (1e-4, 1e-2, 1.0):
         for _ in range(20):
-            assert (objective(found + scale * torch.randn(point.shape, generator=generator, dtype=torch.float64)) >= least - 1e-12).all()
-    assert (objective(0.999 * found) >= least - 1e-12).all() and (objective(1.001 * found) >= least - 1e-12).all()
+            nearby = found + scale * torch.randn(point.shape, generator=generator, dtype=torch.float64)
+            assert (objective(nearby) >= least - 1e-12).all()
+    assert ((objective(0.999 * found) >= least - 1e-12).all()
+            and (objective(1.001 * found) >= least - 1e-12).all())
 
 
 def test_bisection_finds_the_distance_of_a_linear_model():
@@ -73,7 +75,8 @@ def test_bisection_below_the_distance_finds_nothing():
 def test_bad_input_raises_a_value_error_that_names_it():
     model = linear()
     x, y = interior(model)
-    for attack, options, message in ((pdpgd, {"norm": "l0"}, "unknown norm 'l0'"), (pgd_bisection, {"norm": "l2"}, "choose one of linf"),
+    for attack, options, message in ((pdpgd, {"norm": "l0"}, "unknown norm 'l0'"),
+                                     (pgd_bisection, {"norm": "l2"}, "choose one of linf"),
                                      (pdpgd, {"start": x[:1]}, "start of shape")):
         with pytest.raises(ValueError, match=message):
             attack(model, x, y, **options)

@@ -1,4 +1,5 @@
-"""The pool: closed forms in every norm, what it guarantees of its results, and the exact distances of a small network as its measure."""
+"""The pool: closed forms in every norm, what it guarantees of its results,
+and the exact distances of a small network as its measure."""
 import pytest
 import torch
 from nets import interior, linear, linear_distance, tiny_mlp
@@ -9,15 +10,16 @@ from attacks.pool import BUDGETS, Budget, minimal_distances
 from harness.evaluation.predictions import BatchInvariant
 from losses.margin import misclassified
 
-SMALL = Budget(num_steps=40, target_steps=20, num_targets=2, num_rounds=4, round_steps=10, polish_steps=10, fab_steps=5,
-               fab_targets=2)
+SMALL = Budget(num_steps=40, target_steps=20, num_targets=2, num_rounds=4, round_steps=10, polish_steps=10,
+               fab_steps=5, fab_targets=2)
 
 
 @pytest.fixture(scope="module")
 def digits():
     model, file = tiny_mlp()
-    model = BatchInvariant(model)  # else an image found among seven may be none among eight, by the rounding of a matrix product
-    return model, torch.from_numpy(file["images"])[:, None] / 255, torch.from_numpy(file["labels"]), torch.from_numpy(file["linf_distance"])
+    model = BatchInvariant(model)  # else rounding may make an image found among seven none among eight
+    x = torch.from_numpy(file["images"])[:, None] / 255
+    return model, x, torch.from_numpy(file["labels"]), torch.from_numpy(file["linf_distance"])
 
 
 @pytest.mark.parametrize("num_classes", (2, 5))
@@ -44,14 +46,17 @@ def check(model, x, y, result):
         x_adv = result.x_adv[norm]
         assert ((x_adv >= 0) & (x_adv <= 1)).all() and x_adv.dtype == x.dtype and not x_adv.requires_grad
         assert misclassified(model(x_adv), y)[found].all()
-        torch.testing.assert_close(result.distance[norm][found], norm_of(x_adv.double() - x.double(), norm)[found])
+        torch.testing.assert_close(result.distance[norm][found],
+                                   norm_of(x_adv.double() - x.double(), norm)[found])
         assert torch.equal(x_adv[~found], x[~found])
         assert torch.equal(result.winner[norm] >= 0, found)
         assert (result.distance[norm][result.misclassified] == 0).all()
         if result.attacks:
-            assert torch.equal(torch.stack(list(result.single[norm].values())).amin(dim=0), result.distance[norm])
+            assert torch.equal(torch.stack(list(result.single[norm].values())).amin(dim=0),
+                               result.distance[norm])
         for row in found.nonzero().squeeze(1):
-            assert result.single[norm][result.attacks[result.winner[norm][row]]][row] == result.distance[norm][row]
+            assert (result.single[norm][result.attacks[result.winner[norm][row]]][row]
+                    == result.distance[norm][row])
     for smaller, larger in (("linf", "l2"), ("l2", "l1")):
         if {smaller, larger} <= set(result.norms):
             assert (result.distance[smaller] <= result.distance[larger] * (1 + 1e-12)).all()
@@ -98,7 +103,8 @@ def test_a_tie_with_a_later_class_is_no_adversary():
     model[1].weight.data.zero_()
     model[1].bias.data.zero_()
     x = torch.rand((2, 1, 4, 4), dtype=torch.float64)
-    assert minimal_distances(model, x, torch.zeros(2, dtype=torch.long), budget=SMALL).distance["l2"].isinf().all()
+    assert minimal_distances(model, x, torch.zeros(2, dtype=torch.long),
+                             budget=SMALL).distance["l2"].isinf().all()
 
 
 def test_an_example_does_not_depend_on_its_batch(digits):
@@ -107,11 +113,13 @@ def test_an_example_does_not_depend_on_its_batch(digits):
     keys = example_keys(torch.arange(8), 5)
     whole = minimal_distances(model, x, y, budget=SMALL, keys=keys)
     again = minimal_distances(model, x, y, budget=SMALL, keys=keys)
-    parts = [minimal_distances(model, x[rows], y[rows], budget=SMALL, keys=keys[rows]) for rows in (slice(0, 3), slice(3, 8))]
+    parts = [minimal_distances(model, x[rows], y[rows], budget=SMALL, keys=keys[rows])
+             for rows in (slice(0, 3), slice(3, 8))]
     model.float()
     for norm in NORMS:
         assert torch.equal(whole.distance[norm], again.distance[norm])
-        torch.testing.assert_close(torch.cat([part.distance[norm] for part in parts]), whole.distance[norm], rtol=1e-6, atol=0)
+        torch.testing.assert_close(torch.cat([part.distance[norm] for part in parts]), whole.distance[norm],
+                                   rtol=1e-6, atol=0)
 
 
 def test_candidates_from_elsewhere_count_and_fmn_begins_there(digits):
@@ -122,7 +130,8 @@ def test_candidates_from_elsewhere_count_and_fmn_begins_there(digits):
     expected = torch.where(wrong, norm_of(start.double() - x.double(), "linf"), torch.inf)
     assert wrong.any() and torch.equal(result.single["linf"]["start 0"], expected)
     assert "fmn linf from start 0" in result.attacks
-    best = minimal_distances(model, x, y, norms=("linf",), budget=SMALL, extra={"oracle": (lambda *_, norm: result.x_adv[norm], 0)})
+    best = minimal_distances(model, x, y, norms=("linf",), budget=SMALL,
+                             extra={"oracle": (lambda *_, norm: result.x_adv[norm], 0)})
     assert (best.single["linf"]["oracle linf"] == result.distance["linf"]).all()
     assert (best.distance["linf"] <= result.distance["linf"]).all()
 
@@ -137,7 +146,8 @@ def test_the_model_is_left_as_it_was(digits):
 
 def test_bad_input_raises_a_value_error_that_names_it(digits):
     model, x, y, _ = digits
-    for options, message in (({"budget": "huge"}, "unknown budget 'huge': choose one of fast, standard, strong"),
+    for options, message in (({"budget": "huge"},
+                              "unknown budget 'huge': choose one of fast, standard, strong"),
                              ({"norms": ("l3",)}, "unknown norm 'l3'")):
         with pytest.raises(ValueError, match=message):
             minimal_distances(model, x, y, **options)

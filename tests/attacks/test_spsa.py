@@ -1,4 +1,5 @@
-"""SPSA and l_2 PGD: closed forms on linear models, the estimate against the true gradient, independence of batches."""
+"""SPSA and l_2 PGD: closed forms on linear models, the estimate against the true gradient,
+independence of batches."""
 import pytest
 import torch
 from torch import nn
@@ -28,7 +29,8 @@ def test_signs_belong_to_their_key_and_are_balanced():
 def test_the_estimate_points_along_the_gradient_of_a_linear_margin():
     model, x = linear(num_classes=2), images(4)
     y = torch.tensor([0, 1, 0, 1])
-    slope = (model[1].weight[1] - model[1].weight[0]).detach().view(1, 1, 3, 4) * (1 - 2 * y).view(-1, 1, 1, 1)
+    slope = ((model[1].weight[1] - model[1].weight[0]).detach().view(1, 1, 3, 4)
+             * (1 - 2 * y).view(-1, 1, 1, 1))
     found = estimate(model, x, y, example_keys(torch.arange(4)), 2048, 0.01).detach()
     assert torch.cosine_similarity(found.flatten(1), slope.flatten(1)).min() > 0.98
     assert found.norm() == pytest.approx(float(slope.norm()), rel=0.1)
@@ -73,12 +75,14 @@ def test_l2_pgd_goes_to_the_sphere_along_a_linear_models_gradient(start):
     y = torch.zeros(5, dtype=torch.int64)
     slope = (model[1].weight[1] - model[1].weight[0]).detach()
     x_adv = pgd(model, x, y, epsilon=epsilon, step_size=0.05, num_steps=60, start=start, norm="l2")
-    assert torch.allclose(x_adv - x, (epsilon * slope / slope.norm()).view(1, 1, 3, 4).expand_as(x), atol=2e-3)
+    assert torch.allclose(x_adv - x, (epsilon * slope / slope.norm()).view(1, 1, 3, 4).expand_as(x),
+                          atol=2e-3)
 
 
 def test_l2_pgd_stays_in_its_ball_and_box_and_survives_a_zero_gradient():
     model, x = linear(), images(5, 0.0, 1.0)
-    x_adv = pgd(model, x, torch.zeros(5, dtype=torch.int64), epsilon=0.5, step_size=0.2, num_steps=7, norm="l2")
+    x_adv = pgd(model, x, torch.zeros(5, dtype=torch.int64), epsilon=0.5, step_size=0.2, num_steps=7,
+                norm="l2")
     assert (x_adv - x).flatten(1).norm(dim=1).max() <= 0.5 + 1e-6 and x_adv.min() >= 0 and x_adv.max() <= 1
     model[1].weight.data.zero_()
     y = torch.zeros(5, dtype=torch.int64)

@@ -1,4 +1,5 @@
-"""attacks/square.py: its windows, patterns and schedule, a linear model's distance, and what holds for every batch."""
+"""attacks/square.py: its windows, patterns and schedule, a linear model's distance,
+and what holds for every batch."""
 from functools import partial
 from itertools import pairwise
 
@@ -25,7 +26,8 @@ every_norm = pytest.mark.parametrize("norm", ("linf", "l2"))
 
 
 def test_the_share_of_the_window_halves_on_the_unscaled_schedule():
-    assert [share_of_window(0.8, query) for query in (1, 10, 11, 51, 501, 4999)] == [0.8, 0.8, 0.4, 0.2, 0.05, 0.8 / 128]
+    assert ([share_of_window(0.8, query) for query in (1, 10, 11, 51, 501, 4999)]
+            == [0.8, 0.8, 0.4, 0.2, 0.05, 0.8 / 128])
 
 
 def test_windows_reach_every_pixel_equally_likely_positions():
@@ -40,14 +42,16 @@ def test_windows_reach_every_pixel_equally_likely_positions():
 def test_the_pixels_of_a_window_are_those_inside_it(side):
     place = keyed_uniform(example_keys(torch.arange(50)), (2,))
     pixels = module._pixels(*module._corner(place, side, 5, 6), side, 6)
-    assert torch.equal(torch.zeros(50, 30).scatter(1, pixels, 1.0).view(50, 1, 5, 6).bool(), module._window(place, side, 5, 6))
+    assert torch.equal(torch.zeros(50, 30).scatter(1, pixels, 1.0).view(50, 1, 5, 6).bool(),
+                       module._window(place, side, 5, 6))
 
 
 @pytest.mark.parametrize("side", (1, 2, 3, 5, 8))
 def test_the_pattern_is_two_bumps_of_opposite_sign(side):
     pattern = module._pattern(side, torch.zeros(1))
     assert pattern.shape == (side, side) and pattern.norm().item() == pytest.approx(1.0)
-    assert (pattern[:side // 2] > 0).all() and (pattern[side // 2:] < 0).all() if side > 1 else pattern.item() == 1.0
+    assert ((pattern[:side // 2] > 0).all() and (pattern[side // 2:] < 0).all() if side > 1
+            else pattern.item() == 1.0)
     if side > 2:
         assert pattern.abs().argmax() != 0  # the peak is inside
 
@@ -56,15 +60,18 @@ def test_the_pattern_is_two_bumps_of_opposite_sign(side):
 def test_a_linear_model_falls_beyond_its_distance_and_never_before(norm):
     model, x, y, w, margins = two_classes()
     distance = margins / (w.abs().sum() if norm == "linf" else w.norm())
-    beyond = square(model, x, y, epsilon=(1.3 if norm == "linf" else 2.5) * distance, norm=norm, num_queries=1000)
+    beyond = square(model, x, y, epsilon=(1.3 if norm == "linf" else 2.5) * distance, norm=norm,
+                    num_queries=1000)
     assert misclassified(model, beyond, y).all()
     before = square(model, x, y, epsilon=0.99 * distance, norm=norm, num_queries=200)
-    assert not misclassified(model, before, y).any() and inside(before, x, radii(0.99 * distance, x), norm).all()
+    assert (not misclassified(model, before, y).any()
+            and inside(before, x, radii(0.99 * distance, x), norm).all())
 
 
 @every_norm
 def test_more_queries_never_raise_the_margin_and_the_whole_radius_is_used(norm):
-    """On a model that no perturbation fools: each result is at least as good as the shorter search's, of which it is the continuation."""
+    """On a model that no perturbation fools: each result is at least as good as the shorter search's,
+    of which it is the continuation."""
     model, x, y, w, margins = two_classes()
     epsilon = 0.5 * margins / (w.abs().sum() if norm == "linf" else w.norm())
     left = []
@@ -122,4 +129,5 @@ def test_any_number_of_classes_and_shape_of_image(classes, shape, norm):
     x_adv = square(model, x, y, epsilon=0.2, norm=norm, num_queries=60, keys=keys)
     assert inside(x_adv, x, radii(0.2, x), norm).all() and (x_adv != x).flatten(1).any(1).all()
     torch.testing.assert_close(square(model, x, y, epsilon=0.0, norm=norm, num_queries=5, keys=keys), x)
-    assert_leaves_the_misclassified_alone(partial(square, epsilon=0.2, norm=norm, num_queries=5), model, x, y, keys)
+    assert_leaves_the_misclassified_alone(partial(square, epsilon=0.2, norm=norm, num_queries=5), model, x, y,
+                                          keys)

@@ -1,4 +1,5 @@
-"""attacks/until_broken.py: the first misclassified iterate of PGD or its last one, whatever shares the batch, which stays full."""
+"""attacks/until_broken.py: the first misclassified iterate of PGD or its last one,
+whatever shares the batch, which stays full."""
 from functools import partial
 
 import pytest
@@ -19,7 +20,8 @@ from attacks.pgd import pgd
 from attacks.until_broken import pgd_until_broken
 from losses.margin import cw_loss
 
-TASK = {"linf": {"epsilon": 0.04, "step_size": 0.004, "norm": "linf"}, "l2": {"epsilon": 0.3, "step_size": 0.03, "norm": "l2"}}
+TASK = {"linf": {"epsilon": 0.04, "step_size": 0.004, "norm": "linf"},
+        "l2": {"epsilon": 0.3, "step_size": 0.03, "norm": "l2"}}
 both_norms = pytest.mark.parametrize("norm", ("linf", "l2"))
 
 
@@ -38,7 +40,8 @@ def test_the_first_misclassified_iterate_of_pgd_or_its_last(norm, batch_size):
 
 
 def test_any_objective_and_a_success_that_the_last_iterate_loses():
-    """The step is too long: the second iterate jumps back over the boundary, the first one counts all the same."""
+    """The step is too long: the second iterate jumps back over the boundary,
+    the first one counts all the same."""
 
     class Shelf(nn.Module):  # class 1 for a mean between 0.6 and 0.7 alone
         def forward(self, x):
@@ -46,7 +49,8 @@ def test_any_objective_and_a_success_that_the_last_iterate_loses():
             return torch.stack([2 * (mean - 0.65).abs(), 0.1 - 0 * mean], 1)
 
     def follow(logits, y):
-        return logits[:, 0] * torch.where(logits[:, 0] < 0.1, 1.0, -1.0)  # down to the shelf, then away from it
+        # down to the shelf, then away from it
+        return logits[:, 0] * torch.where(logits[:, 0] < 0.1, 1.0, -1.0)
 
     x, y = torch.full((2, 1, 4, 4), 0.5), torch.tensor([0, 0])
     task = {"epsilon": 0.4, "step_size": 0.12, "start": "clean", "loss_fn": follow}
@@ -60,8 +64,10 @@ def test_a_linear_model_falls_beyond_its_distance_and_not_before(norm):
     model, x, y, w, margins = two_classes()
     distances = margins / (w.abs().sum() if norm == "linf" else w.norm())
     epsilon = 1.01 * float(distances.median())
-    found = pgd_until_broken(model, x, y, epsilon=epsilon, step_size=epsilon / 4, num_steps=20, norm=norm, batch_size=3)
-    assert torch.equal(misclassified(model, found, y), distances < epsilon) and 0 < (distances < epsilon).sum() < len(y)
+    found = pgd_until_broken(model, x, y, epsilon=epsilon, step_size=epsilon / 4, num_steps=20, norm=norm,
+                             batch_size=3)
+    assert (torch.equal(misclassified(model, found, y), distances < epsilon)
+            and 0 < (distances < epsilon).sum() < len(y))
     assert inside(found, x, radii(epsilon, x), norm).all()
 
 
@@ -97,8 +103,9 @@ def test_properties(norm):
     attack = partial(pgd_until_broken, **TASK[norm] | {"norm": norm}, num_steps=6)
     assert_pure(attack, model, *task)
     assert_independent_of_the_batch(attack, model, *task)
-    assert_refuses_what_does_not_fit(lambda *args, **options: pgd_until_broken(*args, **{**TASK[norm], "num_steps": 6, **options}),
-                                     model, *task)
+    assert_refuses_what_does_not_fit(
+        lambda *args, **options: pgd_until_broken(*args, **{**TASK[norm], "num_steps": 6, **options}),
+        model, *task)
     with pytest.raises(ValueError, match="num_steps"):
         attack(model, *task[:2], num_steps=0)
     assert len(attack(model, task[0][:0], task[1][:0])) == 0

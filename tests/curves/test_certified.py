@@ -1,4 +1,5 @@
-"""Certified distances: reading a network as affine maps, bounds that hold, the closed form of linear models."""
+"""Certified distances: reading a network as affine maps, bounds that hold,
+the closed form of linear models."""
 import pytest
 import torch
 from nets import interior, linear, linear_distance, tiny_mlp
@@ -16,7 +17,8 @@ class Normalized(nn.Module):
     def __init__(self):
         super().__init__()
         self.register_buffer("mean", torch.tensor([0.3]).view(1, 1, 1, 1))
-        self.conv, self.bn, self.out = nn.Conv2d(1, 3, 3, stride=2, padding=1), nn.BatchNorm2d(3), nn.Linear(12, 4)
+        self.conv = nn.Conv2d(1, 3, 3, stride=2, padding=1)
+        self.bn, self.out = nn.BatchNorm2d(3), nn.Linear(12, 4)
         self.bn.running_mean.fill_(0.2)
 
     def forward(self, x):
@@ -26,7 +28,8 @@ class Normalized(nn.Module):
 
 @pytest.mark.parametrize("network", (
     Normalized,
-    lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(), nn.Linear(72, 5), nn.ReLU(), nn.Linear(5, 3))))
+    lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(), nn.Linear(72, 5),
+                          nn.ReLU(), nn.Linear(5, 3))))
 def test_a_chain_of_layers_becomes_matrices(network):
     torch.manual_seed(0)
     model = network().eval()
@@ -59,7 +62,8 @@ def test_other_networks_are_refused(model, message):
 @norms
 def test_no_point_of_the_ball_leaves_the_bounds(norm):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 4)).double()
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 9), nn.ReLU(),
+                          nn.Linear(9, 4)).double()
     layers = affine_layers(model, (1, 4, 4))
     x = torch.rand(3, 16, dtype=torch.float64)
     radius = torch.tensor([0.05, 0.2, 0.6], dtype=torch.float64)
@@ -86,17 +90,21 @@ def test_the_certified_distance_of_a_linear_model_is_exact(norm):
 
 def test_certified_distances_are_below_the_exact_ones_and_not_far(monkeypatch):
     model, file = tiny_mlp()
-    x, y, exact = torch.from_numpy(file["images"])[:, None] / 255, torch.from_numpy(file["labels"]), torch.from_numpy(file["linf_distance"])
-    certified = {norm: certified_distances(model, x, y, torch.full((8,), torch.inf), norm=norm, num_steps=16) for norm in NORMS}
+    x, y = torch.from_numpy(file["images"])[:, None] / 255, torch.from_numpy(file["labels"])
+    exact = torch.from_numpy(file["linf_distance"])
+    certified = {norm: certified_distances(model, x, y, torch.full((8,), torch.inf), norm=norm, num_steps=16)
+                 for norm in NORMS}
     assert (certified["linf"] < exact).all() and (certified["linf"] > 0.6 * exact).all()
     assert (certified["l2"] >= certified["linf"]).all() and (certified["l1"] >= certified["l2"]).all()
     monkeypatch.setattr("curves.certified.ROWS_BYTES", 3 * 8 * 2 * 16 * 784)  # three images at a time
-    assert torch.equal(certified["linf"], certified_distances(model, x, y, torch.full((8,), torch.inf), num_steps=16))
+    assert torch.equal(certified["linf"],
+                       certified_distances(model, x, y, torch.full((8,), torch.inf), num_steps=16))
 
 
 def test_an_unknown_norm_is_refused():
     with pytest.raises(ValueError, match="unknown norm 'l0': choose one of linf, l2, l1"):
-        certified_distances(linear(), torch.zeros(1, 1, 4, 4), torch.zeros(1, dtype=torch.long), torch.ones(1), norm="l0")
+        certified_distances(linear(), torch.zeros(1, 1, 4, 4), torch.zeros(1, dtype=torch.long),
+                            torch.ones(1), norm="l0")
 
 
 def test_distances_are_float64_whatever_the_images(norm="l2"):

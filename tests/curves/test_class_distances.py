@@ -31,7 +31,8 @@ def test_both_distances_are_exact(data, norms):
     for norm in norms:
         pairs = brute(images, labels)[norm]
         assert np.array_equal(found[norm].inter, np.where(~alike, pairs, NONE).min(1))
-        assert np.array_equal(found[norm].intra, np.where(alike & ~np.eye(70, dtype=bool), pairs, NONE).min(1))
+        assert np.array_equal(found[norm].intra,
+                              np.where(alike & ~np.eye(70, dtype=bool), pairs, NONE).min(1))
         assert found[norm].intra[5] == NONE and len(found[norm].intra_unit()) == 69
 
 
@@ -48,7 +49,8 @@ def test_neither_blocks_nor_the_order_change_a_distance(data, monkeypatch):
 def test_the_subsets_distance_is_that_of_the_first_points_in_the_random_order(data):
     images, labels = data
     found = class_distances(torch.from_numpy(images), torch.from_numpy(labels), ("l1",), seed=1)["l1"]
-    order, pairs = np.random.default_rng(1).permutation(70), np.where(labels[:, None] == labels, NONE, brute(*data)["l1"])
+    order = np.random.default_rng(1).permutation(70)
+    pairs = np.where(labels[:, None] == labels, NONE, brute(*data)["l1"])
     assert found.prefix.tolist() == [pairs[np.ix_(order[:j], order[:j])].min() for j in range(1, 71)]
 
 
@@ -67,15 +69,19 @@ def test_a_copy_in_another_class_is_counted_and_left_out():
 
 
 def test_units_and_scale():
-    found = ClassDistances("l2", np.array([255**2, 4 * 255**2]), np.array([NONE, 9]), np.array([NONE, 255**2]))
+    found = ClassDistances("l2", np.array([255**2, 4 * 255**2]), np.array([NONE, 9]),
+                           np.array([NONE, 255**2]))
     assert found.unit(found.inter).tolist() == [1, 2] and np.isinf(found.unit(found.prefix)[0])
     summary = summarize(found, (0.25, 1.0))
-    assert summary["half_min_inter"] == 0.5 and summary["inter"]["max"] == 2 and summary["intra"]["points"] == 1
-    assert summary["thresholds"] == [{"t": 0.25, "of_half": 0.5, "within_2t": 0.0}, {"t": 1.0, "of_half": 2.0, "within_2t": 1.0}]
+    assert (summary["half_min_inter"] == 0.5 and summary["inter"]["max"] == 2
+            and summary["intra"]["points"] == 1)
+    assert summary["thresholds"] == [{"t": 0.25, "of_half": 0.5, "within_2t": 0.0},
+                                     {"t": 1.0, "of_half": 2.0, "within_2t": 1.0}]
 
 
-@pytest.mark.parametrize(("images", "labels"), [(torch.zeros(3, 2), [0, 1, 1]), (torch.zeros(3, 2, dtype=torch.uint8), [1, 1, 1]),
-                                                (torch.zeros(3, 2, dtype=torch.uint8), [0, 1])])
+@pytest.mark.parametrize(("images", "labels"),
+                         [(torch.zeros(3, 2), [0, 1, 1]), (torch.zeros(3, 2, dtype=torch.uint8), [1, 1, 1]),
+                          (torch.zeros(3, 2, dtype=torch.uint8), [0, 1])])
 def test_what_cannot_be_measured_is_refused(images, labels):
     with pytest.raises(ValueError, match=r"needed|no inter-class"):
         class_distances(images, torch.tensor(labels))

@@ -22,7 +22,7 @@ from curves.toys import crossing_pair, sine_points
 DISTANCES = st.lists(st.one_of(st.floats(0, 10), st.just(math.inf)), min_size=1, max_size=40)
 
 
-# ---- the step function ---------------------------------------------------------------------------------------------------------------
+# ---- the step function -------------------------------------------------------------------------------------
 
 def test_the_value_at_a_jump_includes_it():
     curve = Curve(np.array([0.3, 0.1, 0.3, 0.2]))
@@ -65,7 +65,7 @@ def test_the_area_is_that_under_the_robust_accuracy(values):
     assert curve.area(5.0) == pytest.approx(float(((1 - curve.at(grid[:-1])) * 0.001).sum()), abs=0.0011)
 
 
-# ---- statistics ----------------------------------------------------------------------------------------------------------------------
+# ---- statistics --------------------------------------------------------------------------------------------
 
 def test_the_band_has_the_published_half_widths():
     assert [round(dkw_half_width(n), 4) for n in (100, 1000, 10_000)] == [0.1358, 0.0429, 0.0136]
@@ -86,7 +86,8 @@ def test_clopper_pearson_at_its_ends_and_in_bulk():
 
 
 def test_mcnemar_is_the_exact_binomial_test():
-    first, second = np.array([True] * 9 + [False] * 1 + [True] * 5), np.array([False] * 9 + [True] * 1 + [True] * 5)
+    first = np.array([True] * 9 + [False] * 1 + [True] * 5)
+    second = np.array([False] * 9 + [True] * 1 + [True] * 5)
     assert mcnemar(first, second) == pytest.approx(2 * (1 + 10) / 2**10)  # 1 of 10 that differ, or fewer
     assert mcnemar(first, first) == 1
 
@@ -107,11 +108,14 @@ def test_the_bootstrap_band_covers_the_difference_and_shrinks_with_the_sample():
         second = np.clip(first + random.normal(0.05, 0.05, 150), 0, None)
         gap = Curve(first).at(t) - Curve(second).at(t)
         large = np.random.default_rng(10_000).uniform(size=40_000)
-        truth = Curve(large).at(t) - Curve(np.clip(large + np.random.default_rng(2).normal(0.05, 0.05, 40_000), 0, None)).at(t)
-        held += np.abs(gap - truth).max() <= difference_half_width(first, second, t, num_resamples=300, seed=seed)
+        moved = np.clip(large + np.random.default_rng(2).normal(0.05, 0.05, 40_000), 0, None)
+        truth = Curve(large).at(t) - Curve(moved).at(t)
+        half_width = difference_half_width(first, second, t, num_resamples=300, seed=seed)
+        held += np.abs(gap - truth).max() <= half_width
     assert held >= 52  # of 60 at 95 %: fewer has a probability below 1 %
     again = np.random.default_rng(0).uniform(size=(2, 1500))
-    assert difference_half_width(*again, t, num_resamples=200) < 0.5 * difference_half_width(*again[:, :150], t, num_resamples=200)
+    assert (difference_half_width(*again, t, num_resamples=200)
+            < 0.5 * difference_half_width(*again[:, :150], t, num_resamples=200))
 
 
 def test_the_bootstrap_is_one_of_pairs():
@@ -121,7 +125,7 @@ def test_the_bootstrap_is_one_of_pairs():
     assert 0.03 < wide < 0.2
 
 
-# ---- crossings -----------------------------------------------------------------------------------------------------------------------
+# ---- crossings ---------------------------------------------------------------------------------------------
 
 def test_the_papers_toy_has_one_crossing_and_equal_areas():
     first, second = crossing_pair(4000)
@@ -145,23 +149,26 @@ def test_of_many_changes_by_chance_one_crossing_is_supported():
 
 def test_equal_models_have_no_stretch_and_other_points_are_refused():
     values = np.array([0, 1, 2, np.inf])
-    assert compare(values, values, num_resamples=100) == {"half_width": 0.0, "stretches": [], "crossings": [], "largest_gap": None}
+    assert (compare(values, values, num_resamples=100)
+            == {"half_width": 0.0, "stretches": [], "crossings": [], "largest_gap": None})
     with pytest.raises(ValueError, match="the same"):
         compare(values, values[:2])
 
 
 def test_a_stretch_ends_where_the_curves_meet():
     parts = stretches(np.array([1.0, 4.0]), np.array([2.0, 3.0]), 0.4)
-    assert [(part.start, part.end, part.gap, part.supported) for part in parts] == [(1, 2, 0.5, True), (3, 4, -0.5, True)]
+    assert ([(part.start, part.end, part.gap, part.supported) for part in parts]
+            == [(1, 2, 0.5, True), (3, 4, -0.5, True)])
 
 
-# ---- reports -------------------------------------------------------------------------------------------------------------------------
+# ---- reports -----------------------------------------------------------------------------------------------
 
 def test_a_summary_counts_wrong_and_censored_points_apart():
     upper = np.array([0, 0.1, 0.3, np.inf])
     found = summarize(upper, np.array([0, 0.05, 0.1, 0.2]), (0.1, 0.3))
     assert (found["misclassified"], found["censored"], found["clean_error"]) == (1, 1, 0.25)
-    assert found["mean"] == pytest.approx(0.2) and found["area"] is None and found["quantiles"]["0.95"] is None
+    assert (found["mean"] == pytest.approx(0.2) and found["area"] is None
+            and found["quantiles"]["0.95"] is None)
     assert [point["R"] for point in found["thresholds"]] == [0.5, 0.75]
     assert found["thresholds"][0]["low"] < 0.5 < found["thresholds"][0]["high"] and found["lower_bounds"] == 3
     json.dumps(found, allow_nan=False)
@@ -183,16 +190,19 @@ def test_the_pointwise_band_is_narrower():
 
 def test_a_pair_is_tested_at_the_thresholds():
     found = pair(np.array([1.0, 1, 1, 5]), np.array([2.0, 2, 2, 5]), (1.0, 9.0), num_resamples=100)
-    assert found["thresholds"] == [{"t": 1.0, "difference": 0.75, "p_value": 0.25}, {"t": 9.0, "difference": 0.0, "p_value": 1.0}]
+    assert found["thresholds"] == [{"t": 1.0, "difference": 0.75, "p_value": 0.25},
+                                   {"t": 9.0, "difference": 0.0, "p_value": 1.0}]
 
 
-# ---- across norms --------------------------------------------------------------------------------------------------------------------
+# ---- across norms ------------------------------------------------------------------------------------------
 
 def test_rank_correlation_is_of_pairs_that_are_neither_wrong_nor_censored():
     first, second = np.array([0, 1, 2, 3, np.inf, 4]), np.array([0, 10, 20, 15, 1, 40])
     assert transfer.spearman(first, second) == pytest.approx(0.8)
-    assert transfer.spearman(first[:2], second[:2]) is None and transfer.spearman(np.ones(5), np.arange(1.0, 6)) is None
-    assert set(transfer.correlations({"linf": first, "l2": second, "l1": second})) == {"linf-l2", "linf-l1", "l2-l1"}
+    assert (transfer.spearman(first[:2], second[:2]) is None
+            and transfer.spearman(np.ones(5), np.arange(1.0, 6)) is None)
+    assert (set(transfer.correlations({"linf": first, "l2": second, "l1": second}))
+            == {"linf-l2", "linf-l1", "l2-l1"})
 
 
 def test_both_scales_are_the_factor_of_proportional_distances():
@@ -202,7 +212,7 @@ def test_both_scales_are_the_factor_of_proportional_distances():
     assert transfer.image_scale(np.stack([np.ones((1, 2, 2)), np.zeros((1, 2, 2))])) == 2.0
 
 
-# ---- measuring -----------------------------------------------------------------------------------------------------------------------
+# ---- measuring ---------------------------------------------------------------------------------------------
 
 class Linear(nn.Module):
     """Two classes, z = (w . x + b, 0): the distances of interior points are |m| over the dual norms of w."""
@@ -240,29 +250,36 @@ def test_measured_distances_of_a_linear_model_are_the_closed_form():
     for norm, dual in (("linf", weight.abs().sum()), ("l2", weight.norm()), ("l1", weight.abs().max())):
         assert torch.allclose(found.distance[norm][3:], margin / dual, rtol=2e-4, atol=1e-6)
         assert (found.distance[norm][:3] == 0).all() and (found.winner[norm][:3] == -1).all()
-        assert torch.equal(found.distance[norm], norms_of(found.x_adv[norm].double() - x.double())[norm])  # never another norm's
+        # never another norm's
+        assert torch.equal(found.distance[norm], norms_of(found.x_adv[norm].double() - x.double())[norm])
         assert (found.margin[norm] < 0).all()
-    assert (found.distance["linf"] <= found.distance["l2"]).all() and (found.distance["l2"] <= found.distance["l1"]).all()
+    assert ((found.distance["linf"] <= found.distance["l2"]).all()
+            and (found.distance["l2"] <= found.distance["l1"]).all())
 
 
 def test_a_candidate_that_is_not_adversarial_does_not_count():
     x, y = points()
-    cheat = measure(Linear().eval(), x, y, ("l2",), lambda x, y, rows: Candidates({"l2": x.clone()}, {"l2": y * 0}))
-    assert torch.isinf(cheat.distance["l2"][3:]).all() and torch.equal(cheat.x_adv["l2"], x) and (cheat.winner["l2"] == -1).all()
+    cheat = measure(Linear().eval(), x, y, ("l2",),
+                    lambda x, y, rows: Candidates({"l2": x.clone()}, {"l2": y * 0}))
+    assert (torch.isinf(cheat.distance["l2"][3:]).all() and torch.equal(cheat.x_adv["l2"], x)
+            and (cheat.winner["l2"] == -1).all())
 
 
 def test_a_candidate_outside_the_box_is_clamped_before_it_is_measured():
     x, y = points()
     found = measure(Linear().eval(), x, y, ("linf",), lambda x, y, rows: Candidates(
-        {"linf": x - 9 * torch.sign(Linear()(x)[:, :1] * Linear().weight.detach()).view_as(x)}, {"linf": y * 0}))
-    assert bool(((found.x_adv["linf"] >= 0) & (found.x_adv["linf"] <= 1)).all()) and float(found.distance["linf"].max()) <= 1
+        {"linf": x - 9 * torch.sign(Linear()(x)[:, :1] * Linear().weight.detach()).view_as(x)},
+        {"linf": y * 0}))
+    assert (bool(((found.x_adv["linf"] >= 0) & (found.x_adv["linf"] <= 1)).all())
+            and float(found.distance["linf"].max()) <= 1)
 
 
 def test_a_perturbation_found_for_one_norm_counts_in_the_others():
     x, y = points()
     alone = measure(Linear().eval(), x, y, ("l2",), lambda *a: exact_adversaries(*a))
-    other = measure(Linear().eval(), x, y, ("l2",), lambda *a: Candidates({"linf": exact_adversaries(*a).x_adv["linf"]},
-                                                                         {"linf": a[1] * 0}))
+    other = measure(Linear().eval(), x, y, ("l2",),
+                    lambda *a: Candidates({"linf": exact_adversaries(*a).x_adv["linf"]},
+                                         {"linf": a[1] * 0}))
     assert torch.isfinite(other.distance["l2"]).all() and (other.distance["l2"] >= alone.distance["l2"]).all()
 
 
@@ -290,15 +307,17 @@ def test_bim_bisection_without_success_gives_back_the_image():
     assert torch.isinf(distance).all() and torch.equal(x_adv, x)
 
 
-# ---- toys ----------------------------------------------------------------------------------------------------------------------------
+# ---- toys --------------------------------------------------------------------------------------------------
 
 def test_points_beside_a_sine_are_at_distance_one():
     sampled, found = sine_points(1500)
     assert sampled.shape == (1500, 2) and ((found["l2"] > 0.999) & (found["l2"] < 1.001)).all()
-    assert (found["linf"] <= found["l2"]).all() and (found["l2"] <= found["l1"]).all() and (found["l1"] <= 2 * found["linf"] + 1e-3).all()
+    assert ((found["linf"] <= found["l2"]).all() and (found["l2"] <= found["l1"]).all()
+            and (found["l1"] <= 2 * found["linf"] + 1e-3).all())
 
 
 def test_the_package_imports_no_attack_and_no_model():
     for path in (ROOT / "curves").glob("*.py"):
-        imported = [line.split()[1].split(".")[0] for line in path.read_text().splitlines() if line.startswith(("import ", "from "))]
+        imported = [line.split()[1].split(".")[0] for line in path.read_text().splitlines()
+                    if line.startswith(("import ", "from "))]
         assert not {"attacks", "models"} & set(imported), path

@@ -1,4 +1,5 @@
-"""Exact distances: linear models, a small network, deeper ones against an independent program, open points, and life without highspy."""
+"""Exact distances: linear models, a small network, deeper ones against an independent program, open points,
+and life without highspy."""
 import warnings
 
 import numpy as np
@@ -13,8 +14,8 @@ from curves import exact
 from curves.certified import affine_layers, forward
 from curves.exact import exact_distances
 
-QUICK = Budget(num_steps=40, target_steps=0, num_targets=0, num_rounds=4, round_steps=10, polish_steps=10, fab_steps=5,
-               fab_targets=2)
+QUICK = Budget(num_steps=40, target_steps=0, num_targets=0, num_rounds=4, round_steps=10, polish_steps=10,
+               fab_steps=5, fab_targets=2)
 
 pytestmark = pytest.mark.filterwarnings("ignore:highspy is not installed")
 
@@ -48,7 +49,8 @@ def test_the_distances_of_a_linear_model(solver):
     x, y = interior(model)
     found = exact_distances(model, x, y, attacked(model, x, y))
     check(model, x, y, found)
-    assert [one.upper for one in found] == pytest.approx(linear_distance(model, x, y, "linf").tolist(), rel=1e-6)
+    assert ([one.upper for one in found]
+            == pytest.approx(linear_distance(model, x, y, "linf").tolist(), rel=1e-6))
 
 
 def test_the_distances_of_a_small_network(solver):
@@ -61,7 +63,8 @@ def test_the_distances_of_a_small_network(solver):
 
 
 def by_enumeration(layers, x, y):
-    """The distance by one linear program for every activation pattern and rival of a network with few units."""
+    """The distance by one linear program for every activation pattern and rival of a network
+    with few units."""
     sizes = [len(bias) for _, bias in layers[:-1]]
     best = np.inf
     for number in range(2 ** sum(sizes)):
@@ -78,9 +81,11 @@ def by_enumeration(layers, x, y):
         for rival in set(range(len(bias))) - {y}:
             closeness = np.vstack([np.eye(len(x)), -np.eye(len(x))])
             matrix = np.vstack([np.hstack([closeness, -np.ones((2 * len(x), 1))]),
-                                np.hstack([np.vstack([*rows, weight[y] - weight[rival]]), np.zeros((sum(sizes) + 1, 1))])])
+                                np.hstack([np.vstack([*rows, weight[y] - weight[rival]]),
+                                           np.zeros((sum(sizes) + 1, 1))])])
             high = np.concatenate([x, -x, *limits, [bias[rival] - bias[y]]])
-            result = optimize.linprog(np.append(np.zeros(len(x)), 1), matrix, high, bounds=[(0, 1)] * len(x) + [(0, None)])
+            result = optimize.linprog(np.append(np.zeros(len(x)), 1), matrix, high,
+                                      bounds=[(0, 1)] * len(x) + [(0, None)])
             best = min(best, result.fun if result.status == 0 else np.inf)
     return best
 
@@ -88,7 +93,8 @@ def by_enumeration(layers, x, y):
 @pytest.mark.parametrize("seed", range(3))
 def test_two_hidden_layers_agree_with_every_pattern_tried(seed):
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 3)).double()
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3), nn.ReLU(),
+                          nn.Linear(3, 3)).double()
     for layer in (model[1], model[3], model[5]):
         layer.weight.data.normal_()
         layer.bias.data = -layer.weight.data.sum(dim=1) / 2

@@ -1,4 +1,5 @@
-"""generate_robustness_curves.py as its user runs it, on a small network in the published system's file format."""
+"""generate_robustness_curves.py as its user runs it, on a small network
+in the published system's file format."""
 import csv
 import importlib
 import json
@@ -30,9 +31,12 @@ QUICK = ("--budget", "original", "--format", "png")
 def network(tmp_path_factory):
     """A .mat file of a network of the kind cnn, trained for a moment on the digits."""
     path, random = tmp_path_factory.mktemp("model") / "digits.mat", np.random.default_rng(0)
-    shapes = {"weights_conv1": (4, 4, 1, 16), "weights_conv2": (4, 4, 16, 32), "weights_fc1": (1568, 100), "weights_fc2": (100, 10)}
-    arrays = {name: (random.normal(size=shape) * (2 / np.prod(shape[:-1])) ** 0.5).astype(np.float32) for name, shape in shapes.items()}
-    arrays |= {name.replace("weights", "biases"): np.zeros((1, shape[-1]), np.float32) for name, shape in shapes.items()}
+    shapes = {"weights_conv1": (4, 4, 1, 16), "weights_conv2": (4, 4, 16, 32), "weights_fc1": (1568, 100),
+              "weights_fc2": (100, 10)}
+    arrays = {name: (random.normal(size=shape) * (2 / np.prod(shape[:-1])) ** 0.5).astype(np.float32)
+              for name, shape in shapes.items()}
+    arrays |= {name.replace("weights", "biases"): np.zeros((1, shape[-1]), np.float32)
+               for name, shape in shapes.items()}
     savemat(path, arrays)
     model, train = mat.load_network(path)[0], load_dataset("digits", ".").train
     optimizer, x = torch.optim.Adam(model.parameters(), 3e-3), to_unit(train.images)
@@ -44,7 +48,8 @@ def network(tmp_path_factory):
         weight = model[layer].weight.detach()
         if name == "weights_fc1":
             weight = weight.view(100, 32, 7, 7).permute(2, 3, 1, 0).reshape(1568, 100)
-        arrays[name] = (weight.permute(2, 3, 1, 0) if weight.ndim == 4 else weight if name == "weights_fc1" else weight.T).numpy()
+        arrays[name] = (weight.permute(2, 3, 1, 0) if weight.ndim == 4
+                        else weight if name == "weights_fc1" else weight.T).numpy()
         arrays[name.replace("weights", "biases")] = model[layer].bias.detach().numpy()[None]
     savemat(path, arrays)
     return path
@@ -55,7 +60,8 @@ def run(tmp_path, monkeypatch):
     """Run the script's main in this process, in an empty folder, its command line as a user types it."""
     monkeypatch.chdir(tmp_path)
     module = importlib.import_module("generate_robustness_curves")
-    monkeypatch.setattr(module, "bim_bisection", partial(bim_bisection, num_steps=10, steps_per_radius=5, num_bisections=4))
+    monkeypatch.setattr(module, "bim_bisection",
+                        partial(bim_bisection, num_steps=10, steps_per_radius=5, num_bisections=4))
 
     def call(*args):
         words = spelling([str(word) for word in args], module.COMMANDS)
@@ -67,12 +73,13 @@ def run(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_published_command_line_runs_unchanged(shell, tmp_path, network):
-    done = shell(SCRIPT, "--dataset=digits", "--n_points=3", f"--model_path={network}", "--nn_type=cnn", "--norms", "inf", "2", "1",
-                 "--save=True", "--plot=True")
+    done = shell(SCRIPT, "--dataset=digits", "--n_points=3", f"--model_path={network}", "--nn_type=cnn",
+                 "--norms", "inf", "2", "1", "--save=True", "--plot=True")
     assert done.returncode == 0, done.stderr
     folder, = (tmp_path / "runs/generate_robustness_curves").iterdir()
     names = {path.name for path in folder.iterdir()}
-    assert names == {"config.json", "distances.npz", "curves.csv", "summary.json", "robustness_curves.json", "curves.png", "curves.pdf"}
+    assert names == {"config.json", "distances.npz", "curves.csv", "summary.json", "robustness_curves.json",
+                     "curves.png", "curves.pdf"}
     assert all(name in done.stdout for name in ("linf", "l2", "l1", "digits"))
 
 
@@ -93,24 +100,30 @@ def test_every_distance_is_that_norm_of_the_stored_adversary(measured):
         sizes = np.linalg.norm((x_adv - x).reshape(16, -1), ord=order, axis=1)
         assert np.allclose(measured.upper(norm), sizes, atol=1e-12) and x_adv.min() >= 0 and x_adv.max() <= 1
         assert stored[name]["x"] == sorted(measured.upper(norm).tolist()) and stored[name]["y"][-1] == 1
-        assert (cw_loss(model(torch.from_numpy(x_adv)), points.labels[:16]) > -1e-5).all()  # in another batch rounding may make a tie
-    assert (measured.upper("linf") <= measured.upper("l2")).all() and (measured.upper("l2") <= measured.upper("l1")).all()
+        # in another batch rounding may make a tie
+        assert (cw_loss(model(torch.from_numpy(x_adv)), points.labels[:16]) > -1e-5).all()
+    assert ((measured.upper("linf") <= measured.upper("l2")).all()
+            and (measured.upper("l2") <= measured.upper("l1")).all())
 
 
 def test_the_folder_holds_what_it_says(measured):
     columns = measured.columns
     assert set(columns["status"]) <= {"ok", "misclassified"} and columns["index"].tolist() == list(range(16))
     wrong = columns["pred"] != columns["label"]
-    assert ((measured.upper("linf") == 0) == wrong).all() and (columns["status"][wrong] == "misclassified").all()
+    assert (((measured.upper("linf") == 0) == wrong).all()
+            and (columns["status"][wrong] == "misclassified").all())
     assert (columns["clean_margin"][~wrong] > 0).all() and (columns["margin_linf"] <= 0).all()
     rows = list(csv.DictReader(Path("one/curves.csv").read_text().splitlines()))
-    assert {row["norm"] for row in rows} == {"linf", "l2", "l1"} and float(rows[-1]["R"]) == 1 and rows[0]["R_certified"] == ""
+    assert ({row["norm"] for row in rows} == {"linf", "l2", "l1"} and float(rows[-1]["R"]) == 1
+            and rows[0]["R_certified"] == "")
     norms = json.loads(Path("one/summary.json").read_text())["models"]["digits"]["norms"]
-    assert norms["l2"]["misclassified"] == int(wrong.sum()) and norms["l2"]["mean"] > norms["linf"]["mean"] > 0
+    assert (norms["l2"]["misclassified"] == int(wrong.sum())
+            and norms["l2"]["mean"] > norms["linf"]["mean"] > 0)
 
 
 def test_an_interrupted_run_goes_on_with_the_points_that_are_left(run, network, monkeypatch, capsys):
-    options = ("--dataset", "digits", "--n_points", 12, "--model", network, "--norms", "inf", "--batch_size", 4, *QUICK)
+    options = ("--dataset", "digits", "--n_points", 12, "--model", network, "--norms", "inf",
+               "--batch_size", 4, *QUICK)
     run(*options, "--out", "whole", "--no-plot")
     script = importlib.import_module("generate_robustness_curves")
     calls, real = [], script.attack_pool
@@ -125,43 +138,49 @@ def test_an_interrupted_run_goes_on_with_the_points_that_are_left(run, network, 
         patch.setattr(script, "attack_pool", stops)
         with pytest.raises(KeyboardInterrupt):
             run(*options, "--out", "halves", "--no-plot")
-    assert "go on with: python generate_robustness_curves.py compute --resume halves" in capsys.readouterr().err
+    assert ("go on with: python generate_robustness_curves.py compute --resume halves"
+            in capsys.readouterr().err)
     begun = json.loads(Path("halves/config.json").read_text())["command_line"]
     assert (curve_store.read(Path("halves")).columns["status"] == "pending").sum() == 4
     with pytest.raises(UserError, match="4 points to go"):
         run("figures", "--results", "halves")
     run("--resume", "halves")
-    assert json.loads(Path("halves/config.json").read_text())["command_line"] == begun and "--resume" not in begun
+    assert (json.loads(Path("halves/config.json").read_text())["command_line"] == begun
+            and "--resume" not in begun)
     first, second = (curve_store.read(Path(name)).columns for name in ("whole", "halves"))
     assert all(np.array_equal(first[name], second[name]) for name in first)
-    monkeypatch.setattr("curves.measure.measure", lambda *_, **__: pytest.fail("nothing is left to be measured"))
+    monkeypatch.setattr("curves.measure.measure",
+                        lambda *_, **__: pytest.fail("nothing is left to be measured"))
     run("--resume", "halves")  # as a finished model beside one that was interrupted
 
 
 def test_two_models_are_compared(run, network, tmp_path, capsys):
     arrays = mat.read_arrays(network, mat.CNN_KEYS)
     savemat(tmp_path / "worse.mat", arrays | {"weights_fc1": np.roll(arrays["weights_fc1"], 1, axis=1)})
-    run("compute", "--model", network, tmp_path / "worse.mat", "--dataset", "digits", "--n_points", 40, "--norms", "inf", "2",
-        "--out", "two", "--no-save", *QUICK)
+    run("compute", "--model", network, tmp_path / "worse.mat", "--dataset", "digits", "--n_points", 40,
+        "--norms", "inf", "2", "--out", "two", "--no-save", *QUICK)
     assert not (tmp_path / "two/digits/robustness_curves.json").exists()
     run("compare", "--results", "two", "--out", "compared", "--num_resamples", 200, "--format", "png")
     found = json.loads((tmp_path / "compared/compare.json").read_text())
     entry, = found["norms"]["linf"]
     assert (entry["first"], entry["second"], found["points"]) == ("digits", "worse", 40)
-    assert entry["largest_gap"]["gap"] < -0.3 and entry["largest_gap"]["supported"] and entry["half_width"] < 0.4
-    assert found["transfer"]["digits"]["linf-l2"] > 0.3 and found["transfer"]["digits"]["scales"]["paired"] > 1
-    assert {path.name for path in (tmp_path / "compared").glob("*.png")} == {"curves.png", "difference.png", "transfer.png",
-                                                                             "rank_correlation.png"}
+    assert (entry["largest_gap"]["gap"] < -0.3 and entry["largest_gap"]["supported"]
+            and entry["half_width"] < 0.4)
+    assert (found["transfer"]["digits"]["linf-l2"] > 0.3
+            and found["transfer"]["digits"]["scales"]["paired"] > 1)
+    assert ({path.name for path in (tmp_path / "compared").glob("*.png")}
+            == {"curves.png", "difference.png", "transfer.png", "rank_correlation.png"})
     assert "digits - worse" in capsys.readouterr().out
 
 
 def test_the_surface_agrees_with_the_curve(run, measured, tmp_path):
-    run("surface", "--results", "one", "--epsilons", 0, 0.05, 0.1, 0.2, "--alphas", 0, 1, 2, "--num_steps", 5, "--out", "surface",
-        "--format", "png")
+    run("surface", "--results", "one", "--epsilons", 0, 0.05, 0.1, 0.2, "--alphas", 0, 1, 2, "--num_steps", 5,
+        "--out", "surface", "--format", "png")
     rows = list(csv.DictReader((tmp_path / "surface/surface.csv").read_text().splitlines()))
     found = np.load(tmp_path / "surface/surface_digits.npz")
     curve = (found["distances"][:, None] <= found["epsilons"]).mean(axis=0)
-    assert np.abs(found["A_sa"][:, 0] - (1 - curve)).max() < 1e-12 and (np.diff(found["A_sa"], axis=1) <= 1e-12).all()
+    assert (np.abs(found["A_sa"][:, 0] - (1 - curve)).max() < 1e-12
+            and (np.diff(found["A_sa"], axis=1) <= 1e-12).all())
     assert (found["distances"] <= measured.upper("linf")).all() and len(rows) == 12
     assert (tmp_path / "surface/surface_digits.png").stat().st_size > 10_000
 
@@ -175,7 +194,8 @@ def test_the_papers_figures_are_drawn_from_files(run, measured, tmp_path, capsys
 
 @pytest.fixture
 def tiny(tmp_path):
-    """A .mat file of a network of the kind fc1 with twelve hidden units, trained for a moment on the digits."""
+    """A .mat file of a network of the kind fc1 with twelve hidden units,
+    trained for a moment on the digits."""
     path, random = tmp_path / "tiny.mat", np.random.default_rng(0)
     arrays = {"U": random.normal(size=(784, 12)) * 0.1, "bU": np.zeros((1, 12))}
     arrays |= {"W": random.normal(size=(12, 10)) * 0.5, "bW": np.zeros((1, 10))}
@@ -194,17 +214,20 @@ def tiny(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:highspy")
 def test_proofs_close_the_bracket(run, tiny, tmp_path, capsys):
-    run("--dataset", "digits", "--n_points", 6, "--model", tiny, "--norms", "inf", "2", "--adversaries", "--certify", "crown",
-        "--out", "bracket", "--budget", "fast", "--no-plot")
+    run("--dataset", "digits", "--n_points", 6, "--model", tiny, "--norms", "inf", "2", "--adversaries",
+        "--certify", "crown", "--out", "bracket", "--budget", "fast", "--no-plot")
     run("exact", "--results", "bracket", "--rel_gap", 1e-3, "--out", "proved", "--format", "png")
     before, after = (curve_store.read(tmp_path / name) for name in ("bracket", "proved"))
     right = before.columns["status"] == "ok"
-    assert right.sum() >= 4 and np.isfinite(before.upper("l2")).all()  # also where every hidden unit is off and no gradient leads away
+    # also where every hidden unit is off and no gradient leads away
+    assert right.sum() >= 4 and np.isfinite(before.upper("l2")).all()
     assert (after.columns["status"][right] == "exact").all()
     for norm in ("linf", "l2"):
-        assert (before.lower(norm)[right] > 0.3 * before.upper(norm)[right]).all() and (before.lower(norm) <= before.upper(norm)).all()
+        assert ((before.lower(norm)[right] > 0.3 * before.upper(norm)[right]).all()
+                and (before.lower(norm) <= before.upper(norm)).all())
     low, high = after.lower("linf")[right], after.upper("linf")[right]
-    assert (high <= before.upper("linf")[right]).all() and (low >= before.lower("linf")[right]).all() and (high / low <= 1.0011).all()
+    assert ((high <= before.upper("linf")[right]).all() and (low >= before.lower("linf")[right]).all()
+            and (high / low <= 1.0011).all())
     assert "exact within 0.001, 0 open" in capsys.readouterr().out
     rows = list(csv.DictReader((tmp_path / "proved/curves.csv").read_text().splitlines()))
     assert all(float(row["R"]) <= float(row["R_certified"]) + 1e-12 for row in rows)
@@ -212,13 +235,19 @@ def test_proofs_close_the_bracket(run, tiny, tmp_path, capsys):
 
 def test_proofs_need_adversaries_and_a_chain_of_layers(run, measured, network, colour_folder, tmp_path):
     with pytest.raises(UserError, match="no adversarial examples"):
-        run("--dataset", "digits", "--n_points", 2, "--model", network, "--norms", "inf", "--out", "without", "--no-plot", *QUICK)
+        run("--dataset", "digits", "--n_points", 2, "--model", network, "--norms", "inf", "--out", "without",
+            "--no-plot", *QUICK)
         run("exact", "--results", "without")
-    (tmp_path / "net.py").write_text("import torch\ndef Net():\n    return torch.nn.Sequential(torch.nn.MaxPool2d(4), torch.nn.Flatten(), "
-                                     "torch.nn.Linear(49, 10))\n")
-    torch.save(torch.nn.Sequential(torch.nn.MaxPool2d(4), torch.nn.Flatten(), torch.nn.Linear(49, 10)).state_dict(), "pooled.pt")
+    (tmp_path / "net.py").write_text(
+        "import torch\n"
+        "def Net():\n"
+        "    return torch.nn.Sequential(\n"
+        "        torch.nn.MaxPool2d(4), torch.nn.Flatten(), torch.nn.Linear(49, 10))\n")
+    pooled = torch.nn.Sequential(torch.nn.MaxPool2d(4), torch.nn.Flatten(), torch.nn.Linear(49, 10))
+    torch.save(pooled.state_dict(), "pooled.pt")
     with pytest.raises(UserError, match="no proof for this network"):
-        run("--dataset", "digits", "--n_points", 2, "--model", "pooled.pt", "--arch", "net.py:Net", "--certify", "crown", *QUICK)
+        run("--dataset", "digits", "--n_points", 2, "--model", "pooled.pt", "--arch", "net.py:Net",
+            "--certify", "crown", *QUICK)
 
 
 def test_a_run_of_ours_brings_its_data_set_and_its_name(run, script, tmp_path):
@@ -244,9 +273,11 @@ def test_points_by_their_places_and_from_files(run, network, tmp_path):
     test = load_dataset("digits", ".").test
     np.savez(tmp_path / "set.npz", images=test.images.squeeze(1).numpy(), labels=test.labels.numpy())
     (tmp_path / "places.txt").write_text("30 7\n12")
-    run("--dataset", "npz:set.npz", "--indices", "places.txt", "--model", network, "--norms", "inf", "--out", "some", *QUICK)
+    run("--dataset", "npz:set.npz", "--indices", "places.txt", "--model", network, "--norms", "inf",
+        "--out", "some", *QUICK)
     results = curve_store.read(tmp_path / "some")
-    assert results.columns["index"].tolist() == [30, 7, 12] and np.array_equal(results.columns["label"], test.labels[[30, 7, 12]])
+    assert (results.columns["index"].tolist() == [30, 7, 12]
+            and np.array_equal(results.columns["label"], test.labels[[30, 7, 12]]))
 
 
 REFUSED = [
@@ -271,11 +302,13 @@ def test_bad_input_is_one_line_before_anything_is_written(run, network, flags, m
 @pytest.mark.slow
 def test_bad_input_ends_with_code_two(shell, network):
     done = shell(SCRIPT, "--dataset", "digits", "--model_path", network, "--norms", "3")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith(f"{SCRIPT}: error: ")
+    assert (done.returncode == 2 and done.stderr.count("\n") == 1
+            and done.stderr.startswith(f"{SCRIPT}: error: "))
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    (("compare", "--results", "."), "no distances.npz in"), (("surface",), "no --results given"), (("distances",), "needs --dataset"),
+    (("compare", "--results", "."), "no distances.npz in"), (("surface",), "no --results given"),
+    (("distances",), "needs --dataset"),
     (("exact", "--results", "missing"), "no distances.npz in missing"), ((), "name at least one --model")])
 def test_a_command_without_what_it_works_on_is_refused(run, words, message, tmp_path):
     with pytest.raises(UserError, match=message):

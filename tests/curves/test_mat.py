@@ -10,9 +10,10 @@ from harness.errors import UserError
 
 def cnn_arrays(side=28, channels=1, classes=10, seed=0):
     random = np.random.default_rng(seed)
-    shapes = {"weights_conv1": (4, 4, channels, 16), "biases_conv1": (1, 16), "weights_conv2": (4, 4, 16, 32), "biases_conv2": (1, 32),
-              "weights_fc1": ((side // 4) ** 2 * 32, 100), "biases_fc1": (1, 100), "weights_fc2": (100, classes),
-              "biases_fc2": (1, classes)}
+    shapes = {"weights_conv1": (4, 4, channels, 16), "biases_conv1": (1, 16),
+              "weights_conv2": (4, 4, 16, 32), "biases_conv2": (1, 32),
+              "weights_fc1": ((side // 4) ** 2 * 32, 100), "biases_fc1": (1, 100),
+              "weights_fc2": (100, classes), "biases_fc2": (1, classes)}
     return {name: (random.normal(size=shape) * 0.1).astype(np.float32) for name, shape in shapes.items()}
 
 
@@ -29,7 +30,8 @@ def same_convolution(x, kernel, bias):
     out = np.zeros((n, height // 2, width // 2, kernel.shape[3]))
     for i in range(height // 2):
         for j in range(width // 2):
-            out[:, i, j] = np.tensordot(padded[:, 2 * i:2 * i + 4, 2 * j:2 * j + 4], kernel.astype(np.float64), 3) + bias.ravel()
+            out[:, i, j] = np.tensordot(padded[:, 2 * i:2 * i + 4, 2 * j:2 * j + 4],
+                                        kernel.astype(np.float64), 3) + bias.ravel()
     return out
 
 
@@ -51,7 +53,8 @@ def logits(path, x):
 
 
 @pytest.mark.parametrize(("arrays", "shape", "kind"), [
-    (cnn_arrays(), (28, 28, 1), "cnn"), (cnn_arrays(32, 3, 43), (32, 32, 3), "cnn"), (cnn_arrays(8, 3, 4), (8, 8, 3), "cnn"),
+    (cnn_arrays(), (28, 28, 1), "cnn"),
+    (cnn_arrays(32, 3, 43), (32, 32, 3), "cnn"), (cnn_arrays(8, 3, 4), (8, 8, 3), "cnn"),
     (fc1_arrays(), (28, 28, 1), "fc1"), (fc1_arrays(3 * 16 * 16), (16, 16, 3), "fc1")])
 def test_logits_are_those_of_the_documented_layout(tmp_path, arrays, shape, kind):
     savemat(tmp_path / "net.mat", arrays)
@@ -62,7 +65,8 @@ def test_logits_are_those_of_the_documented_layout(tmp_path, arrays, shape, kind
 
 @pytest.mark.parametrize("spoil", [
     lambda a: a | {"weights_conv1": a["weights_conv1"].transpose(1, 0, 2, 3)},
-    lambda a: a | {"weights_fc1": a["weights_fc1"].reshape(7, 7, 32, 100).transpose(2, 0, 1, 3).reshape(1568, 100)}])
+    lambda a: a | {"weights_fc1": a["weights_fc1"].reshape(7, 7, 32, 100).transpose(2, 0, 1, 3)
+                                                  .reshape(1568, 100)}])
 def test_the_logits_tell_a_transposed_kernel_and_permuted_features(tmp_path, spoil):
     savemat(tmp_path / "net.mat", spoil(cnn_arrays()))
     x = np.random.default_rng(2).uniform(size=(5, 28, 28, 1))
@@ -72,7 +76,8 @@ def test_the_logits_tell_a_transposed_kernel_and_permuted_features(tmp_path, spo
 def test_a_compressed_file_is_a_network_in_eval_mode(tmp_path):
     savemat(tmp_path / "net.mat", cnn_arrays(), do_compression=True)
     model, _ = mat.load_network(tmp_path / "net.mat")
-    assert model(torch.zeros(2, 1, 28, 28)).shape == (2, 10) and not model.training and next(model.parameters()).dtype == torch.float32
+    assert (model(torch.zeros(2, 1, 28, 28)).shape == (2, 10) and not model.training
+            and next(model.parameters()).dtype == torch.float32)
 
 
 def without(arrays, name):
@@ -82,7 +87,8 @@ def without(arrays, name):
 @pytest.mark.parametrize(("arrays", "message"), [
     (without(cnn_arrays(), "biases_fc1"), "lacks biases_fc1"),
     (without(fc1_arrays(), "bW"), "lacks bW"),
-    (cnn_arrays() | {"weights_conv2": np.zeros((4, 4, 32, 16), np.float32)}, r"weights_conv2 has the shape \(4, 4, 32, 16\)"),
+    (cnn_arrays() | {"weights_conv2": np.zeros((4, 4, 32, 16), np.float32)},
+     r"weights_conv2 has the shape \(4, 4, 32, 16\)"),
     (cnn_arrays() | {"weights_fc1": np.zeros((1500, 100), np.float32)}, "weights_fc1 has the shape"),
     (cnn_arrays() | {"weights_conv1": np.zeros((4, 16), np.float32)}, "weights_conv1 has the shape"),
     (fc1_arrays() | {"U": np.zeros((783, 20), np.float32)}, "U has the shape"),
@@ -102,7 +108,8 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
         mat.load_network(path)
     savemat(path, cnn_arrays(), do_compression=True)
     whole = path.read_bytes()
-    for content, message in ((whole[:5000], "damaged|cut off"), (whole[:60], "damaged or cut off"), (b"", "no MATLAB 5 file"),
+    for content, message in ((whole[:5000], "damaged|cut off"), (whole[:60], "damaged or cut off"),
+                             (b"", "no MATLAB 5 file"),
                              (b"<html>", "no MATLAB 5 file"), (b"MATLAB 7.3 MAT-file" + bytes(200), "HDF5"),
                              (whole[:200] + b"\x00" * 50 + whole[250:], "damaged|cut off")):
         path.write_bytes(content)
@@ -114,8 +121,10 @@ def test_an_image_set_is_read(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
     savemat(tmp_path / "set.mat", {"images": images, "labels": np.arange(6, dtype=np.uint8)[None]})
     split = mat.read_images(tmp_path / "set.mat")
-    assert torch.equal(split.images, torch.from_numpy(images).permute(0, 3, 1, 2)) and split.labels.tolist() == list(range(6))
-    for spoiled, message in (({"images": images}, "lacks"), ({"images": images / 255, "labels": np.arange(6)}, "not uint8"),
+    assert (torch.equal(split.images, torch.from_numpy(images).permute(0, 3, 1, 2))
+            and split.labels.tolist() == list(range(6)))
+    for spoiled, message in (({"images": images}, "lacks"),
+                             ({"images": images / 255, "labels": np.arange(6)}, "not uint8"),
                              ({"images": images, "labels": np.arange(5)}, "not integers")):
         savemat(tmp_path / "set.mat", spoiled)
         with pytest.raises(UserError, match=message):

@@ -27,7 +27,8 @@ def test_weights_and_accuracy_agree_with_the_published_code(case):
     assert np.abs(margin - np.array(case["margin_f64"], dtype=float)).max() < 1e-6
     for name, out in case["out"].items():
         weights = np.array(next(value for key, value in out.items() if key.startswith("w_f64")), dtype=float)
-        assert np.abs(margin_weights(margin, float(name.split("=")[1])) - weights / weights.sum()).max() < 1e-6
+        assert (np.abs(margin_weights(margin, float(name.split("=")[1])) - weights / weights.sum()).max()
+                < 1e-6)
 
 
 @pytest.fixture
@@ -92,14 +93,17 @@ def test_both_surfaces_meet_at_alpha_zero_and_differ_above(ladder):
         return attack(epsilon, alpha)
 
     found = both(EPSILONS, ALPHAS, (stored, clean, at_stored), counted)
-    assert np.array_equal(found["A_sa"][:, 0], found["A_tr"][:, 0]) and not np.array_equal(found["A_sa"], found["A_tr"])
-    assert [asked.count(alpha) for alpha in ALPHAS] == [11] * 5  # one unweighted attack, and one for each alpha above 0
+    assert (np.array_equal(found["A_sa"][:, 0], found["A_tr"][:, 0])
+            and not np.array_equal(found["A_sa"], found["A_tr"]))
+    # one unweighted attack, and one for each alpha above 0
+    assert [asked.count(alpha) for alpha in ALPHAS] == [11] * 5
     assert found["tilted"].shape == found["n_eff_tr"].shape == (11, 5)
 
 
 def test_a_share_of_all_or_none_is_exact():
     weights = margin_weights(np.random.default_rng(0).uniform(-1, 1, 1001), 3.0)
-    assert weighted_share(np.ones(1001, bool), weights)[0] == 1.0 and weighted_share(np.zeros(1001, bool), weights)[0] == 0.0
+    assert (weighted_share(np.ones(1001, bool), weights)[0] == 1.0
+            and weighted_share(np.zeros(1001, bool), weights)[0] == 0.0)
     assert margin_weights(np.array([-1.0, 1.0]), 1e4).tolist() == [1, 0]
 
 

@@ -36,7 +36,8 @@ def refusal(function, *args, **kwargs):
 
 
 def same(first, second):
-    return all(torch.equal(getattr(first, name), getattr(second, name)) for name in ("images", "labels", "index"))
+    return all(torch.equal(getattr(first, name), getattr(second, name))
+               for name in ("images", "labels", "index"))
 
 
 # Digits
@@ -48,7 +49,8 @@ def digits():
 
 def test_digits_are_1437_training_and_360_test_images_of_28x28_in_ten_classes(digits):
     assert (len(digits.train), len(digits.val), len(digits.test)) == (1437, 0, 360)
-    assert digits.image_shape == (1, 28, 28) and digits.num_classes == 10 and digits.classes == tuple("0123456789")
+    assert (digits.image_shape == (1, 28, 28) and digits.num_classes == 10
+            and digits.classes == tuple("0123456789"))
     assert digits.train.images.dtype == torch.uint8 and digits.train.labels.dtype == torch.int64
     assert digits.train.images.min() == 0 and digits.train.images.max() == 255
 
@@ -61,7 +63,8 @@ def test_digits_are_stratified(digits):
 def test_digits_are_the_same_at_every_call_and_no_image_is_in_both_splits(digits):
     again = load_dataset("digits", "nowhere")
     assert same(digits.train, again.train) and same(digits.test, again.test)
-    train, test = ({image.numpy().tobytes() for image in split.images} for split in (digits.train, digits.test))
+    train, test = ({image.numpy().tobytes() for image in split.images}
+                   for split in (digits.train, digits.test))
     assert not train & test
 
 
@@ -88,7 +91,8 @@ def test_the_held_out_images_are_apart_from_the_training_images(digits):
 def test_the_index_is_the_place_in_the_whole_training_set(digits):
     held = load_dataset("digits", "nowhere", val_size=137)
     for split in (held.train, held.val):
-        assert torch.equal(digits.train.images[split.index], split.images) and torch.equal(digits.train.labels[split.index], split.labels)
+        assert (torch.equal(digits.train.images[split.index], split.images)
+                and torch.equal(digits.train.labels[split.index], split.labels))
 
 
 def test_the_held_out_images_are_the_same_at_every_call_whatever_the_seed():
@@ -105,7 +109,8 @@ def test_holding_out_everything_is_refused(val_size):
 
 
 def test_the_first_examples_are_the_first_and_no_more_than_there_are(digits):
-    assert same(first_examples(digits.test, 7), digits.test[:7]) and first_examples(digits.test, None) is digits.test
+    assert (same(first_examples(digits.test, 7), digits.test[:7])
+            and first_examples(digits.test, None) is digits.test)
     assert "361" in refusal(first_examples, digits.test, 361)
 
 
@@ -125,8 +130,10 @@ def test_channel_statistics_are_numpys_in_units_of_0_to_1(channels):
 
 
 def test_the_standard_deviation_of_a_constant_channel_can_be_divided_by():
-    split = Split(torch.full((4, 1, 2, 2), 7, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64), torch.arange(4))
-    assert Dataset("any", ("a",), split, split[:0], split).channel_statistics() == ([pytest.approx(7 / 255)], [1e-3])
+    split = Split(torch.full((4, 1, 2, 2), 7, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64),
+                  torch.arange(4))
+    assert (Dataset("any", ("a",), split, split[:0], split).channel_statistics()
+            == ([pytest.approx(7 / 255)], [1e-3]))
 
 
 # MNIST
@@ -140,7 +147,8 @@ def mnist_files():
     """Tiny files under the names of MNIST's, and what is in them."""
     rng, files, arrays = np.random.default_rng(3), {}, {}
     for split, count in (("train", 12), ("t10k", 5)):
-        arrays[split] = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8), rng.integers(0, 10, count, dtype=np.uint8)
+        images = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        arrays[split] = images, rng.integers(0, 10, count, dtype=np.uint8)
         files[f"{split}-images-idx3-ubyte"], files[f"{split}-labels-idx1-ubyte"] = map(idx, arrays[split])
     return files, arrays
 
@@ -173,7 +181,8 @@ def test_mnist_is_read_from_its_files(tmp_path, no_network):
 
 
 @pytest.mark.parametrize(("name", "folder"), (("mnist", "MNIST"), ("cifar10", "CIFAR10")))
-def test_a_missing_data_set_without_a_network_says_where_it_was_looked_for_and_what_to_do(tmp_path, no_network, name, folder):
+def test_a_missing_data_set_without_a_network_says_where_it_was_looked_for_and_what_to_do(
+        tmp_path, no_network, name, folder):
     message = refusal(load_dataset, name, str(tmp_path / "data"))
     for part in (folder, str(tmp_path / "data"), "--data_dir", "--dataset digits"):
         assert part in message
@@ -231,11 +240,14 @@ def test_a_download_goes_on_after_one_that_was_cut_off(tmp_path, monkeypatch):
     mirror(tmp_path / "mirror", monkeypatch)
     raw = tmp_path / "data" / "MNIST" / "raw"
     raw.mkdir(parents=True)
-    (raw / "train-images-idx3-ubyte.gz").write_bytes((tmp_path / "mirror" / "train-images-idx3-ubyte.gz").read_bytes()[:100])
+    whole = (tmp_path / "mirror" / "train-images-idx3-ubyte.gz").read_bytes()
+    (raw / "train-images-idx3-ubyte.gz").write_bytes(whole[:100])
     assert_is_tiny_mnist(load_dataset("mnist", str(tmp_path / "data")))
 
 
-@pytest.mark.parametrize("contents", (b"", b"\x00\x00", idx(np.zeros((12, 28, 28), np.uint8))[:-100], b"<html>not found</html>"),
+@pytest.mark.parametrize("contents",
+                         (b"", b"\x00\x00", idx(np.zeros((12, 28, 28), np.uint8))[:-100],
+                          b"<html>not found</html>"),
                          ids=("empty", "two bytes", "cut off", "web page"))
 def test_a_damaged_mnist_file_is_refused_in_one_line(tmp_path, no_network, contents):
     write_mnist(tmp_path, train_images_idx3_ubyte=contents)
@@ -261,7 +273,8 @@ def make_folder(folder, counts=None, mode="RGB", size=(6, 4)):
 
 @pytest.mark.parametrize(("mode", "channels"), (("L", 1), ("1", 1), ("RGB", 3), ("P", 3), ("RGBA", 3)))
 def test_grey_images_have_one_channel_and_all_others_three(tmp_path, mode, channels):
-    assert load_dataset(str(make_folder(tmp_path / "pets", mode=mode)), "nowhere").image_shape == (channels, 4, 6)
+    assert (load_dataset(str(make_folder(tmp_path / "pets", mode=mode)), "nowhere").image_shape
+            == (channels, 4, 6))
 
 
 def test_images_of_a_folder_have_their_pixels_and_the_labels_of_their_classes(tmp_path):
@@ -282,7 +295,8 @@ def test_one_coloured_image_gives_the_whole_set_three_channels(tmp_path):
 
 def test_a_folder_is_found_by_its_path_and_by_its_name_in_the_data_folder(tmp_path):
     make_folder(tmp_path / "pets")
-    assert same(load_dataset(str(tmp_path / "pets"), "nowhere").train, load_dataset("pets", str(tmp_path)).train)
+    assert same(load_dataset(str(tmp_path / "pets"), "nowhere").train,
+                load_dataset("pets", str(tmp_path)).train)
 
 
 def test_files_that_are_not_called_images_are_left_alone(tmp_path):
@@ -322,7 +336,9 @@ def test_a_new_file_is_decoded_too(tmp_path):
     assert data.test.labels.tolist() == [0, 0, 1, 1] and (data.test.images[1] == 9).all()
 
 
-@pytest.mark.parametrize("damage", (lambda b: b"", lambda b: b[:10], lambda b: b[:len(b) // 2], lambda b: b[:-1], lambda b: b"text" * 50),
+@pytest.mark.parametrize("damage",
+                         (lambda b: b"", lambda b: b[:10], lambda b: b[:len(b) // 2], lambda b: b[:-1],
+                          lambda b: b"text" * 50),
                          ids=("empty", "ten bytes", "half", "all but one byte", "text"))
 def test_a_damaged_cache_is_made_anew(tmp_path, decoded, damage):
     first = load_dataset(str(make_folder(tmp_path / "pets")), "nowhere")
@@ -346,7 +362,8 @@ def test_a_folder_that_cannot_be_written_to_is_decoded_every_time(tmp_path, deco
 @pytest.mark.parametrize(("counts", "part"), (
     ({"train": COUNTS["train"]}, "test/CLASS"), ({"test": COUNTS["test"]}, "train/CLASS"),
     ({"train": {"cat": 0}, "test": {"cat": 1}}, "train/cat"),
-    ({"train": {"cat": 1, "dog": 1}, "test": {"cat": 1}}, "dog"), ({"train": {"cat": 1}, "test": {"cat": 1, "emu": 1}}, "emu")))
+    ({"train": {"cat": 1, "dog": 1}, "test": {"cat": 1}}, "dog"),
+    ({"train": {"cat": 1}, "test": {"cat": 1, "emu": 1}}, "emu")))
 def test_a_missing_split_and_unequal_classes_are_refused_by_name(tmp_path, counts, part):
     message = refusal(load_dataset, str(make_folder(tmp_path / "pets", counts)), "nowhere")
     assert str(tmp_path / "pets") in message and part in message
@@ -357,7 +374,8 @@ def test_an_image_of_another_size_is_refused_by_name_and_size(tmp_path, split):
     make_folder(tmp_path / "pets")
     Image.new("RGB", (5, 8)).save(tmp_path / "pets" / split / "dog" / "1.png")
     message = refusal(load_dataset, "pets", str(tmp_path))
-    assert str(tmp_path / "pets" / split / "dog" / "1.png") in message and "5x8" in message and "6x4" in message
+    assert (str(tmp_path / "pets" / split / "dog" / "1.png") in message and "5x8" in message
+            and "6x4" in message)
 
 
 def test_splits_of_different_sizes_are_refused(tmp_path):
@@ -373,8 +391,9 @@ def png():
 
 
 @pytest.mark.parametrize(("name", "contents"), (
-    ("x.png", b""), ("x.png", b"text"), ("x.jpg", b"<html></html>"), ("x.png", png()[:-30]), ("x.png", png()[:20]),
-    ("x.ppm", b"P6 6 4 25x " + bytes(72))), ids=("empty", "text", "web page", "cut off", "no header", "damaged header"))
+    ("x.png", b""), ("x.png", b"text"), ("x.jpg", b"<html></html>"), ("x.png", png()[:-30]),
+    ("x.png", png()[:20]), ("x.ppm", b"P6 6 4 25x " + bytes(72))
+), ids=("empty", "text", "web page", "cut off", "no header", "damaged header"))
 def test_a_file_that_is_no_whole_image_is_refused_by_name(tmp_path, name, contents):
     make_folder(tmp_path / "pets")
     (tmp_path / "pets" / "train" / "cat" / name).write_bytes(contents)
@@ -438,7 +457,8 @@ def test_the_order_and_the_augmentation_differ_by_epoch_and_seed(other):
 
 
 def test_the_augmentation_of_an_example_does_not_depend_on_the_batch_size():
-    left, right = by_index(epoch_of(split_of(30), 4, **AUGMENTED)), by_index(epoch_of(split_of(30), 7, **AUGMENTED))
+    left = by_index(epoch_of(split_of(30), 4, **AUGMENTED))
+    right = by_index(epoch_of(split_of(30), 7, **AUGMENTED))
     assert all(torch.equal(left[i], right[i]) for i in left) and len(left) == 30
 
 
@@ -446,15 +466,19 @@ def test_the_augmentation_of_an_example_does_not_depend_on_the_batch_size():
 @pytest.mark.parametrize("count", (12, 10, 11))
 def test_the_shares_of_all_processes_make_up_the_batches_of_one(count, world_size):
     whole = epoch_of(split_of(count), 4, **AUGMENTED)
-    parts = [epoch_of(split_of(count), 4, **AUGMENTED, rank=rank, world_size=world_size) for rank in range(world_size)]
-    kept = [batch for batch in whole if len(batch[0]) >= world_size]  # one with fewer examples than processes is left out
+    parts = [epoch_of(split_of(count), 4, **AUGMENTED, rank=rank, world_size=world_size)
+             for rank in range(world_size)]
+    # one with fewer examples than processes is left out
+    kept = [batch for batch in whole if len(batch[0]) >= world_size]
     assert {len(part) for part in parts} == {len(kept)}
     for (x, y, index, _), *shares in zip(kept, *parts):
         order = torch.cat([share[2] for share in shares]).argsort()
         for together, alone in zip(range(3), (x, y, index)):
-            assert torch.equal(torch.cat([share[together] for share in shares])[order], alone[index.argsort()])
+            assert torch.equal(torch.cat([share[together] for share in shares])[order],
+                               alone[index.argsort()])
         mean = sum(share * images.sum((1, 2, 3)).mean() for images, _, _, share in shares) / world_size
-        assert mean == pytest.approx(float(x.sum((1, 2, 3)).mean()), rel=1e-5)  # the mean over processes is that over the batch
+        # the mean over processes is that over the batch
+        assert mean == pytest.approx(float(x.sum((1, 2, 3)).mean()), rel=1e-5)
         assert sum(share[3] for share in shares) == pytest.approx(world_size)
 
 
@@ -463,14 +487,17 @@ def test_an_uneven_batch_gives_the_processes_uneven_shares():
     assert shares == [8 / 7, 6 / 7]
 
 
-@pytest.mark.parametrize(("padding", "padding_mode"), ((1, "constant"), (2, "reflect"), (3, "constant"), (4, "reflect")))
+@pytest.mark.parametrize(("padding", "padding_mode"),
+                         ((1, "constant"), (2, "reflect"), (3, "constant"), (4, "reflect")))
 def test_a_random_crop_is_that_of_a_loop_over_padded_images(padding, padding_mode):
     rng = np.random.default_rng(0)
     x = rng.random((20, 3, 6, 7), dtype=np.float32)
     top, left = rng.integers(0, 2 * padding + 1, (2, 20))
     padded = np.pad(x, ((0, 0), (0, 0), (padding, padding), (padding, padding)), padding_mode)
-    expected = np.stack([image[:, row:row + 6, column:column + 7] for image, row, column in zip(padded, top, left)])
-    found = random_crop(torch.from_numpy(x), padding, padding_mode, torch.from_numpy(top), torch.from_numpy(left))
+    expected = np.stack([image[:, row:row + 6, column:column + 7]
+                         for image, row, column in zip(padded, top, left)])
+    found = random_crop(torch.from_numpy(x), padding, padding_mode, torch.from_numpy(top),
+                        torch.from_numpy(left))
     assert np.array_equal(found, expected)
 
 
@@ -479,7 +506,8 @@ def test_crops_reach_every_place_and_nothing_else():
     split = Split(image.expand(400, 1, 5, 6), torch.zeros(400, dtype=torch.int64), torch.arange(400))
     x, *_ = epoch_of(split, 400, crop_padding=1)[0]
     padded = np.pad(image[0, 0], 1)
-    places = {(padded[row:row + 5, column:column + 6] / np.float32(255)).tobytes() for row in range(3) for column in range(3)}
+    places = {(padded[row:row + 5, column:column + 6] / np.float32(255)).tobytes()
+              for row in range(3) for column in range(3)}
     assert {crop.numpy().tobytes() for crop in x} == places
 
 
@@ -496,8 +524,8 @@ def test_to_unit_maps_0_and_255_to_0_and_1():
 
 
 @pytest.mark.parametrize(("count", "batch_size", "sizes"), [
-    (9, 4, [4, 5]), (10, 4, [4, 4, 2]), (129, 128, [129]), (143, 128, [143]), (144, 128, [128, 16]), (1, 4, [1]),
-    (3, 1, [1, 1, 1]), (59_000, 128, [128] * 460 + [120])])
+    (9, 4, [4, 5]), (10, 4, [4, 4, 2]), (129, 128, [129]), (143, 128, [143]), (144, 128, [128, 16]),
+    (1, 4, [1]), (3, 1, [1, 1, 1]), (59_000, 128, [128] * 460 + [120])])
 def test_a_leftover_that_batchnorm_could_not_use_joins_the_batch_before(count, batch_size, sizes):
     places = batch_places(count, batch_size)
     assert [size for _, size in places] == sizes and sum(sizes) == count

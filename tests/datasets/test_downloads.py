@@ -1,4 +1,5 @@
-"""CIFAR-100, SVHN and Tiny ImageNet from small archives laid out as the official ones, files of generated images, and mixed batches."""
+"""CIFAR-100, SVHN and Tiny ImageNet from small archives laid out as the official ones,
+files of generated images, and mixed batches."""
 import functools
 import hashlib
 import io
@@ -39,7 +40,8 @@ def refusal(function, *args, **kwargs):
 
 
 def same(first, second):
-    return all(torch.equal(getattr(first, name), getattr(second, name)) for name in ("images", "labels", "index"))
+    return all(torch.equal(getattr(first, name), getattr(second, name))
+               for name in ("images", "labels", "index"))
 
 
 def md5(contents):
@@ -56,7 +58,8 @@ def no_network(monkeypatch):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """(address, folder, paths asked for) of a web server in this process; a file under cut/ breaks off half way."""
+    """(address, folder, paths asked for) of a web server in this process;
+    a file under cut/ breaks off half way."""
     folder, asked = tmp_path / "server", []
     folder.mkdir()
 
@@ -85,13 +88,14 @@ def server(tmp_path, monkeypatch):
 
 # CIFAR-100
 
-CIFAR = {split: (RNG.integers(0, 256, (count, 3, 32, 32), dtype=np.uint8), RNG.integers(0, 100, count)) for split, count in
-         (("train", 9), ("test", 4))}
+CIFAR = {split: (RNG.integers(0, 256, (count, 3, 32, 32), dtype=np.uint8), RNG.integers(0, 100, count))
+         for split, count in (("train", 9), ("test", 4))}
 NAMES = [f"name {k}" for k in range(100)]
 
 
 def cifar100_files():
-    files = {split: pickle.dumps({"data": images.reshape(-1, 3072), "fine_labels": labels.tolist(), "coarse_labels": [0] * len(labels)})
+    files = {split: pickle.dumps({"data": images.reshape(-1, 3072), "fine_labels": labels.tolist(),
+                                  "coarse_labels": [0] * len(labels)})
              for split, (images, labels) in CIFAR.items()}
     return files | {"meta": pickle.dumps({"fine_label_names": NAMES, "coarse_label_names": ["all"]})}
 
@@ -135,7 +139,8 @@ def test_cifar100_is_downloaded_where_it_is_missing(tmp_path, cifar100, server, 
     with tarfile.open(folder / "cifar-100-python.tar.gz", "w:gz") as archive:
         archive.add(tmp_path / "packed" / "cifar-100-python", "cifar-100-python")
     monkeypatch.setattr(torchvision.datasets.CIFAR100, "url", f"{address}/cifar-100-python.tar.gz")
-    monkeypatch.setattr(torchvision.datasets.CIFAR100, "tgz_md5", md5((folder / "cifar-100-python.tar.gz").read_bytes()))
+    monkeypatch.setattr(torchvision.datasets.CIFAR100, "tgz_md5",
+                        md5((folder / "cifar-100-python.tar.gz").read_bytes()))
     assert_is_tiny_cifar100(load_dataset("cifar100", str(tmp_path / "data")))
     assert set(asked) == {"/cifar-100-python.tar.gz"}
     asked.clear()
@@ -145,18 +150,20 @@ def test_cifar100_is_downloaded_where_it_is_missing(tmp_path, cifar100, server, 
 
 # SVHN
 
-SVHN = {split: (RNG.integers(0, 256, (count, 3, 32, 32), dtype=np.uint8), np.arange(count) % 10) for split, count in
-        (("train", 12), ("test", 11))}
+SVHN = {split: (RNG.integers(0, 256, (count, 3, 32, 32), dtype=np.uint8), np.arange(count) % 10)
+        for split, count in (("train", 12), ("test", 11))}
 
 
 @pytest.fixture
 def svhn(tmp_path, monkeypatch):
-    """A folder with tiny files in place of SVHN's, whose checksums torchvision expects; digit 0 has the label 10 there."""
+    """A folder with tiny files in place of SVHN's, whose checksums torchvision expects;
+    digit 0 has the label 10 there."""
     split_list, folder = {}, tmp_path / "svhn"
     folder.mkdir()
     for split, (images, labels) in SVHN.items():
         file = folder / f"{split}_32x32.mat"
-        scipy.io.savemat(file, {"X": images.transpose(2, 3, 1, 0), "y": np.where(labels, labels, 10).astype(np.uint8)[:, None]})
+        scipy.io.savemat(file, {"X": images.transpose(2, 3, 1, 0),
+                                "y": np.where(labels, labels, 10).astype(np.uint8)[:, None]})
         split_list[split] = [f"http://127.0.0.1/{file.name}", file.name, md5(file.read_bytes())]
     split_list["extra"] = ["http://127.0.0.1/extra_32x32.mat", "extra_32x32.mat", "0" * 32]
     monkeypatch.setattr(torchvision.datasets.SVHN, "split_list", split_list)
@@ -167,11 +174,13 @@ def test_svhn_has_its_digits_as_labels_and_no_extra_part(svhn, no_network):
     data = load_dataset("svhn", str(svhn))
     assert data.classes == tuple("0123456789") and data.image_shape == (3, 32, 32)
     for split, (images, labels) in zip((data.train, data.test), SVHN.values()):
-        assert np.array_equal(split.images, images) and np.array_equal(split.labels, labels) and split.images.is_contiguous()
+        assert (np.array_equal(split.images, images) and np.array_equal(split.labels, labels)
+                and split.images.is_contiguous())
 
 
 @pytest.mark.parametrize("name", ("train_32x32.mat", "test_32x32.mat"))
-@pytest.mark.parametrize("damage", (None, lambda contents: contents[:-1] + bytes([contents[-1] ^ 1])), ids=("missing", "damaged"))
+@pytest.mark.parametrize("damage", (None, lambda contents: contents[:-1] + bytes([contents[-1] ^ 1])),
+                         ids=("missing", "damaged"))
 def test_a_missing_or_damaged_svhn_file_is_refused_in_one_line(svhn, no_network, name, damage):
     contents = (svhn / name).read_bytes()
     (svhn / name).unlink()
@@ -184,11 +193,13 @@ def test_a_missing_or_damaged_svhn_file_is_refused_in_one_line(svhn, no_network,
 def test_svhn_is_downloaded_where_it_is_missing(tmp_path, svhn, server, monkeypatch):
     address, folder, asked = server
     for split, entry in torchvision.datasets.SVHN.split_list.items():
-        monkeypatch.setitem(torchvision.datasets.SVHN.split_list, split, [f"{address}/{entry[1]}", *entry[1:]])
+        monkeypatch.setitem(torchvision.datasets.SVHN.split_list, split,
+                            [f"{address}/{entry[1]}", *entry[1:]])
     for file in svhn.iterdir():
         file.rename(folder / file.name)
     data = load_dataset("svhn", str(tmp_path / "data"))
-    assert (len(data.train), len(data.test)) == (12, 11) and set(asked) == {"/test_32x32.mat", "/train_32x32.mat"}
+    assert ((len(data.train), len(data.test)) == (12, 11)
+            and set(asked) == {"/test_32x32.mat", "/train_32x32.mat"})
 
 
 def test_svhn_without_scipy_says_how_to_get_it(svhn, monkeypatch):
@@ -206,14 +217,16 @@ VAL = {"val_0.JPEG": "n02", "val_1.JPEG": "n01", "val_10.JPEG": "n03", "val_2.JP
 def jpeg(mode="RGB", size=(64, 64)):
     """A JPEG file of coarse noise."""
     file = io.BytesIO()
-    Image.fromarray(RNG.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize(size).convert(mode).save(file, "JPEG")
+    image = Image.fromarray(RNG.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+    image.resize(size).convert(mode).save(file, "JPEG")
     return file.getvalue()
 
 
 def tiny_files(grey=("train/n01/images/n01_0.JPEG", "val/images/val_1.JPEG")):
     """The files of a Tiny ImageNet of three classes, in the order of no list."""
     files = {"wnids.txt": "".join(f"{wnid}\n" for wnid in WNIDS).encode(), "words.txt": b"n01\tcat\n",
-             "val/val_annotations.txt": "".join(f"{name}\t{wnid}\t0\t0\t63\t63\n" for name, wnid in VAL.items()).encode()}
+             "val/val_annotations.txt": "".join(f"{name}\t{wnid}\t0\t0\t63\t63\n"
+                                                for name, wnid in VAL.items()).encode()}
     names = [f"train/{wnid}/images/{wnid}_{k}.JPEG" for wnid in WNIDS for k in (1, 0)]
     for name in (*names, *(f"val/images/{name}" for name in reversed(VAL)), "test/images/test_0.JPEG"):
         files[name] = jpeg("L" if name in grey else "RGB")
@@ -251,9 +264,11 @@ def assert_is_tiny(data, files):
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
-    """(data folder, files): a small tiny-imagenet-200.zip in the folder, with the checksum and the counts that are expected."""
+    """(data folder, files): a small tiny-imagenet-200.zip in the folder,
+    with the checksum and the counts that are expected."""
     files = tiny_files()
-    monkeypatch.setattr(tiny_imagenet, "TINY_MD5", md5(write_zip(tmp_path / "data" / "tiny-imagenet-200.zip", files)))
+    monkeypatch.setattr(tiny_imagenet, "TINY_MD5",
+                        md5(write_zip(tmp_path / "data" / "tiny-imagenet-200.zip", files)))
     monkeypatch.setattr(tiny_imagenet, "TINY_COUNTS", {"training": 6, "validation": 4})
     return tmp_path / "data", files
 
@@ -268,7 +283,8 @@ def tiny_folder(tiny):
 
 
 def test_the_official_archive_is_expected_with_its_100000_and_10000_images():
-    assert tiny_imagenet.TINY_MD5 == "90528d7ca1a48142e341f4ef8d21d0de" and tiny_imagenet.TINY_URL.endswith("/tiny-imagenet-200.zip")
+    assert (tiny_imagenet.TINY_MD5 == "90528d7ca1a48142e341f4ef8d21d0de"
+            and tiny_imagenet.TINY_URL.endswith("/tiny-imagenet-200.zip"))
     assert list(tiny_imagenet.TINY_COUNTS.values()) == [100_000, 10_000]
 
 
@@ -276,7 +292,8 @@ def test_tiny_imagenet_is_read_from_its_zip_and_nothing_is_unpacked(tiny, no_net
     data_dir, files = tiny
     assert_is_tiny(load_dataset("tiny-imagenet", str(data_dir)), files)
     names = sorted(path.name for path in data_dir.iterdir())
-    assert len(names) == 2 and names[0].startswith("tiny-imagenet-200-cache-") and names[1] == "tiny-imagenet-200.zip"
+    assert (len(names) == 2 and names[0].startswith("tiny-imagenet-200-cache-")
+            and names[1] == "tiny-imagenet-200.zip")
 
 
 def test_tiny_imagenet_is_read_from_its_extracted_folder(tiny_folder, no_network):
@@ -311,11 +328,13 @@ def test_validation_images_without_labels_are_refused_with_what_is_missing(tiny_
     data_dir, _ = tiny_folder
     (data_dir / "tiny-imagenet-200" / "val" / "val_annotations.txt").unlink()
     message = refusal(load_dataset, "tiny-imagenet", str(data_dir))
-    for part in ("in no class folders", "val/val_annotations.txt", "is missing", "tiny-imagenet-200.zip", str(data_dir)):
+    for part in ("in no class folders", "val/val_annotations.txt", "is missing", "tiny-imagenet-200.zip",
+                 str(data_dir)):
         assert part in message
 
 
-@pytest.mark.parametrize("lines", ("val_0.JPEG\tn02\t0\n", "".join(f"{name}\tn99\t0\n" for name in VAL)), ids=("one line", "other classes"))
+@pytest.mark.parametrize("lines", ("val_0.JPEG\tn02\t0\n", "".join(f"{name}\tn99\t0\n" for name in VAL)),
+                         ids=("one line", "other classes"))
 def test_annotations_that_do_not_cover_the_images_are_refused(tiny_folder, lines):
     data_dir, _ = tiny_folder
     (data_dir / "tiny-imagenet-200" / "val" / "val_annotations.txt").write_text(lines)
@@ -341,14 +360,17 @@ def test_a_damaged_image_is_refused_by_name(tiny_folder):
     assert str(damaged) in refusal(load_dataset, "tiny-imagenet", str(data_dir))
 
 
-@pytest.mark.parametrize("damage", (lambda b: b[:len(b) // 2], lambda b: b[:-1], lambda b: b"<html>not found</html>", lambda b: b"",
-                                    lambda b: b + b"x"), ids=("half", "all but one byte", "web page", "empty", "one byte more"))
+@pytest.mark.parametrize("damage",
+                         (lambda b: b[:len(b) // 2], lambda b: b[:-1], lambda b: b"<html>not found</html>",
+                          lambda b: b"", lambda b: b + b"x"),
+                         ids=("half", "all but one byte", "web page", "empty", "one byte more"))
 def test_a_zip_with_another_checksum_is_refused_with_both(tiny, damage):
     data_dir, _ = tiny
     archive = data_dir / "tiny-imagenet-200.zip"
     archive.write_bytes(damage(archive.read_bytes()))
     message = refusal(load_dataset, "tiny-imagenet", str(data_dir))
-    for part in (str(archive), md5(archive.read_bytes()), tiny_imagenet.TINY_MD5, "download it again", tiny_imagenet.TINY_URL):
+    for part in (str(archive), md5(archive.read_bytes()), tiny_imagenet.TINY_MD5, "download it again",
+                 tiny_imagenet.TINY_URL):
         assert part in message
     assert [path.name for path in data_dir.iterdir()] == ["tiny-imagenet-200.zip"]
 
@@ -393,12 +415,15 @@ def test_tiny_imagenet_is_downloaded_where_it_is_missing_and_only_once(tiny, ser
         assert_is_tiny(load_dataset("tiny-imagenet", str(data_dir)), files)
         assert asked == ["/tiny-imagenet-200.zip"]
     assert capsys.readouterr().out.count("downloading") == 1
-    assert (data_dir / "tiny-imagenet-200.zip").read_bytes() == (folder / "tiny-imagenet-200.zip").read_bytes()
+    assert ((data_dir / "tiny-imagenet-200.zip").read_bytes()
+            == (folder / "tiny-imagenet-200.zip").read_bytes())
     assert len(list(data_dir.iterdir())) == 2
 
 
-@pytest.mark.parametrize(("path", "parts"), (("other.zip", ("has MD5", "not")), ("cut/tiny-imagenet-200.zip", ("has MD5",)),
-                                             ("nothing.zip", ("404",))), ids=("another file", "cut off", "not found"))
+@pytest.mark.parametrize(("path", "parts"),
+                         (("other.zip", ("has MD5", "not")), ("cut/tiny-imagenet-200.zip", ("has MD5",)),
+                          ("nothing.zip", ("404",))),
+                         ids=("another file", "cut off", "not found"))
 def test_a_download_that_fails_is_refused_and_leaves_nothing(tiny, server, monkeypatch, path, parts):
     data_dir, _ = tiny
     address, folder, _ = server
@@ -416,7 +441,8 @@ def test_a_download_that_fails_is_refused_and_leaves_nothing(tiny, server, monke
 def test_a_missing_tiny_imagenet_without_a_network_says_what_to_do(tmp_path, no_network, folder):
     (tmp_path / "file").write_text("")
     message = refusal(load_dataset, "tiny-imagenet", str(tmp_path / folder))
-    for part in ("tiny-imagenet-200.zip", str(tmp_path / folder), "no network" if folder == "data" else "file", tiny_imagenet.TINY_URL,
+    for part in ("tiny-imagenet-200.zip", str(tmp_path / folder),
+                 "no network" if folder == "data" else "file", tiny_imagenet.TINY_URL,
                  "--data_dir", "--dataset digits"):
         assert part in message
 
@@ -434,11 +460,13 @@ def write_extra(path, save=np.savez, **arrays):
 
 
 def assert_holds(extra, images=IMAGES):
-    assert isinstance(extra.images, np.memmap) and not extra.images.flags.writeable and not extra.images.flags.owndata
+    assert (isinstance(extra.images, np.memmap) and not extra.images.flags.writeable
+            and not extra.images.flags.owndata)
     assert np.array_equal(extra.images, images) and np.array_equal(extra.labels, LABELS)
     assert extra.labels.dtype == torch.int64 and len(extra) == 40
     part = extra[torch.tensor([7, 0, 39, 7])]
-    assert np.array_equal(part.images, images[[7, 0, 39, 7]].transpose(0, 3, 1, 2)) and part.labels.tolist() == [3, 0, 3, 3]
+    assert (np.array_equal(part.images, images[[7, 0, 39, 7]].transpose(0, 3, 1, 2))
+            and part.labels.tolist() == [3, 0, 3, 3])
     assert part.index.tolist() == [extra.first_index + row for row in (7, 0, 39, 7)]
 
 
@@ -447,7 +475,8 @@ def test_stored_images_are_mapped_where_they_lie_in_the_file(tmp_path, label_typ
     path = write_extra(tmp_path / "1m.npz", label=LABELS.astype(label_type))
     extra = load_extra(str(path), 4, SHAPE, first_index=100)
     assert_holds(extra)
-    assert Path(extra.images.filename) == path and extra.images.offset > 0 and list(tmp_path.iterdir()) == [path]
+    assert (Path(extra.images.filename) == path and extra.images.offset > 0
+            and list(tmp_path.iterdir()) == [path])
 
 
 def test_the_place_of_stored_images_follows_from_their_own_header(tmp_path):
@@ -470,7 +499,8 @@ def test_compressed_images_are_unpacked_once_beside_the_file(tmp_path, monkeypat
     path = write_extra(tmp_path / "1m.npz", np.savez_compressed)
     assert_holds(load_extra(path, 4, SHAPE))
     unpacked, = tmp_path.glob("*.npy")
-    assert unpacked.name.startswith("1m-image-") and np.array_equal(np.load(unpacked), IMAGES) and len(list(tmp_path.iterdir())) == 2
+    assert (unpacked.name.startswith("1m-image-") and np.array_equal(np.load(unpacked), IMAGES)
+            and len(list(tmp_path.iterdir())) == 2)
     assert "unpacking" in capsys.readouterr().out
     monkeypatch.setattr(generated, "copy_stream", None)
     extra = load_extra(path, 4, SHAPE)
@@ -504,11 +534,15 @@ def test_images_that_cannot_be_unpacked_are_refused_and_leave_nothing(tmp_path, 
 
 
 @pytest.mark.parametrize(("arrays", "parts"), (
-    ({"image": IMAGES[:, :, :4]}, ("[40, 6, 4, 3]", "[N, 6, 5, 3]")), ({"image": IMAGES.transpose(0, 3, 1, 2)}, ("[40, 3, 6, 5]",)),
-    ({"image": IMAGES[..., 0]}, ("[40, 6, 5]",)), ({"image": IMAGES / 255}, ("float64",)), ({"image": IMAGES.astype(np.int8)}, ("int8",)),
-    ({"image": IMAGES[:0], "label": LABELS[:1]}, ("[0, 6, 5, 3]",)), ({"label": LABELS[:-1]}, ("39 labels for 40 images",)),
-    ({"label": LABELS[:, None]}, ("[40, 1]",)), ({"label": LABELS / 1.0}, ("float64",)), ({"label": LABELS > 1}, ("bool",)),
-    ({"label": LABELS[:0]}, ("[0]",)), ({"label": LABELS + 1}, ("from 1 to 4", "0 to 3")), ({"label": LABELS - 1}, ("from -1 to 2",))))
+    ({"image": IMAGES[:, :, :4]}, ("[40, 6, 4, 3]", "[N, 6, 5, 3]")),
+    ({"image": IMAGES.transpose(0, 3, 1, 2)}, ("[40, 3, 6, 5]",)),
+    ({"image": IMAGES[..., 0]}, ("[40, 6, 5]",)),
+    ({"image": IMAGES / 255}, ("float64",)), ({"image": IMAGES.astype(np.int8)}, ("int8",)),
+    ({"image": IMAGES[:0], "label": LABELS[:1]}, ("[0, 6, 5, 3]",)),
+    ({"label": LABELS[:-1]}, ("39 labels for 40 images",)), ({"label": LABELS[:, None]}, ("[40, 1]",)),
+    ({"label": LABELS / 1.0}, ("float64",)), ({"label": LABELS > 1}, ("bool",)),
+    ({"label": LABELS[:0]}, ("[0]",)), ({"label": LABELS + 1}, ("from 1 to 4", "0 to 3")),
+    ({"label": LABELS - 1}, ("from -1 to 2",))))
 @pytest.mark.parametrize("save", (np.savez, np.savez_compressed))
 def test_images_and_labels_that_do_not_fit_are_refused(tmp_path, save, arrays, parts):
     path = write_extra(tmp_path / "1m.npz", save, **arrays)
@@ -529,7 +563,8 @@ def test_missing_keys_are_refused_with_those_that_are_there(tmp_path):
 
 
 @pytest.mark.parametrize("save", (np.savez, np.savez_compressed))
-@pytest.mark.parametrize("damage", (lambda b: b"", lambda b: b"text" * 50, lambda b: b[:len(b) // 2], lambda b: b[:-1]),
+@pytest.mark.parametrize("damage",
+                         (lambda b: b"", lambda b: b"text" * 50, lambda b: b[:len(b) // 2], lambda b: b[:-1]),
                          ids=("empty", "text", "half", "all but one byte"))
 def test_a_damaged_file_of_generated_images_is_refused(tmp_path, save, damage):
     path = write_extra(tmp_path / "1m.npz", save)
@@ -548,7 +583,8 @@ def test_compressed_images_that_do_not_match_their_checksum_are_refused_and_leav
 def test_an_array_that_is_shorter_than_its_header_says_is_refused(tmp_path):
     file = io.BytesIO()
     np.save(file, IMAGES)
-    with zipfile.ZipFile(write_extra(tmp_path / "whole.npz")) as whole, zipfile.ZipFile(tmp_path / "short.npz", "w") as short:
+    with (zipfile.ZipFile(write_extra(tmp_path / "whole.npz")) as whole,
+          zipfile.ZipFile(tmp_path / "short.npz", "w") as short):
         short.writestr("image.npy", file.getvalue()[:-9])
         short.writestr("label.npy", whole.read("label.npy"))
     assert "announces" in refusal(load_extra, tmp_path / "short.npz", 4, SHAPE)
@@ -587,7 +623,8 @@ def test_a_data_set_has_its_generated_images_behind_the_whole_training_set(colou
 
 def split_of(count, shape=SHAPE):
     """Noise images whose index is not their row."""
-    images = torch.randint(0, 256, (count, *shape), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    images = torch.randint(0, 256, (count, *shape), generator=torch.Generator().manual_seed(0),
+                           dtype=torch.uint8)
     return Split(images, torch.arange(count) % 4, 100 + 2 * torch.arange(count))
 
 
@@ -600,7 +637,8 @@ AUGMENTED = {"crop_padding": 2, "padding_mode": "reflect", "flip": True}
 
 
 def epoch_of(split, extra, extra_fraction, batch_size=8, seed=1, epoch=1, **options):
-    return list(training_batches(split, batch_size, seed, epoch, extra=extra, extra_fraction=extra_fraction, **options))
+    return list(training_batches(split, batch_size, seed, epoch, extra=extra, extra_fraction=extra_fraction,
+                                 **options))
 
 
 def order_of(batches):
@@ -623,15 +661,18 @@ def test_without_generated_images_the_order_the_crops_and_the_flips_are_the_firs
 
 def test_a_fraction_of_0_is_the_epoch_without_generated_images(extra):
     split = split_of(29)
-    for first, second in zip(epoch_of(split, extra, 0.0, **AUGMENTED), epoch_of(split, None, 0.0, **AUGMENTED), strict=True):
+    for first, second in zip(epoch_of(split, extra, 0.0, **AUGMENTED),
+                             epoch_of(split, None, 0.0, **AUGMENTED), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(first[:3], second[:3])) and first[3] == second[3]
 
 
 @pytest.mark.parametrize("fraction", (0.0, 0.1, 0.3, 0.5, 0.7, 0.99, 1.0))
 @pytest.mark.parametrize(("count", "batch_size"), ((32, 8), (29, 8), (29, 5), (29, 64), (29, 1)))
-def test_every_batch_has_its_part_of_generated_images_and_the_epoch_as_many_images_as_before(extra, count, batch_size, fraction):
+def test_every_batch_has_its_part_of_generated_images_and_the_epoch_as_many_images_as_before(
+        extra, count, batch_size, fraction):
     batches = epoch_of(split_of(count), extra, fraction, batch_size)
-    assert [len(x) for x, *_ in batches] == [min(batch_size, count - first) for first in range(0, count, batch_size)]
+    assert ([len(x) for x, *_ in batches]
+            == [min(batch_size, count - first) for first in range(0, count, batch_size)])
     for x, y, index, share in batches:
         assert len(x) == len(y) == len(index) and share == 1
         assert int((index >= 1000).sum()) == round(fraction * len(x))
@@ -642,7 +683,8 @@ def test_a_batch_holds_the_images_with_their_own_labels(extra, fraction):
     split = split_of(29)
     for x, y, index, _ in epoch_of(split, extra, fraction):
         for image, label, i in zip(x, y, index.tolist()):
-            expected = torch.from_numpy(IMAGES[i - 1000]).permute(2, 0, 1) if i >= 1000 else split.images[(i - 100) // 2]
+            expected = (torch.from_numpy(IMAGES[i - 1000]).permute(2, 0, 1) if i >= 1000
+                        else split.images[(i - 100) // 2])
             assert torch.equal(image, expected / 255)
             assert label == (LABELS[i - 1000] if i >= 1000 else split.labels[(i - 100) // 2])
 
@@ -673,8 +715,10 @@ def test_the_mixture_follows_from_seed_and_epoch_alone(extra):
         return epoch_of(split_of(29), extra, 0.5, **AUGMENTED, **options)
 
     first, second = epoch(), epoch()
-    assert all(torch.equal(a, b) for left, right in zip(first, second, strict=True) for a, b in zip(left[:3], right[:3]))
-    generated = [set(order_of(batches)[order_of(batches) >= 1000].tolist()) for batches in (first, epoch(epoch=2), epoch(seed=2))]
+    assert all(torch.equal(a, b)
+               for left, right in zip(first, second, strict=True) for a, b in zip(left[:3], right[:3]))
+    generated = [set(order_of(batches)[order_of(batches) >= 1000].tolist())
+                 for batches in (first, epoch(epoch=2), epoch(seed=2))]
     assert generated[0] != generated[1] and generated[0] != generated[2] and generated[1] != generated[2]
 
 
@@ -682,8 +726,10 @@ def test_the_mixture_follows_from_seed_and_epoch_alone(extra):
 @pytest.mark.parametrize("count", (32, 29, 25))
 @pytest.mark.parametrize("fraction", (0.3, 0.7, 1.0))
 def test_the_shares_of_all_processes_make_up_the_mixed_batches_of_one(extra, count, world_size, fraction):
-    whole = [batch for batch in epoch_of(split_of(count), extra, fraction, **AUGMENTED) if len(batch[0]) >= world_size]
-    parts = [epoch_of(split_of(count), extra, fraction, **AUGMENTED, rank=rank, world_size=world_size) for rank in range(world_size)]
+    whole = [batch for batch in epoch_of(split_of(count), extra, fraction, **AUGMENTED)
+             if len(batch[0]) >= world_size]
+    parts = [epoch_of(split_of(count), extra, fraction, **AUGMENTED, rank=rank, world_size=world_size)
+             for rank in range(world_size)]
     assert {len(part) for part in parts} == {len(whole)}
     for batch, *shares in zip(whole, *parts):
         for rank, share in enumerate(shares):
@@ -695,11 +741,14 @@ def test_the_shares_of_all_processes_make_up_the_mixed_batches_of_one(extra, cou
 
 def test_generated_images_are_cropped_and_flipped_too(tmp_path):
     image = np.arange(1, 31, dtype=np.uint8).reshape(5, 6, 1)
-    path = write_extra(tmp_path / "1m.npz", image=np.broadcast_to(image, (400, 5, 6, 1)), label=np.zeros(400, np.int64))
-    split = Split(torch.zeros(400, 1, 5, 6, dtype=torch.uint8), torch.zeros(400, dtype=torch.int64), torch.arange(400))
+    path = write_extra(tmp_path / "1m.npz", image=np.broadcast_to(image, (400, 5, 6, 1)),
+                       label=np.zeros(400, np.int64))
+    split = Split(torch.zeros(400, 1, 5, 6, dtype=torch.uint8), torch.zeros(400, dtype=torch.int64),
+                  torch.arange(400))
     x, *_ = epoch_of(split, load_extra(path, 1, (1, 5, 6)), 1.0, 400, crop_padding=1, flip=True)[0]
     padded = np.pad(image[..., 0], 1)
-    crops = [padded[row:row + 5, column:column + 6] / np.float32(255) for row in range(3) for column in range(3)]
+    crops = [padded[row:row + 5, column:column + 6] / np.float32(255)
+             for row in range(3) for column in range(3)]
     counts = {crop.tobytes(): 0 for upright in crops for crop in (upright, upright[:, ::-1])}
     for crop in x:
         counts[crop.numpy().tobytes()] += 1
@@ -710,12 +759,14 @@ def test_a_generated_image_never_has_the_index_of_a_real_one(extra):
     behind = Extra(extra.images, extra.labels)  # first_index 0
     order = order_of(epoch_of(split_of(29), behind, 0.5))
     generated = order[order >= 157]  # the largest real index is 156
-    assert len(order.unique()) == 29 and len(generated) == 14 and generated.max() < 157 + 40 and generated.min() < 157 + 20
+    assert (len(order.unique()) == 29 and len(generated) == 14 and generated.max() < 157 + 40
+            and generated.min() < 157 + 20)
 
 
 def test_a_few_of_twenty_million_are_drawn_without_a_list_of_them_all():
     count = 20_000_000
-    many = Extra(np.broadcast_to(np.zeros((1, 1, 1), np.uint8), (count, 1, 1, 1)), torch.zeros(1, dtype=torch.int64).expand(count), 1000)
+    many = Extra(np.broadcast_to(np.zeros((1, 1, 1), np.uint8), (count, 1, 1, 1)),
+                 torch.zeros(1, dtype=torch.int64).expand(count), 1000)
     tracemalloc.start()
     order = order_of(epoch_of(split_of(1000, (1, 1, 1)), many, 0.7, batch_size=100))
     peak = tracemalloc.get_traced_memory()[1]

@@ -70,7 +70,8 @@ def test_what_does_not_fit_into_memory_is_said_before_it_is_read(tmp_path, monke
     monkeypatch.setattr(pictures, "free_memory", lambda device: 10**9)
     Image.new("RGB", (224, 224)).save(tmp_path / "x.png")
     monkeypatch.setattr(pictures, "as_seen", lambda image: pytest.fail("it was read"))
-    with pytest.raises(UserError, match=r"10,000 images of 224x224 take 3.0 GB of memory, and 1.0 GB are free"):
+    with pytest.raises(UserError,
+                       match=r"10,000 images of 224x224 take 3.0 GB of memory, and 1.0 GB are free"):
         pictures.decode([tmp_path / "x.png"] * 10_000, "decoding")
 
 

@@ -1,4 +1,5 @@
-"""The record on disk: the same for any batch size, shard or interruption; who is attacked; what counts as an adversary."""
+"""The record on disk: the same for any batch size, shard or interruption; who is attacked;
+what counts as an adversary."""
 import os
 import signal
 import subprocess
@@ -32,7 +33,8 @@ def network():
 
 
 def split_of(count=COUNT):
-    images = torch.randint(0, 256, (count, 1, 28, 28), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    images = torch.randint(0, 256, (count, 1, 28, 28), generator=torch.Generator().manual_seed(0),
+                           dtype=torch.uint8)
     labels = network()(images.float() / 255).argmax(1)
     labels[::6] = (labels[::6] + 1) % 10
     return Split(images, labels, 1000 + torch.arange(count))
@@ -50,7 +52,8 @@ class Fake:
 
 
 def short_pgd(model, x, y, index, restart, loss_fn=cross_entropy):
-    return pgd(model, x, y, epsilon=EPSILON, step_size=0.01, num_steps=3, loss_fn=loss_fn, keys=example_keys(index, 0, restart))
+    return pgd(model, x, y, epsilon=EPSILON, step_size=0.01, num_steps=3, loss_fn=loss_fn,
+               keys=example_keys(index, 0, restart))
 
 
 def task_of(batch_size=25):
@@ -58,14 +61,16 @@ def task_of(batch_size=25):
 
 
 def measured(folder, batch_size=25, shards=((0, 1),), attacks=None, columns=None, bar=None):
-    record, usual = AttackRecord(folder, {"seed": 0}, COUNT), {"a": Fake(short_pgd), "b": Fake(short_pgd, everyone=True, num_restarts=2)}
+    record = AttackRecord(folder, {"seed": 0}, COUNT)
+    usual = {"a": Fake(short_pgd), "b": Fake(short_pgd, everyone=True, num_restarts=2)}
     for shard in shards:
         run(record, task_of(batch_size), attacks or usual, columns or {"a": ("a",)}, shard, bar)
     return record
 
 
 def same(left, right):
-    return all(torch.equal(left.rows[name][key].nan_to_num(), right.rows[name][key].nan_to_num()) for name in left.rows for key in FIELDS)
+    return all(torch.equal(left.rows[name][key].nan_to_num(), right.rows[name][key].nan_to_num())
+               for name in left.rows for key in FIELDS)
 
 
 def test_the_record_is_the_same_for_any_batch_size_and_sharding(tmp_path):
@@ -80,7 +85,8 @@ def test_an_attack_that_refills_its_batch_is_given_several_at_once(tmp_path):
 
     def run(model, x, y, index, restart, batch_size):
         given.append((len(x), batch_size))
-        return pgd_until_broken(model, x, y, epsilon=EPSILON, step_size=0.01, num_steps=12, keys=example_keys(index), batch_size=batch_size)
+        return pgd_until_broken(model, x, y, epsilon=EPSILON, step_size=0.01, num_steps=12,
+                                keys=example_keys(index), batch_size=batch_size)
 
     attacks = {"a": Fake(run, refills=True)}
     few, many = (measured(tmp_path / str(size), size, attacks=attacks) for size in (3, 60))
@@ -99,9 +105,11 @@ def test_the_margin_of_a_broken_example_is_that_of_the_last_step(tmp_path):
 
     y = split_of().labels
     early, late, last = (measured(tmp_path / name, 7, attacks={"a": attack}).rows["a"] for name, attack in (
-        ("early", Fake(first, refills=True)), ("late", Fake(first, refills=True, whole=whole)), ("last", Fake(whole))))
+        ("early", Fake(first, refills=True)), ("late", Fake(first, refills=True, whole=whole)),
+        ("last", Fake(whole))))
     fallen = broken(early, y)
-    assert torch.equal(fallen, broken(late, y)) and torch.equal(late["margin"][fallen], last["margin"][fallen])
+    assert (torch.equal(fallen, broken(late, y))
+            and torch.equal(late["margin"][fallen], last["margin"][fallen]))
     assert (late["margin"] < early["margin"])[fallen].any()
     assert torch.equal(late["margin"][~fallen].nan_to_num(), early["margin"][~fallen].nan_to_num())
 
@@ -121,7 +129,8 @@ test_attack_record.measured(Path(sys.argv[1]), 2, attacks={{"a": test_attack_rec
 def test_a_record_killed_twice_goes_on_to_the_same_one(tmp_path):
     whole, killed = measured(tmp_path / "whole", 2), tmp_path / "killed"
     for name in ("a", "b"):
-        process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(killed)], env={**os.environ, "OMP_NUM_THREADS": "1"})
+        process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(killed)],
+                                   env={**os.environ, "OMP_NUM_THREADS": "1"})
         deadline = time.monotonic() + 60
         while len(list((killed / name).glob("*.npz"))) < 3 and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -149,7 +158,8 @@ def test_who_is_attacked(tmp_path):
             return short_pgd(model, x, y, index, restart) if breaks else x
         return run
 
-    attacks = {"first": Fake(watch("first", True)), "second": Fake(watch("second", False)), "alone": Fake(watch("alone", False)),
+    attacks = {"first": Fake(watch("first", True)), "second": Fake(watch("second", False)),
+               "alone": Fake(watch("alone", False)),
                "few": Fake(watch("few", False), limit=20), "all": Fake(watch("all", False), everyone=True)}
     columns = {"both": ("first", "second"), "alone": ("alone",), "few": ("few",)}
     record, y = measured(tmp_path / "r", attacks=attacks, columns=columns), split_of().labels
@@ -157,7 +167,8 @@ def test_who_is_attacked(tmp_path):
     fallen = set(broken(record.rows["first"], y).nonzero().squeeze(1).tolist())
     assert fallen and seen["first"] == seen["alone"] == correct and seen["second"] == correct - fallen
     assert seen["few"] == {k for k in correct if k < 20} and seen["all"] == set(range(COUNT))
-    assert set((record.rows["second"]["prediction"] == UNTOUCHED).nonzero().squeeze(1).tolist()) == set(range(COUNT)) - seen["second"]
+    assert (set((record.rows["second"]["prediction"] == UNTOUCHED).nonzero().squeeze(1).tolist())
+            == set(range(COUNT)) - seen["second"])
 
 
 def test_the_bar_knows_how_many_attacks_there_are_and_reaches_its_end(tmp_path):
@@ -176,16 +187,20 @@ def test_the_bar_knows_how_many_attacks_there_are_and_reaches_its_end(tmp_path):
         def update(self, count):
             self.n += count
 
-    bar, attacks = Counting(), {"all": Fake(watch, everyone=True, num_restarts=2), "first": Fake(watch), "second": Fake(watch)}
+    bar = Counting()
+    attacks = {"all": Fake(watch, everyone=True, num_restarts=2), "first": Fake(watch), "second": Fake(watch)}
     record = measured(tmp_path / "r", 60, attacks=attacks, columns={"both": ("first", "second")}, bar=bar)
     correct, fallen = 50, int(broken(record.rows["first"], split_of().labels).sum())
-    assert totals[0] == ("all", 60 + 120 + 2 * correct) and totals[-1] == ("second", 60 + 120 + 2 * correct - fallen)
-    assert bar.n == bar.total and count_left(record, split_of().labels, attacks, {"both": ("first", "second")}) == 0
+    assert (totals[0] == ("all", 60 + 120 + 2 * correct)
+            and totals[-1] == ("second", 60 + 120 + 2 * correct - fallen))
+    assert (bar.n == bar.total
+            and count_left(record, split_of().labels, attacks, {"both": ("first", "second")}) == 0)
 
 
-@pytest.mark.parametrize(("adversary", "minimal", "dropped"), ((lambda x: x + 2 * EPSILON, False, 1), (lambda x: x + 2 * EPSILON, True, 0),
-                                                               (lambda x: x - 1, True, 1), (lambda x: x * float("nan"), True, 1),
-                                                               (lambda x: x + EPSILON, False, 0)))
+@pytest.mark.parametrize(("adversary", "minimal", "dropped"),
+                         ((lambda x: x + 2 * EPSILON, False, 1), (lambda x: x + 2 * EPSILON, True, 0),
+                          (lambda x: x - 1, True, 1), (lambda x: x * float("nan"), True, 1),
+                          (lambda x: x + EPSILON, False, 0)))
 def test_an_adversary_outside_its_ball_or_box_does_not_count(adversary, minimal, dropped):
     x, y = torch.full((2, 1, 28, 28), 0.5), torch.tensor([0, 1])
     fields, used = inspect(replace(task_of(), model=network()), x, adversary(x), y, minimal)
@@ -209,14 +224,18 @@ def test_logits_do_not_depend_on_the_others_and_a_hidden_gradient_is_zero():
             return x.detach().flatten(1)[:, :10]
 
     y = torch.zeros(40, dtype=torch.int64)
-    assert torch.equal(pgd(BatchInvariant(Hidden()), x, y, epsilon=0.1, step_size=0.1, num_steps=1, start="clean"), x)
+    assert torch.equal(pgd(BatchInvariant(Hidden()), x, y, epsilon=0.1, step_size=0.1, num_steps=1,
+                           start="clean"), x)
 
 
 def test_the_catalogue_gives_every_attack_by_name_and_refuses_others():
     columns = members_of(("vir",))
-    attacks = strong_attacks(columns, epsilon=EPSILON, norm="linf", seed=0, margin_loss=cw_loss, num_spsa_examples=2)
-    assert {member for members in columns.values() for member in members} == attacks.keys() and columns["mde"][1:3] == ("md", "mdmt")
-    assert list(weighted_attacks(short_pgd, cross_entropy, lambda alpha: cross_entropy, (1.0, 2.0), 3)) == ["A_rob", "A_tr_1", "A_tr_2"]
+    attacks = strong_attacks(columns, epsilon=EPSILON, norm="linf", seed=0, margin_loss=cw_loss,
+                             num_spsa_examples=2)
+    assert ({member for members in columns.values() for member in members} == attacks.keys()
+            and columns["mde"][1:3] == ("md", "mdmt"))
+    assert (list(weighted_attacks(short_pgd, cross_entropy, lambda alpha: cross_entropy, (1.0, 2.0), 3))
+            == ["A_rob", "A_tr_1", "A_tr_2"])
     data = split_of(2)
     for name, attack in attacks.items():
         if name in ("fgsm", "cw", "pgd100", "apgd-ce", "md"):
@@ -225,4 +244,5 @@ def test_the_catalogue_gives_every_attack_by_name_and_refuses_others():
     with pytest.raises(ValueError, match="unknown attack 'pdg'"):
         members_of(("pdg",))
     with pytest.raises(ValueError, match="not defined"):
-        strong_attacks({"fgsm": ("fgsm",)}, epsilon=1.0, norm="l2", seed=0, margin_loss=cw_loss, num_spsa_examples=None)
+        strong_attacks({"fgsm": ("fgsm",)}, epsilon=1.0, norm="l2", seed=0, margin_loss=cw_loss,
+                       num_spsa_examples=None)

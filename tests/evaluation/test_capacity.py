@@ -1,4 +1,5 @@
-"""harness/evaluation/capacity.py: how many images fit, by fake and by real memory; the evaluation that chooses for itself."""
+"""harness/evaluation/capacity.py: how many images fit, by fake and by real memory;
+the evaluation that chooses for itself."""
 import json
 from functools import partial
 from pathlib import Path
@@ -25,25 +26,30 @@ def lenet(device="cpu"):
 
 
 @pytest.mark.parametrize(("each", "free", "expected"), (
-    (1000, 2 * 1000 * 6400, 6400), (1000, 2 * 1000 * 6431, 6400), (1000, 2 * 1000 * 31, 31), (1000, 10, 1), (0, 10**12, 100_000)))
+    (1000, 2 * 1000 * 6400, 6400), (1000, 2 * 1000 * 6431, 6400), (1000, 2 * 1000 * 31, 31), (1000, 10, 1),
+    (0, 10**12, 100_000)))
 def test_half_of_an_accelerators_memory_in_whole_multiples(each, free, expected):
-    found = fitting_batch_size(lenet("meta"), split_of(100_000, "meta"), free=lambda device: free, peak=lambda device, work: each * PROBE)
+    found = fitting_batch_size(lenet("meta"), split_of(100_000, "meta"), free=lambda device: free,
+                               peak=lambda device, work: each * PROBE)
     assert found == expected and (found < PROBE or found % PROBE == 0)
 
 
 def test_on_a_cpu_no_more_than_is_fast_and_no_more_than_there_are():
     def found(count, free):
-        return fitting_batch_size(lenet(), split_of(count), free=lambda device: free, peak=lambda device, work: 1000 * PROBE)
+        return fitting_batch_size(lenet(), split_of(count), free=lambda device: free,
+                                  peak=lambda device, work: 1000 * PROBE)
 
     assert found(10_000, 10**12) == FASTEST_ON_CPU and found(10_000, 2 * 1000 * 70) == 64
-    assert fitting_batch_size(lenet(), split_of(500), 5, lambda device: 2 * 1000 * 5 * 70, lambda device, work: 1000 * PROBE) == 64
+    assert (fitting_batch_size(lenet(), split_of(500), 5, lambda device: 2 * 1000 * 5 * 70,
+                               lambda device, work: 1000 * PROBE) == 64)
     assert found(40, 10**12) == 64 and found(1, 10**12) == PROBE
 
 
 def test_the_pass_that_is_measured_is_that_of_an_attack_step():
     model, seen = lenet(), []
-    model.register_forward_hook(lambda module, inputs, out: seen.append((inputs[0].shape, inputs[0].requires_grad, any(
-        parameter.requires_grad for parameter in module.parameters()))))
+    model.register_forward_hook(lambda module, inputs, out: seen.append(
+        (inputs[0].shape, inputs[0].requires_grad,
+         any(parameter.requires_grad for parameter in module.parameters()))))
     gradient = capacity.input_gradient(model, split_of(5).images)
     assert gradient.shape == (PROBE, 1, 28, 28) and seen == [((PROBE, 1, 28, 28), True, False)]
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
@@ -61,7 +67,8 @@ def test_real_memory_grows_with_the_network():
     device = torch.device("cpu")
     assert 0 < free_memory(device) < 2**50
     networks = [build_model(name, 10, 1).eval() for name in ("lenet", "small_cnn")]
-    small, large = (peak_memory(device, partial(capacity.input_gradient, model, split_of(8).images)) for model in networks)
+    small, large = (peak_memory(device, partial(capacity.input_gradient, model, split_of(8).images))
+                    for model in networks)
     assert PROBE * 28 * 28 * 4 < small < large < 2**30
 
 
@@ -78,11 +85,13 @@ def test_saved_memory_is_counted_once():
 def test_an_evaluation_that_chooses_has_the_verdicts_of_any_other(script, monkeypatch):
     torch.manual_seed(0)
     torch.save(build_model("lenet", 10, 1).state_dict(), "net.pt")
-    flags = ("--checkpoint", "net.pt", "--arch", "lenet", "--dataset", "digits", "--num_examples", 40, "--num_steps", 2,
-             "--num_restarts", 1, "--epsilon", 0.01, "--alphas", 1)
+    flags = ("--checkpoint", "net.pt", "--arch", "lenet", "--dataset", "digits", "--num_examples", 40,
+             "--num_steps", 2, "--num_restarts", 1, "--epsilon", 0.01, "--alphas", 1)
     monkeypatch.setattr(capacity, "FASTEST_ON_CPU", 32)
     for out, extra in (("chosen", ()), ("given", ("--batch_size", 40)), ("strong", ("--attacks", "cw"))):
         script("eval_mnist", *flags, *extra, "--out", f"{out}.json")
-    chosen, given, strong = (json.loads(Path(f"{out}.json").read_text()) for out in ("chosen", "given", "strong"))
+    chosen, given, strong = (json.loads(Path(f"{out}.json").read_text())
+                             for out in ("chosen", "given", "strong"))
     assert chosen["batch_size"] == strong["batch_size"] == 32 and given["batch_size"] == 40
-    assert chosen["A_rob"] == given["A_rob"] == strong["A_rob"] and chosen["class_accuracy"] == given["class_accuracy"]
+    assert (chosen["A_rob"] == given["A_rob"] == strong["A_rob"]
+            and chosen["class_accuracy"] == given["class_accuracy"])

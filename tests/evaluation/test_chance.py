@@ -1,4 +1,5 @@
-"""Networks at chance: the definition, when a run is said to have collapsed, and that training, evaluation and tables say so."""
+"""Networks at chance: the definition, when a run is said to have collapsed,
+and that training, evaluation and tables say so."""
 import csv
 import importlib
 import json
@@ -13,7 +14,7 @@ from harness.config import run_script
 from harness.errors import Collapsed
 from harness.evaluation.chance import SOON, ClassCounts, at_chance, collapsed_since, metrics_at_chance
 
-# ---- the definition ------------------------------------------------------------------------------------------------------------------
+# ---- the definition ----------------------------------------------------------------------------------------
 
 def counts_of(prediction, y, num_classes):
     counts = ClassCounts(num_classes, torch.device("cpu"))
@@ -30,7 +31,8 @@ def labels(counts):
 def test_predictions_that_ignore_the_image_are_at_chance(counts):
     y, generator = labels(counts), torch.Generator().manual_seed(0)
     assert all(counts_of(torch.full_like(y, k), y, len(counts)).at_chance() for k in range(len(counts)))
-    uniform = [counts_of(torch.randint(len(counts), y.shape, generator=generator), y, len(counts)).at_chance() for _ in range(400)]
+    uniform = [counts_of(torch.randint(len(counts), y.shape, generator=generator), y, len(counts)).at_chance()
+               for _ in range(400)]
     assert 0.95 <= sum(uniform) / 400 < 1  # one in forty is above by luck
 
 
@@ -49,7 +51,8 @@ def test_the_most_frequent_class_of_an_unbalanced_folder_is_a_guess_and_a_lower_
 
 def test_the_limit_is_the_interval_of_a_uniform_guess():
     se = (0.1 * 0.9 / 1000) ** 0.5
-    assert at_chance([100 * (0.1 + 1.95 * se)] * 10, [100] * 10) and not at_chance([100 * (0.1 + 1.97 * se)] * 10, [100] * 10)
+    assert (at_chance([100 * (0.1 + 1.95 * se)] * 10, [100] * 10)
+            and not at_chance([100 * (0.1 + 1.97 * se)] * 10, [100] * 10))
 
 
 @pytest.mark.parametrize("counts", [[1, 1], [2, 1], [1, 0, 1]])
@@ -73,15 +76,18 @@ def test_processes_are_summed():
     assert counts_of(y, y, 2).at_chance(lambda counts: counts * torch.tensor([[0], [2]]))
 
 
-# ---- when a run has collapsed --------------------------------------------------------------------------------------------------------
+# ---- when a run has collapsed ------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("at_chance_for", "epochs", "since"), [
     ([], 10, None), ([0, 0, 0], 10, None),
-    ([0, 1, 2], 30, None), ([0, 1, 2, 3], 30, 2), ([0, 0, 1, 2, 3, 4], 30, 3),     # it knew something, and lost it
+    # it knew something, and lost it
+    ([0, 1, 2], 30, None), ([0, 1, 2, 3], 30, 2), ([0, 0, 1, 2, 3, 4], 30, 3),
     ([0, *range(1, 10)], 100, None), ([0, *range(1, 11)], 100, 2),
-    ([1, 2, 3], 30, None), (list(range(1, 15)), 30, None), (list(range(1, 16)), 30, 1),  # never above chance: half of the run
+    # never above chance: half of the run
+    ([1, 2, 3], 30, None), (list(range(1, 15)), 30, None), (list(range(1, 16)), 30, 1),
     ([1, 2, 3], 6, 1), ([1, 2], 6, None), ([1, 2], 2, None),
-    ([*range(1, 15), 0, 0], 30, None), ([*range(1, 16), 0], 30, None),             # it learned late
+    # it learned late
+    ([*range(1, 15), 0, 0], 30, None), ([*range(1, 16), 0], 30, None),
 ])
 def test_a_run_has_collapsed_when_it_stays_at_chance(at_chance_for, epochs, since):
     assert collapsed_since(at_chance_for, epochs) == since
@@ -97,10 +103,10 @@ def test_at_its_end_a_run_has_no_more_time():
     assert collapsed_since([1, 2], 2, ended=True) is None
 
 
-# ---- training, evaluation and tables -------------------------------------------------------------------------------------------------
+# ---- training, evaluation and tables -----------------------------------------------------------------------
 
-DIES = ("--dataset", "digits", "--val_size", 40, "--num_steps", 2, "--val_num_steps", 2, "--epochs", 6, "--epsilon_warmup_epochs", 0,
-        "--max_grad_norm", 0, "--lr", 1.5)
+DIES = ("--dataset", "digits", "--val_size", 40, "--num_steps", 2, "--val_num_steps", 2, "--epochs", 6,
+        "--epsilon_warmup_epochs", 0, "--max_grad_norm", 0, "--lr", 1.5)
 QUICK = ("--num_steps", 3, "--num_restarts", 1, "--num_examples", 200)
 
 
@@ -109,16 +115,19 @@ def read_log(folder):
 
 
 @pytest.mark.parametrize("name", ["train_at_mnist", "train_trades_mnist"])
-def test_a_run_made_to_die_is_named_while_it_runs_at_its_end_and_wherever_its_numbers_stand(name, script, capsys):
+def test_a_run_made_to_die_is_named_while_it_runs_at_its_end_and_wherever_its_numbers_stand(
+        name, script, capsys):
     script(name, *DIES, "--out_dir", "runs/dead")
     said = capsys.readouterr().out.splitlines()
     column = [int(row["epochs_at_chance"]) for row in read_log("runs/dead")]
     since = collapsed_since(column, 6, ended=True)
     assert column[-1] >= 4 and since == 7 - column[-1]
     named = [line for line in said if line.startswith("COLLAPSED: ")]
-    assert len(named) == 1 and f"at chance since epoch {since} " in named[0] and "--max_grad_norm 1" in named[0]
+    assert (len(named) == 1 and f"at chance since epoch {since} " in named[0]
+            and "--max_grad_norm 1" in named[0])
     assert said.index(named[0]) < len(said) - 1
-    assert said[-1].startswith("finished, COLLAPSED: 6 epochs") and f"at chance since epoch {since} " in said[-1]
+    assert (said[-1].startswith("finished, COLLAPSED: 6 epochs")
+            and f"at chance since epoch {since} " in said[-1])
     assert torch.load("runs/dead/last.pt", weights_only=True)["epochs_at_chance"] == column[-1]
 
     script("eval_mnist", *QUICK, "--checkpoint", "runs/dead/last.pt", "--out", "dead.json")
@@ -145,14 +154,16 @@ def test_a_strong_evaluation_of_a_network_at_chance_is_suspicious(script):
 
 
 def test_a_run_that_learns_late_is_not_named(script, capsys):
-    script("train_at_mnist", *DIES, "--epochs", 24, "--lr", 0.1, "--max_grad_norm", 1, "--lr_warmup_epochs", 6, "--out_dir", "late")
+    script("train_at_mnist", *DIES, "--epochs", 24, "--lr", 0.1, "--max_grad_norm", 1,
+           "--lr_warmup_epochs", 6, "--out_dir", "late")
     column, said = [int(row["epochs_at_chance"]) for row in read_log("late")], capsys.readouterr().out
     assert max(column) >= SOON and column[-1] == 0  # long enough at chance to be named, but for the patience
     assert "COLLAPSED" not in said and "at chance" not in said and "finished: 24 epochs" in said
 
 
 def test_stop_on_collapse_ends_the_run_and_so_does_its_resumption(script, capsys):
-    with pytest.raises(Collapsed, match=r"stopped after epoch \d: the network has been at chance since epoch \d"):
+    with pytest.raises(Collapsed,
+                       match=r"stopped after epoch \d: the network has been at chance since epoch \d"):
         script("train_at_mnist", *DIES, "--epochs", 12, "--stop_on_collapse", "--out_dir", "run")
     done = len(read_log("run"))
     assert done < 12 and Path("run/log.png").exists()
@@ -165,7 +176,8 @@ def test_stop_on_collapse_ends_the_run_and_so_does_its_resumption(script, capsys
 
 def test_a_run_that_collapses_in_its_last_epochs_fails_too(script, capsys):
     with pytest.raises(Collapsed, match="has ended at chance, where it has been since epoch 1"):
-        script("train_at_mnist", *DIES, "--epochs", 4, "--lr", 0, "--lr_warmup_epochs", 3, "--stop_on_collapse", "--out_dir", "run")
+        script("train_at_mnist", *DIES, "--epochs", 4, "--lr", 0, "--lr_warmup_epochs", 3,
+               "--stop_on_collapse", "--out_dir", "run")
     assert len(read_log("run")) == 4 and "finished, COLLAPSED" in capsys.readouterr().out
 
 
@@ -197,7 +209,7 @@ def test_a_trial_run_of_two_batches_is_not_called_collapsed(script, capsys):
     assert "COLLAPSED" not in capsys.readouterr().out
 
 
-# ---- what the papers set ---------------------------------------------------------------------------------------------------------------
+# ---- what the papers set -----------------------------------------------------------------------------------
 
 TRAINERS = ("at_mnist", "at_cifar10", "trades_mnist", "trades_cifar10", "vir", "free", "yopo", "iaat")
 
@@ -205,7 +217,10 @@ TRAINERS = ("at_mnist", "at_cifar10", "trades_mnist", "trades_cifar10", "vir", "
 @pytest.mark.parametrize("name", [f"train_{name}" for name in TRAINERS])
 def test_the_papers_own_settings_neither_clip_nor_warm_up(name):
     module = importlib.import_module(name)
-    ours = {"short", "digits"} | {recipe for recipe in module.RECIPES if recipe.endswith(("-mnist", "-digits"))}
-    settings = [cfg for recipe, cfg in module.RECIPES.items() if recipe not in ours] + [module.Config()] * ("mnist" not in name)
+    ours = {"short", "digits"} | {recipe for recipe in module.RECIPES
+                                  if recipe.endswith(("-mnist", "-digits"))}
+    settings = ([cfg for recipe, cfg in module.RECIPES.items() if recipe not in ours]
+                + [module.Config()] * ("mnist" not in name))
     assert settings and all((cfg.max_grad_norm, cfg.lr_warmup_epochs) == (0, 0) for cfg in settings)
-    assert all(module.RECIPES[recipe].max_grad_norm > 0 for recipe in ours & module.RECIPES.keys() if "cifar10" not in name)
+    assert all(module.RECIPES[recipe].max_grad_norm > 0
+               for recipe in ours & module.RECIPES.keys() if "cifar10" not in name)

@@ -1,4 +1,5 @@
-"""Weighted accuracy, its interval and its effective size, against formulas and by simulation; averages and weights over an epoch."""
+"""Weighted accuracy, its interval and its effective size, against formulas and by simulation;
+averages and weights over an epoch."""
 import json
 import math
 from pathlib import Path
@@ -9,11 +10,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.evaluation.metrics import WEIGHT_EDGES, Means, WeightStatistics, weighted_accuracy, wilson_interval
+from harness.evaluation.metrics import (
+    WEIGHT_EDGES,
+    Means,
+    WeightStatistics,
+    weighted_accuracy,
+    wilson_interval,
+)
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "zeng.json").read_text())["cases"]
-# sum_i w_i 1[correct_i] / sum_i w_i of the first golden case, computed in float64 from the released code's weights
-WEIGHTED = {0.1: 0.41115333739902593, 0.5: 0.3121038294539353, 1.0: 0.20975718758243314, 2.0: 0.0848192079243183, 5.0: 0.004925956483163526}
+# sum_i w_i 1[correct_i] / sum_i w_i of the first golden case, in float64 from the released code's weights
+WEIGHTED = {0.1: 0.41115333739902593, 0.5: 0.3121038294539353, 1.0: 0.20975718758243314,
+            2.0: 0.0848192079243183, 5.0: 0.004925956483163526}
 Z = 1.959963984540054
 
 quick = settings(max_examples=100, deadline=None, derandomize=True)
@@ -48,7 +56,8 @@ def test_the_accuracy_is_that_of_the_reference_weights(case):
     for name, values in case["out"].items():
         weights = np.array(values["w_f64"])
         expected = (weights * correct.numpy()).sum() / weights.sum()
-        assert weighted_accuracy(correct, margin, float(name.partition("=")[2]))["accuracy"] == pytest.approx(expected, rel=1e-12)
+        assert (weighted_accuracy(correct, margin, float(name.partition("=")[2]))["accuracy"]
+                == pytest.approx(expected, rel=1e-12))
 
 
 @pytest.mark.parametrize(("alpha", "expected"), WEIGHTED.items())
@@ -76,7 +85,8 @@ def test_alpha_zero_is_the_plain_accuracy_with_its_wilson_interval(margin):
 @quick
 @given(margins, st.floats(0, 50), st.floats(0, 50))
 def test_the_accuracy_never_rises_with_alpha(margin, one, other):
-    assert measured(margin, max(one, other))["accuracy"] <= measured(margin, min(one, other))["accuracy"] + 1e-12
+    assert (measured(margin, max(one, other))["accuracy"]
+            <= measured(margin, min(one, other))["accuracy"] + 1e-12)
 
 
 def test_the_accuracy_falls_with_alpha_where_the_margins_differ():
@@ -116,7 +126,8 @@ def test_a_huge_alpha_leaves_the_smallest_margin_and_no_overflow(margin, expecte
 
 def test_the_sum_is_in_float64():
     margin = torch.tensor([0.7, 0.1, -0.3], dtype=torch.float32).repeat(1000)
-    assert weighted_accuracy(margin > 0, margin, 3.0)["accuracy"] == pytest.approx(formula(margin.double(), 3.0)[0], rel=1e-13)
+    assert (weighted_accuracy(margin > 0, margin, 3.0)["accuracy"]
+            == pytest.approx(formula(margin.double(), 3.0)[0], rel=1e-13))
 
 
 # Effective size and interval
@@ -136,13 +147,14 @@ def test_the_interval_lies_in_0_to_1_around_the_accuracy(margin, alpha):
 
 
 @pytest.mark.parametrize(("hits", "count", "expected"), (
-    (0, 10, (0.0, 0.2775328)), (10, 10, (0.7224672, 1.0)), (50, 100, (0.4038315, 0.5961685)), (1, 1, (0.2065493, 1.0)),
-    (99, 100, (0.9455138, 0.9982326))))
+    (0, 10, (0.0, 0.2775328)), (10, 10, (0.7224672, 1.0)), (50, 100, (0.4038315, 0.5961685)),
+    (1, 1, (0.2065493, 1.0)), (99, 100, (0.9455138, 0.9982326))))
 def test_the_wilson_interval_has_its_known_values(hits, count, expected):
     assert wilson_interval(hits / count, count) == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize(("accuracy", "count"), ((0.0, 7), (1.0, 7), (0.3, 10), (0.9, 12.5), (0.5, 10_000), (0.123, 333)))
+@pytest.mark.parametrize(("accuracy", "count"),
+                         ((0.0, 7), (1.0, 7), (0.3, 10), (0.9, 12.5), (0.5, 10_000), (0.123, 333)))
 def test_the_wilson_interval_solves_its_equation(accuracy, count):
     # (accuracy - p)^2 = z^2 p (1 - p) / count
     expected = sorted(np.roots([1 + Z**2 / count, -2 * accuracy - Z**2 / count, accuracy**2]))
@@ -152,7 +164,8 @@ def test_the_wilson_interval_solves_its_equation(accuracy, count):
 def test_the_interval_of_an_accuracy_of_1_is_wilsons_with_the_effective_size():
     found = measured([0.9, 0.5, 0.1, 0.05], 4.0)
     assert found["accuracy"] == 1.0
-    assert found["ci95"] == pytest.approx(wilson_interval(1.0, formula([0.9, 0.5, 0.1, 0.05], 4.0)[1]), abs=1e-12)
+    assert found["ci95"] == pytest.approx(wilson_interval(1.0, formula([0.9, 0.5, 0.1, 0.05], 4.0)[1]),
+                                          abs=1e-12)
 
 
 @pytest.mark.parametrize("alpha", (0.5, 1.0, 3.0))
@@ -166,7 +179,8 @@ def test_the_interval_is_wilsons_with_the_trials_that_give_the_variance_of_the_r
 
 
 def coverage(share_correct, alpha):
-    """How often, of 400 samples of 300 examples, the interval holds the weighted accuracy of the population."""
+    """How often, of 400 samples of 300 examples, the interval holds the weighted accuracy
+    of the population."""
     rng = np.random.default_rng(5)
     right = rng.random(100_000) < share_correct
     population = np.where(right, rng.beta(2, 1, 100_000), -rng.beta(1, 2, 100_000))
@@ -176,7 +190,8 @@ def coverage(share_correct, alpha):
 
 
 @pytest.mark.parametrize("alpha", (0.0, 1.0, 2.0))
-@pytest.mark.parametrize("share_correct", (0.9, 0.75, 0.3))  # 0.3: the weights make the estimate steadier than a proportion of 300
+# with 0.3 the weights make the estimate steadier than a proportion of 300
+@pytest.mark.parametrize("share_correct", (0.9, 0.75, 0.3))
 def test_the_interval_covers_the_accuracy_of_the_population_19_times_in_20(share_correct, alpha):
     assert 0.92 <= coverage(share_correct, alpha) <= 0.98
 
@@ -235,7 +250,8 @@ def test_the_weights_of_an_epoch_are_those_that_numpy_finds(num_classes):
     w, k = weights.double().numpy(), y.numpy()
     sums, counts = np.bincount(k, w, num_classes), np.bincount(k, minlength=num_classes)
     edges = np.float32([-np.inf, *WEIGHT_EDGES[1:-1], np.inf])
-    assert counts[-1] == 0 and row[f"class_{num_classes - 1}"] is None and row[f"share_{num_classes - 1}"] == 0
+    assert (counts[-1] == 0 and row[f"class_{num_classes - 1}"] is None
+            and row[f"share_{num_classes - 1}"] == 0)
     assert column(row, "class")[:-1] == pytest.approx((sums[:-1] / counts[:-1]).tolist(), rel=2e-5)
     assert column(row, "share") == pytest.approx((100 * sums / sums.sum()).tolist(), rel=2e-5)
     assert column(row, "bin") == np.histogram(weights.numpy(), edges)[0].tolist()
@@ -243,27 +259,31 @@ def test_the_weights_of_an_epoch_are_those_that_numpy_finds(num_classes):
 
 def test_the_row_is_flat_and_in_order():
     row = statistics_of((torch.ones(4), torch.tensor([0, 0, 1, 2])), num_classes=3).compute()
-    assert list(row) == [f"{name}_{k}" for name, count in (("class", 3), ("share", 3), ("bin", 60)) for k in range(count)]
-    assert column(row, "class") == [1, 1, 1] and column(row, "share") == [50, 25, 25] and sum(column(row, "bin")) == 4
+    assert list(row) == [f"{name}_{k}" for name, count in (("class", 3), ("share", 3), ("bin", 60))
+                         for k in range(count)]
+    assert (column(row, "class") == [1, 1, 1] and column(row, "share") == [50, 25, 25]
+            and sum(column(row, "bin")) == 4)
 
 
 @pytest.mark.parametrize(("weight", "place"), (
-    (0.0, 0), (1e-30, 0), (WEIGHT_EDGES[0], 0), (WEIGHT_EDGES[1], 1), (0.99, 39), (1.0, 40), (1.25, 40), (1.26, 41), (99.9, 59),
-    (100.0, 59), (1e30, 59), (math.inf, 59)))
+    (0.0, 0), (1e-30, 0), (WEIGHT_EDGES[0], 0), (WEIGHT_EDGES[1], 1), (0.99, 39), (1.0, 40), (1.25, 40),
+    (1.26, 41), (99.9, 59), (100.0, 59), (1e30, 59), (math.inf, 59)))
 def test_a_weight_has_its_bin_and_what_lies_beyond_the_last_one(weight, place):
     bins = column(statistics_of((torch.tensor([weight]), torch.tensor([0])), num_classes=2).compute(), "bin")
     assert len(bins) == 60 and bins.index(1) == place and sum(bins) == 1
 
 
 def test_the_bins_are_logarithmic():
-    assert len(WEIGHT_EDGES) == 61 and (WEIGHT_EDGES[0], WEIGHT_EDGES[40], WEIGHT_EDGES[-1]) == (1e-4, 1.0, 1e2)
+    assert (len(WEIGHT_EDGES) == 61
+            and (WEIGHT_EDGES[0], WEIGHT_EDGES[40], WEIGHT_EDGES[-1]) == (1e-4, 1.0, 1e2))
     np.testing.assert_allclose(np.diff(np.log10(WEIGHT_EDGES)), 0.1)
 
 
 def test_the_weights_of_two_processes_are_those_of_one():
     weights, y = weights_of(500, 8)
     whole = statistics_of((weights, y), num_classes=7)
-    first, second = (statistics_of((weights[part], y[part]), num_classes=7) for part in (slice(0, 180), slice(180, None)))
+    first, second = (statistics_of((weights[part], y[part]), num_classes=7)
+                     for part in (slice(0, 180), slice(180, None)))
     seen = []
 
     def reduce(values):
@@ -272,14 +292,16 @@ def test_the_weights_of_two_processes_are_those_of_one():
 
     row = first.compute(reduce)
     assert row == pytest.approx(whole.compute(), rel=1e-5) and seen == [1]
-    assert first.compute(reduce) == row  # what the processes summed has not come back into the sums of one of them
+    # what the processes summed has not come back into the sums of one of them
+    assert first.compute(reduce) == row
 
 
 def test_a_process_without_weights_takes_part_in_the_sum():
     statistics, calls = statistics_of(num_classes=3), []
     assert statistics.compute() == {}
     other = statistics_of((torch.ones(2), torch.tensor([0, 1])), num_classes=3)
-    assert statistics.compute(lambda values: calls.append(1) or values + other.totals) == other.compute() and calls == [1]
+    assert (statistics.compute(lambda values: calls.append(1) or values + other.totals) == other.compute()
+            and calls == [1])
 
 
 @pytest.mark.parametrize("weight", (0.0, math.inf))
@@ -289,9 +311,11 @@ def test_a_total_that_cannot_be_shared_out_gives_no_shares_and_no_nan(weight):
 
 
 def test_adding_weights_reads_nothing_back_from_the_device():
-    statistics = WeightStatistics(5, torch.device("meta"))  # there are no values here: whatever asks for one fails
+    # there are no values here: whatever asks for one fails
+    statistics = WeightStatistics(5, torch.device("meta"))
     for dtype in (torch.float32, torch.bfloat16):
-        statistics.add(torch.ones(8, device="meta", dtype=dtype), torch.zeros(8, device="meta", dtype=torch.int64))
+        statistics.add(torch.ones(8, device="meta", dtype=dtype),
+                       torch.zeros(8, device="meta", dtype=torch.int64))
     with pytest.raises((RuntimeError, NotImplementedError)):
         statistics.compute()
 

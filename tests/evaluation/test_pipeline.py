@@ -1,4 +1,5 @@
-"""Strong attacks from the command line: the report, its independence of batches, shards and interruptions, a closed form, refusals."""
+"""Strong attacks from the command line: the report, its independence of batches, shards and interruptions,
+a closed form, refusals."""
 import csv
 import json
 import os
@@ -21,9 +22,11 @@ from harness.evaluation.worst_case import columns_of, worst_case
 from models import build_model
 
 COUNT = 24
-FLAGS = ("--checkpoint", "net.pt", "--arch", "lenet", "--dataset", "digits", "--epsilon", 0.1, "--num_steps", 2, "--num_restarts", 1,
-         "--num_examples", COUNT, "--alphas", 1)
-LINEAR = "import torch\ndef Net(num_classes=10):\n    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, num_classes))\n"
+FLAGS = ("--checkpoint", "net.pt", "--arch", "lenet", "--dataset", "digits", "--epsilon", 0.1,
+         "--num_steps", 2, "--num_restarts", 1, "--num_examples", COUNT, "--alphas", 1)
+LINEAR = ("import torch\n"
+          "def Net(num_classes=10):\n"
+          "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, num_classes))\n")
 
 
 def trained(model, steps):
@@ -70,23 +73,30 @@ def test_the_report(evaluated, capsys):
     examples = evaluated("r.json", "--num_spsa_examples", 10, "--save_adversaries")
     result, printed = json.loads(Path("r.json").read_text()), capsys.readouterr().out
     attacks, worst = result["attacks"], result["worst_case"]
-    assert list(attacks) == ["fgsm", "cw"] and all({"accuracy", "ci95", "num_examples", "settings", "seconds"} <= a.keys()
-                                                   for a in attacks.values())
-    assert 0 < worst["accuracy"] < result["A_nat"] and worst["accuracy"] <= min(result["A_rob"], *(a["accuracy"] for a in attacks.values()))
-    assert worst["A_sa"]["1.0"] <= worst["accuracy"] and result["verdict"].split(":")[0] in ("ok", "suspicious") and result["evidence"]
-    assert worst["accuracy"] == pytest.approx(100 * (examples["prediction_worst"] == examples["label"]).mean(), abs=1e-4)
+    assert (list(attacks) == ["fgsm", "cw"]
+            and all({"accuracy", "ci95", "num_examples", "settings", "seconds"} <= a.keys()
+                    for a in attacks.values()))
+    assert (0 < worst["accuracy"] < result["A_nat"]
+            and worst["accuracy"] <= min(result["A_rob"], *(a["accuracy"] for a in attacks.values())))
+    assert (worst["A_sa"]["1.0"] <= worst["accuracy"]
+            and result["verdict"].split(":")[0] in ("ok", "suspicious") and result["evidence"])
+    assert (worst["accuracy"]
+            == pytest.approx(100 * (examples["prediction_worst"] == examples["label"]).mean(), abs=1e-4))
     assert np.array_equal(examples["prediction_worst"] == examples["label"], examples["margin_worst"] > 0)
     rows = list(csv.DictReader(Path("r_attacks.csv").read_text().splitlines()))
     assert [(row["attack"], float(row["accuracy"])) for row in rows] == [
         *((name, a["accuracy"]) for name, a in attacks.items()), ("worst case", worst["accuracy"])]
     assert all(Path(f"r{end}.png").stat().st_size > 10_000 for end in ("", "_confusion", "_attacks"))
-    assert f"worst case          {worst['accuracy']:6.2f} %" in printed and f"verdict net: {result['verdict']}" in printed
+    assert (f"worst case          {worst['accuracy']:6.2f} %" in printed
+            and f"verdict net: {result['verdict']}" in printed)
     assert result["certificate"]["ok"] and 0.09 < result["certificate"]["max_perturbation"] < 0.1 + 1e-6
     found = recheck.recheck(Path("r.record/net"), None, "data", build_model)
-    assert set(found) == {"clean", "fgsm", "cw", "A_rob", "A_tr_1"} and found["A_rob"] == (COUNT, 0) == found["clean"]
+    assert (set(found) == {"clean", "fgsm", "cw", "A_rob", "A_tr_1"}
+            and found["A_rob"] == (COUNT, 0) == found["clean"])
     assert all(wrong == 0 for _, wrong in found.values())
     torch.save(build_model("lenet", 10, 1).state_dict(), "other.pt")
-    assert recheck.recheck(Path("r.record/net"), Path("other.pt"), "data", build_model)["clean"][1] > COUNT // 2
+    assert (recheck.recheck(Path("r.record/net"), Path("other.pt"), "data", build_model)["clean"][1]
+            > COUNT // 2)
 
 
 @pytest.mark.slow
@@ -114,10 +124,11 @@ def test_the_worst_case_of_a_linear_model_is_its_closed_form(script):
     model = trained(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10)), 45)
     torch.save(model.state_dict(), "linear.pt")
     # MDMT goes to the corner of each class in turn; CW alone may end at the corner of a class that is no help
-    script("eval_mnist", *FLAGS[4:], "--epsilon", 0.03, "--checkpoint", "linear.pt", "--arch", "net.py:Net", "--attacks", "mdmt",
-           "--out", "r.json", "--num_examples", 100)
+    script("eval_mnist", *FLAGS[4:], "--epsilon", 0.03, "--checkpoint", "linear.pt", "--arch", "net.py:Net",
+           "--attacks", "mdmt", "--out", "r.json", "--num_examples", 100)
     split = first_examples(load_dataset("digits", "data").test, 100)
-    x, y, w, b = to_unit(split.images).flatten(1), split.labels, model[1].weight.detach(), model[1].bias.detach()
+    x, y = to_unit(split.images).flatten(1), split.labels
+    w, b = model[1].weight.detach(), model[1].bias.detach()
     lead = (w[None] - w[y][:, None]).double()                                      # [N, K, pixels]
     best = torch.where(lead > 0, (x + 0.03).clamp(max=1)[:, None], (x - 0.03).clamp(min=0)[:, None])
     gap = (lead * best).sum(2) + (b[None] - b[y][:, None])
@@ -131,16 +142,18 @@ def test_without_attacks_the_result_has_a_verdict_and_no_columns(evaluated, caps
     result, printed = json.loads(Path("r.json").read_text()), capsys.readouterr().out
     assert not {"attacks", "worst_case"} & result.keys()
     assert result["evidence"] and result["probe"] and f"verdict net: {result['verdict']}" in printed
-    assert sorted(path.name for path in Path().glob("r*")) == ["r.json", "r.npz", "r.png", "r.record", "r_confusion.png"]
+    assert (sorted(path.name for path in Path().glob("r*"))
+            == ["r.json", "r.npz", "r.png", "r.record", "r_confusion.png"])
     evaluated("s.json", attacks=("fgsm",))
     strong = json.loads(Path("s.json").read_text())
-    assert all(strong[key] == result[key] for key in ("A_nat", "A_rob", "A_sa", "A_tr", "confusion", "certificate", "probe"))
+    assert all(strong[key] == result[key]
+               for key in ("A_nat", "A_rob", "A_sa", "A_tr", "confusion", "certificate", "probe"))
 
 
 @pytest.mark.parametrize(("flags", "message"), (
     (("--attacks", "pdg"), "unknown attack 'pdg'"), (("--attacks", "fgsm", "--shard", "2/2"), "give i/n"),
-    (("--attacks", "fgsm", "--norm", "l2", "--epsilon", 2), "fgsm is not defined in the norm l2"), (("--shard", "1"), "give i/n"),
-    (("--norm", "l2"), "needs its own --epsilon")))
+    (("--attacks", "fgsm", "--norm", "l2", "--epsilon", 2), "fgsm is not defined in the norm l2"),
+    (("--shard", "1"), "give i/n"), (("--norm", "l2"), "needs its own --epsilon")))
 def test_what_does_not_fit_is_refused(flags, message, script, lenet):
     torch.save(lenet, "net.pt")
     with pytest.raises(UserError, match=message):
@@ -205,12 +218,15 @@ def test_a_record_is_resumed_wherever_it_is(evaluated, script):
 
 
 @pytest.mark.parametrize("value", (float("nan"), 2.0))
-def test_an_attack_that_leaves_ball_or_box_is_named_and_fails_the_evaluation(value, evaluated, monkeypatch, capsys):
-    monkeypatch.setattr(pipeline, "pgd_by_index", lambda model, x, *args, **options: torch.full_like(x, value))
+def test_an_attack_that_leaves_ball_or_box_is_named_and_fails_the_evaluation(
+        value, evaluated, monkeypatch, capsys):
+    monkeypatch.setattr(pipeline, "pgd_by_index",
+                        lambda model, x, *args, **options: torch.full_like(x, value))
     with pytest.raises(RunError, match="left its ball or box"):
         evaluated("r.json", attacks=())
     result = json.loads(Path("r.json").read_text())
-    assert not result["certificate"]["ok"] and "certificate" in result["verdict"] and "BROKEN" in capsys.readouterr().out
+    assert (not result["certificate"]["ok"] and "certificate" in result["verdict"]
+            and "BROKEN" in capsys.readouterr().out)
     assert result["A_rob"] == result["A_nat"]  # what was dropped counts as no adversary
 
 
@@ -223,17 +239,21 @@ def test_pgd_in_l2(evaluated):
 
 
 def test_a_column_on_a_subset_says_how_many_images_and_the_worst_of_an_example_is_a_misclassification():
-    row = {"prediction": torch.tensor([1, 0, -1]), "margin": torch.tensor([-0.1, 0.2, float("nan")], dtype=torch.float64),
+    row = {"prediction": torch.tensor([1, 0, -1]),
+           "margin": torch.tensor([-0.1, 0.2, float("nan")], dtype=torch.float64),
            "loss": torch.zeros(3, dtype=torch.float64)}
-    other = {"prediction": torch.tensor([0, 0, 0]), "margin": torch.tensor([0.3, 0.1, 0.5], dtype=torch.float64), "loss": torch.ones(3)}
+    other = {"prediction": torch.tensor([0, 0, 0]),
+             "margin": torch.tensor([0.3, 0.1, 0.5], dtype=torch.float64), "loss": torch.ones(3)}
     y = torch.zeros(3, dtype=torch.int64)
     worst = worst_case({"clean": other, "few": row}, y)
     assert worst.prediction.tolist() == [1, 0, 0] and worst.margin.tolist() == [-0.1, 0.1, 0.5]
     attack = type("Few", (), {"limit": 2, "settings": {}})
     record = type("Stored", (), {"rows": {"clean": other, "few": row}, "seconds": {"few": 1.0}})
     facts, standing = columns_of(record, y, {"few": attack}, {"few": ("few",)})
-    assert facts["few"]["num_examples"] == 2 and facts["few"]["accuracy"] == 50 and standing["few"].tolist() == [False, True, True]
+    assert (facts["few"]["num_examples"] == 2 and facts["few"]["accuracy"] == 50
+            and standing["few"].tolist() == [False, True, True])
 
 
 def test_a_larger_l2_ball_allows_rounding_in_proportion():
-    assert Certificate(max_perturbation=2.0000015).broken(2.0) == "" and Certificate(max_perturbation=2.00001).broken(2.0)
+    assert (Certificate(max_perturbation=2.0000015).broken(2.0) == ""
+            and Certificate(max_perturbation=2.00001).broken(2.0))

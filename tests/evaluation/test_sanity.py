@@ -1,4 +1,5 @@
-"""Each rule fires on a model built to trip it, and is silent on a plain network and on an adversarially trained one."""
+"""Each rule fires on a model built to trip it, and is silent on a plain network
+and on an adversarially trained one."""
 import pytest
 import torch
 from torch import nn
@@ -43,8 +44,8 @@ class Wrapped(nn.Module):
 def fired(model):
     x, y = data()
     right = model(x).argmax(1) == y
-    probed = sanity.probe(BatchInvariant(model), x[right], y[right], example_keys(torch.arange(80)[right]), attack=pgd,
-                          loss_fn=cross_entropy, epsilon=EPSILON, norm="linf")
+    probed = sanity.probe(BatchInvariant(model), x[right], y[right], example_keys(torch.arange(80)[right]),
+                          attack=pgd, loss_fn=cross_entropy, epsilon=EPSILON, norm="linf")
     return {finding.rule for finding in sanity.inspect_probe(probed) if not finding.ok}
 
 
@@ -54,9 +55,12 @@ def test_plain_and_adversarially_trained_networks_pass(trained):
 
 @pytest.mark.parametrize(("rule", "changes"), (
     ("gradients", {"after": lambda z: 1000 * z}), ("gradients", {"after": lambda z: z.detach()}),
-    ("gradients", {"before": lambda x: torch.round(x * 15) / 15}), ("unbounded attack", {"before": lambda x: torch.round(x * 15) / 15}),
-    ("unbounded attack", {"after": lambda z: z.detach()}), ("outputs are logits", {"after": lambda z: z.softmax(1)}),
-    ("outputs are logits", {"after": torch.sigmoid}), ("outputs are logits", {"after": lambda z: z.softmax(1) ** 0.5}),
+    ("gradients", {"before": lambda x: torch.round(x * 15) / 15}),
+    ("unbounded attack", {"before": lambda x: torch.round(x * 15) / 15}),
+    ("unbounded attack", {"after": lambda z: z.detach()}),
+    ("outputs are logits", {"after": lambda z: z.softmax(1)}),
+    ("outputs are logits", {"after": torch.sigmoid}),
+    ("outputs are logits", {"after": lambda z: z.softmax(1) ** 0.5}),
     ("independent of the batch", {"before": lambda x: x - x.mean(0)}),
     ("independent of the batch", {"before": lambda x: (x - x.mean()) / x.std()}),
     ("independent of the batch", {"after": lambda z: z * z.abs().max()}),
@@ -79,9 +83,11 @@ def test_rules_on_results():
     black[8:14] = True
     assert not sanity.black_box_is_weaker(white, black, seen).ok
     assert sanity.black_box_is_weaker(white, black, ~seen).ok
-    assert sanity.pgd_is_nearly_enough(56.0, 52.0, ("a", "b")).ok and not sanity.pgd_is_nearly_enough(56.0, 40.0, ("a", "b")).ok
+    assert (sanity.pgd_is_nearly_enough(56.0, 52.0, ("a", "b")).ok
+            and not sanity.pgd_is_nearly_enough(56.0, 40.0, ("a", "b")).ok)
     assert sanity.adversaries_sound({"a": 0}, "").ok
-    assert not sanity.adversaries_sound({"a": 2}, "").ok and not sanity.adversaries_sound({}, "pixels reach 2").ok
+    assert (not sanity.adversaries_sound({"a": 2}, "").ok
+            and not sanity.adversaries_sound({}, "pixels reach 2").ok)
     findings = [sanity.adversaries_sound({"a": 2}, ""), sanity.pgd_is_nearly_enough(1.0, 1.0, ("a", "b"))]
     assert sanity.verdict(findings) == "suspicious: certificate" and sanity.verdict(findings[1:]) == "ok"
     assert sanity.as_plain(findings)[0]["numbers"] == {"dropped": {"a": 2}}

@@ -23,19 +23,22 @@ def split_of(labels):
 
 
 ANIMALS, DIGITS = ("ant", "bee", "cow"), tuple(map(str, range(10)))
-MNIST = tuple(f"{k} - {name}" for k, name in enumerate(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]))
+MNIST = tuple(f"{k} - {name}" for k, name in enumerate(
+    ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]))
 
 
 @pytest.mark.parametrize(("classes", "known", "outputs", "labels", "note"), [
     (ANIMALS, ANIMALS, 3, [0, 1, 2], None), (("ant", "cow"), ANIMALS, 3, [0, 2], "by name: ant = 0, cow = 2"),
-    (("cow", "bee", "ant"), ANIMALS, 3, [2, 1, 0], "by name"), (("3", "7"), DIGITS, 10, [3, 7], "by name: 3 = 3, 7 = 7"),
+    (("cow", "bee", "ant"), ANIMALS, 3, [2, 1, 0], "by name"),
+    (("3", "7"), DIGITS, 10, [3, 7], "by name: 3 = 3, 7 = 7"),
     (("3", "7"), MNIST, 10, [3, 7], "by number"), (DIGITS, MNIST, 10, list(range(10)), None),
     (("3", "7"), None, 10, [3, 7], "by number: 3 = 3, 7 = 7"), (("10", "2"), None, 12, [10, 2], "by number"),
     (DIGITS, None, 10, list(range(10)), None), (MNIST[:4], DIGITS, 10, [0, 1, 2, 3], "by number"),
     (ANIMALS, None, 3, [0, 1, 2], "by the order of their names: ant = 0, bee = 1, cow = 2")])
 def test_classes_are_matched_by_name_or_number_and_a_line_says_how(classes, known, outputs, labels, note):
     found, names, said = match_classes(split_of(range(len(classes))), classes, known, outputs)
-    assert found.labels.tolist() == labels and (said is None) == (note is None) and (note or "") in (said or "")
+    assert (found.labels.tolist() == labels and (said is None) == (note is None)
+            and (note or "") in (said or ""))
     assert len(names) == outputs and (known is None or names == known)
 
 
@@ -65,8 +68,9 @@ def result_of(script, *flags):
 
 
 def test_a_folder_of_other_classes_is_measured_by_name_or_refused(animals, script, capsys):
-    script("train_at_cifar10", "--dataset", animals, *TINY[4:8], "--epochs", 3, "--model", "lenet", "--val_size", 4,
-           "--batch_size", 8, "--crop_padding", 0, "--epsilon", 0, "--lr", 0.05, "--out_dir", "run")
+    script("train_at_cifar10", "--dataset", animals, *TINY[4:8], "--epochs", 3, "--model", "lenet",
+           "--val_size", 4, "--batch_size", 8, "--crop_padding", 0, "--epsilon", 0, "--lr", 0.05,
+           "--out_dir", "run")
     whole = result_of(script, "--checkpoint", "run/last.pt", "--out", "whole.json")
     assert whole["classes"] == list(ANIMALS) and whole["image_order"] == "fixed random"
     for split in ("train", "test"):
@@ -78,12 +82,14 @@ def test_a_folder_of_other_classes_is_measured_by_name_or_refused(animals, scrip
         assert some["class_accuracy"]["A_nat"][place] == whole["class_accuracy"]["A_nat"][place], name
     Path("some/train/cow").rename("some/train/dog")
     Path("some/test/cow").rename("some/test/dog")
-    with pytest.raises(UserError, match="the images have the classes ant, dog, the network the classes ant, bee, cow"):
+    with pytest.raises(UserError,
+                       match="the images have the classes ant, dog, the network the classes ant, bee, cow"):
         script("eval_cifar10", "--checkpoint", "run/last.pt", "--dataset", "some", "--out", "dog.json")
     assert not list(Path().glob("dog*"))
 
 
-def test_the_first_images_of_a_folder_are_the_same_for_every_command_and_named_by_their_place(animals, script):
+def test_the_first_images_of_a_folder_are_the_same_for_every_command_and_named_by_their_place(
+        animals, script):
     torch.save(build_model("lenet", 3, 3).state_dict(), "net.pt")
     flags = ("--checkpoint", "net.pt", "--arch", "lenet", "--dataset", animals, "--out")
     result_of(script, *flags, "whole.json")
@@ -102,11 +108,13 @@ def test_the_first_images_of_a_folder_are_the_same_for_every_command_and_named_b
 def test_arrays_in_a_file_are_trained_on_and_measured(script):
     images = np.random.default_rng(0).integers(0, 256, (60, 28, 28), dtype=np.uint8)
     labels = np.arange(60) % 10
-    np.savez("own.npz", train_images=images[:40], train_labels=labels[:40], test_images=images[40:], test_labels=labels[40:])
+    np.savez("own.npz", train_images=images[:40], train_labels=labels[:40], test_images=images[40:],
+             test_labels=labels[40:])
     np.savez("some.npz", images=images[40:], labels=labels[40:])
     script("train_at_mnist", "--dataset", "npz:own.npz", *TINY[2:], "--val_size", 4, "--out_dir", "run")
     for name in ("own", "some"):
-        script("eval_mnist", "--checkpoint", "run/last.pt", "--dataset", f"npz:{name}.npz", "--out", f"{name}-eval.json", *QUICK)
+        script("eval_mnist", "--checkpoint", "run/last.pt", "--dataset", f"npz:{name}.npz",
+               "--out", f"{name}-eval.json", *QUICK)
     own, some = (json.loads(Path(f"{name}-eval.json").read_text()) for name in ("own", "some"))
     assert own["num_examples"] == 20 and own["A_rob"] == some["A_rob"] and own["image_order"] == "of the file"
     with pytest.raises(UserError, match=r"npz:some\.npz has images to measure on alone"):
@@ -117,8 +125,10 @@ def test_arrays_in_a_file_are_trained_on_and_measured(script):
     ({"images": np.zeros((2, 4, 4), np.uint8)}, "lacks images or labels"),
     ({"images": np.zeros((2, 4, 4)), "labels": [0, 1]}, "not uint8"),
     ({"images": np.zeros((2, 4, 4), np.uint8), "labels": [0, 1, 2]}, "not integers from 0 for 2 images"),
-    ({"train_images": np.zeros((2, 4, 4), np.uint8), "train_labels": [0, 1]}, "lacks test_images or test_labels"),
-    ({"images": np.zeros((2, 4, 4), np.uint8), "labels": [0, 3], "classes": ["a", "b"]}, "classes has 2 names")])
+    ({"train_images": np.zeros((2, 4, 4), np.uint8), "train_labels": [0, 1]},
+     "lacks test_images or test_labels"),
+    ({"images": np.zeros((2, 4, 4), np.uint8), "labels": [0, 3], "classes": ["a", "b"]},
+     "classes has 2 names")])
 def test_a_file_of_another_form_is_refused(arrays, says, script):
     np.savez("x.npz", **arrays)
     torch.save(build_model("lenet", 10, 1).state_dict(), "net.pt")

@@ -1,4 +1,5 @@
-"""Checkpoints: whole or not there at all, nothing in them executed, everyone's parameters found, what does not fit named."""
+"""Checkpoints: whole or not there at all, nothing in them executed, everyone's parameters found,
+what does not fit named."""
 import collections
 import io
 import os
@@ -72,7 +73,8 @@ formats = pytest.mark.parametrize("zipped", (True, False), ids=("zip", "legacy")
 # Writing
 
 def test_what_is_saved_is_read_back(tmp_path):
-    contents = {"model": {"w": torch.arange(3.0)}, "epoch": 3, "log": [{"epoch": 1, "loss": 0.5}], "architecture": LENET}
+    contents = {"model": {"w": torch.arange(3.0)}, "epoch": 3, "log": [{"epoch": 1, "loss": 0.5}],
+                "architecture": LENET}
     save(tmp_path / "last.pt", contents)
     found = read(tmp_path / "last.pt")
     assert torch.equal(found["model"].pop("w"), torch.arange(3.0)) and found == contents | {"model": {}}
@@ -95,7 +97,8 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
 def test_the_file_is_whole_and_synced_before_it_takes_its_name(tmp_path, monkeypatch):
     seen, replace, fsync = [], Path.replace, os.fsync
     monkeypatch.setattr(os, "fsync", lambda file: seen.append("synced") or fsync(file))
-    monkeypatch.setattr(Path, "replace", lambda path, to: seen.append(read(path)["epoch"]) or replace(path, to))
+    monkeypatch.setattr(Path, "replace",
+                        lambda path, to: seen.append(read(path)["epoch"]) or replace(path, to))
     save(tmp_path / "last.pt", {"epoch": 2})
     assert seen == ["synced", 2]
 
@@ -111,7 +114,8 @@ NO_CHECKPOINTS = {
     "empty": (b"", "is empty"),
     "web page": (b"<!DOCTYPE html><html>404</html>", "web page"),
     "web page after blanks": (b"\n\n <html>", "web page"),
-    "git-lfs pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n", "git lfs pull"),
+    "git-lfs pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n",
+                        "git lfs pull"),
     "random bytes": (random.Random(0).randbytes(1000), "not a checkpoint"),
     "csv": (b"epoch,loss\n1,0.5\n", "not a checkpoint"),
     "letters": ("épochs: trente\n".encode() * 60, "a text file"),
@@ -211,7 +215,8 @@ def test_a_file_that_may_not_be_read_is_refused(tmp_path, monkeypatch):
 
 @formats
 def test_a_checkpoint_cut_off_anywhere_is_refused_in_one_line(tmp_path, zipped):
-    whole, reasons = bytes_of({"conv.weight": torch.ones(3, 4), "conv.bias": torch.ones(2)}, zipped), collections.Counter()
+    whole = bytes_of({"conv.weight": torch.ones(3, 4), "conv.bias": torch.ones(2)}, zipped)
+    reasons = collections.Counter()
     for end in range(0, len(whole), len(whole) // 60):
         (tmp_path / "x.pt").write_bytes(whole[:end])
         try:
@@ -224,7 +229,8 @@ def test_a_checkpoint_cut_off_anywhere_is_refused_in_one_line(tmp_path, zipped):
 @formats
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_a_checkpoint_with_damaged_bytes_is_read_or_refused_and_never_a_crash(tmp_path, zipped):
-    whole, source, reasons = bytes_of({"conv.weight": torch.ones(3, 4), "conv.bias": torch.ones(2)}, zipped), random.Random(0), set()
+    whole = bytes_of({"conv.weight": torch.ones(3, 4), "conv.bias": torch.ones(2)}, zipped)
+    source, reasons = random.Random(0), set()
     for _ in range(100):
         damaged = bytearray(whole)
         damaged[source.randrange(len(whole))] = source.randrange(256)
@@ -257,7 +263,8 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path, form):
     message = refusal(load_model, path, "lenet", 10, 1)
     assert "refused" in message and "could run code" in message
     assert not trap.place.exists()
-    run = partial(pickle.loads, path.read_bytes()) if form.startswith("pickle") else partial(torch.load, path, weights_only=False)
+    run = (partial(pickle.loads, path.read_bytes()) if form.startswith("pickle")
+           else partial(torch.load, path, weights_only=False))
     run()
     assert trap.place.exists()  # the trap works
 
@@ -358,7 +365,8 @@ def test_a_refusal_says_what_was_stripped_when_that_fits_best(tmp_path, lenet):
 
 
 def test_a_network_compiled_in_part_is_loaded(tmp_path, lenet):
-    parameters = {name.replace("conv1.", "conv1._orig_mod."): value for name, value in lenet.state_dict().items()}
+    parameters = {name.replace("conv1.", "conv1._orig_mod."): value
+                  for name, value in lenet.state_dict().items()}
     assert torch.equal(load_model(stored(tmp_path, parameters), "lenet", 10, 1)(image()), lenet(image()))
 
 
@@ -433,8 +441,8 @@ def test_a_checkpoint_that_holds_itself_is_read_or_refused(tmp_path, lenet, key)
 
 
 @pytest.mark.parametrize("beside", (
-    {"epoch": 3}, {"name": "lenet"}, {"accuracy": 98.5, "best": None}, {"cfg": {"lr": 0.1}}, {"steps": [1, 2]},
-    {7: 3}))
+    {"epoch": 3}, {"name": "lenet"}, {"accuracy": 98.5, "best": None}, {"cfg": {"lr": 0.1}},
+    {"steps": [1, 2]}, {7: 3}))
 @pytest.mark.parametrize("wrapper", (None, "model"))
 def test_values_beside_the_parameters_are_left_out_and_named(tmp_path, lenet, beside, wrapper):
     contents, notes = dict(lenet.state_dict()) | beside, []
@@ -461,7 +469,8 @@ def test_nothing_is_reported_of_a_bare_state_dict(tmp_path, lenet):
 
 
 def test_the_model_is_in_eval_mode_on_the_cpu(tmp_path):
-    model = load_model(stored(tmp_path, build_model("small_cnn", 10, 1).train().state_dict()), "small_cnn", 10, 1)
+    model = load_model(stored(tmp_path, build_model("small_cnn", 10, 1).train().state_dict()), "small_cnn",
+                       10, 1)
     assert not any(module.training for module in model.modules())
     assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
 
@@ -476,7 +485,8 @@ def test_build_decides_what_is_built(tmp_path):
 def test_a_file_of_the_users_own_gives_the_network(tmp_path):
     (tmp_path / "net.py").write_text(NET_FILE)
     weight = torch.rand(5, 784)
-    model = load_model(stored(tmp_path, {"fc.weight": weight, "fc.bias": torch.zeros(5)}), f"{tmp_path / 'net.py'}:Net", 5)
+    model = load_model(stored(tmp_path, {"fc.weight": weight, "fc.bias": torch.zeros(5)}),
+                       f"{tmp_path / 'net.py'}:Net", 5)
     torch.testing.assert_close(model(image()), image().flatten(1) @ weight.T)
 
 
@@ -489,14 +499,16 @@ def test_an_own_checkpoint_names_its_architecture(tmp_path, lenet):
 
 
 def test_an_own_checkpoint_is_held_to_the_arch_that_is_asked_for(tmp_path, lenet):
-    message = refusal(load_model, stored(tmp_path, {"model": lenet.state_dict(), "architecture": LENET}), "small_cnn")
+    message = refusal(load_model, stored(tmp_path, {"model": lenet.state_dict(), "architecture": LENET}),
+                      "small_cnn")
     assert "does not fit --arch small_cnn" in message
 
 
 def test_the_normalisation_travels_with_the_checkpoint(tmp_path):
     torch.manual_seed(0)
     trained = build_model("lenet", 10, 1, [0.1], [0.3]).eval()
-    model = load_model(stored(tmp_path, {"model": trained.state_dict(), "architecture": LENET | {"mean": [0.1], "std": [0.3]}}))
+    contents = {"model": trained.state_dict(), "architecture": LENET | {"mean": [0.1], "std": [0.3]}}
+    model = load_model(stored(tmp_path, contents))
     assert torch.equal(model(image()), trained(image()))
     assert not torch.allclose(model.network(image()), trained(image()))
 
@@ -508,15 +520,18 @@ def test_an_own_checkpoint_of_a_users_file_runs_that_file_only_when_told_to(tmp_
     path = stored(tmp_path, {"model": parameters, "architecture": LENET | {"name": name, "num_classes": 5}})
     assert f"--arch {name}" in refusal(load_model, path)
     assert not (tmp_path / "net.ran").exists()
-    assert torch.equal(load_model(path, name).fc.weight, parameters["fc.weight"]) and (tmp_path / "net.ran").exists()
+    assert (torch.equal(load_model(path, name).fc.weight, parameters["fc.weight"])
+            and (tmp_path / "net.ran").exists())
 
 
 def test_a_foreign_checkpoint_without_arch_is_refused_with_what_to_add(tmp_path, lenet):
     assert "--arch" in refusal(load_model, stored(tmp_path, lenet.state_dict()))
 
 
-@pytest.mark.parametrize("architecture", ("lenet", {"depth": 5}, ["conv", "fc"]), ids=("text", "dict", "list"))
-def test_a_foreign_checkpoint_with_an_architecture_of_its_own_kind_is_loaded_with_arch(tmp_path, lenet, architecture):
+@pytest.mark.parametrize("architecture", ("lenet", {"depth": 5}, ["conv", "fc"]),
+                         ids=("text", "dict", "list"))
+def test_a_foreign_checkpoint_with_an_architecture_of_its_own_kind_is_loaded_with_arch(
+        tmp_path, lenet, architecture):
     path = stored(tmp_path, {"state_dict": lenet.state_dict(), "architecture": architecture})
     assert torch.equal(load_model(path, "lenet", 10, 1)(image()), lenet(image()))
 
@@ -548,9 +563,11 @@ def test_a_parameter_of_another_shape_is_refused_by_name_and_shapes(tmp_path, le
 def test_an_unused_block_is_reported_and_the_rest_loaded(tmp_path, lenet):
     spare = {"sub_block1.layer.0.conv1.weight": torch.ones(3), "sub_block1.layer.0.bn1.bias": torch.ones(3)}
     notes = []
-    model = load_model(stored(tmp_path, spare | dict(lenet.state_dict())), "lenet", 10, 1, report=notes.append)
+    model = load_model(stored(tmp_path, spare | dict(lenet.state_dict())), "lenet", 10, 1,
+                       report=notes.append)
     assert torch.equal(model(image()), lenet(image()))
-    assert len(notes) == 1 and "2 parameters of unused blocks left out: sub_block1" in notes[0] and "theirs.pt" in notes[0]
+    assert (len(notes) == 1 and "2 parameters of unused blocks left out: sub_block1" in notes[0]
+            and "theirs.pt" in notes[0])
 
 
 def test_a_spare_parameter_inside_a_used_block_is_refused_by_name(tmp_path, lenet):

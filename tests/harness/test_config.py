@@ -51,7 +51,8 @@ def parse(words, **kwargs):
 
 def changes(config):
     """The fields that differ from the defaults."""
-    return {name: value for name, value in dataclasses.asdict(config).items() if value != getattr(Config(), name)}
+    return {name: value for name, value in dataclasses.asdict(config).items()
+            if value != getattr(Config(), name)}
 
 
 def refusal(words, **kwargs):
@@ -94,7 +95,8 @@ def test_a_flag_sets_its_field_and_no_other(words, expected):
 
 def test_values_have_the_type_of_their_field():
     config = parse("--epsilon 1 --alphas 1 2 --num_steps 3")
-    assert [type(value) for value in (config.epsilon, *config.alphas, config.num_steps)] == [float, float, float, int]
+    assert ([type(value) for value in (config.epsilon, *config.alphas, config.num_steps)]
+            == [float, float, float, int])
 
 
 def test_the_words_come_from_the_command_line_by_default(monkeypatch):
@@ -106,7 +108,8 @@ def test_the_words_come_from_the_command_line_by_default(monkeypatch):
 
 def test_a_recipe_gives_its_values_and_a_flag_overrides_them():
     assert parse("--recipe strong", recipes=RECIPES) == RECIPES["strong"]
-    assert changes(parse("--lr 0.2 --recipe strong --no-flip", recipes=RECIPES)) == {"num_steps": 40, "lr": 0.2}
+    assert (changes(parse("--lr 0.2 --recipe strong --no-flip", recipes=RECIPES))
+            == {"num_steps": 40, "lr": 0.2})
 
 
 def test_a_flag_can_take_a_recipe_back_to_the_default():
@@ -125,7 +128,8 @@ def test_there_is_no_recipe_flag_without_recipes():
 # Refusals
 
 @pytest.mark.parametrize(("words", "flag", "suggestion"), (
-    ("--num_stepz 7", "--num_stepz", "--num_steps"), ("--num-step 7", "--num_step", "--num_steps"), ("--num 7", "--num", "--num_steps"),
+    ("--num_stepz 7", "--num_stepz", "--num_steps"), ("--num-step 7", "--num_step", "--num_steps"),
+    ("--num 7", "--num", "--num_steps"),
     ("--epsilonn=1", "--epsilonn", "--epsilon"), ("--no-flap", "--no-flap", "--no-flip")))
 def test_an_unknown_flag_is_refused_with_the_nearest_one(words, flag, suggestion):
     assert f"unknown flag {flag}: did you mean {suggestion}?" in refusal(words)
@@ -138,20 +142,23 @@ def test_whatever_is_no_flag_is_refused(words):
 
 
 @pytest.mark.parametrize(("words", "expected"), (
-    ("--num_steps ten", "num_steps"), ("--num_steps 1.5", "num_steps"), ("--num_steps", "num_steps"), ("--epsilon eight/255", "epsilon"),
-    ("--epsilon 8/0", "epsilon"), ("--epsilon 8/255/2", "epsilon"), ("--alphas 1 x", "alphas"), ("--model vgg", "resnet18")))
+    ("--num_steps ten", "num_steps"), ("--num_steps 1.5", "num_steps"), ("--num_steps", "num_steps"),
+    ("--epsilon eight/255", "epsilon"), ("--epsilon 8/0", "epsilon"), ("--epsilon 8/255/2", "epsilon"),
+    ("--alphas 1 x", "alphas"), ("--model vgg", "resnet18")))
 def test_a_value_of_the_wrong_kind_is_refused_by_name(words, expected):
     assert expected in refusal(words)
 
 
 @pytest.mark.parametrize("words", (
-    "--epsilon -0.1", "--epsilon nan", "--epsilon inf", "--epsilon 1.01", "--epsilon=-1e-9", "--step_size -1", "--num_steps -1",
-    "--epochs 0", "--epochs -3", "--lr -1", "--lr nan", "--lr inf", "--alphas -1", "--alphas 1 nan", "--alphas 1 2 -0.5",
-    "--lr_drop_after 3 -1", "--max_batches 0", "--seed -1", "--seed 2147483648"))
+    "--epsilon -0.1", "--epsilon nan", "--epsilon inf", "--epsilon 1.01", "--epsilon=-1e-9",
+    "--step_size -1", "--num_steps -1", "--epochs 0", "--epochs -3", "--lr -1", "--lr nan", "--lr inf",
+    "--alphas -1", "--alphas 1 nan", "--alphas 1 2 -0.5", "--lr_drop_after 3 -1", "--max_batches 0",
+    "--seed -1", "--seed 2147483648"))
 def test_a_number_outside_its_limits_is_refused_by_flag_and_value(words):
     flag, value = re.match(r"(--\w+)[ =].*?(\S+)$", words).groups()
     message = refusal(words)
-    assert message.startswith(f"{flag} must be ") and float(message.split()[-1]) == pytest.approx(float(value), nan_ok=True)
+    assert (message.startswith(f"{flag} must be ")
+            and float(message.split()[-1]) == pytest.approx(float(value), nan_ok=True))
 
 
 def test_a_recipe_outside_the_limits_is_refused_too():
@@ -172,17 +179,21 @@ def test_every_number_a_script_takes_has_limits_that_its_recipes_keep(script):
 
 def saved_run(folder, script="test_config", **values):
     folder.mkdir()
-    config = dataclasses.asdict(Config(**{"lr": 0.7, "flip": True, "alphas": (3.0,), "out_dir": "there", **values}))
-    (folder / "config.json").write_text(json.dumps({"script": script, "environment": {"torch": "2"}} | config))
+    values = {"lr": 0.7, "flip": True, "alphas": (3.0,), "out_dir": "there", **values}
+    contents = {"script": script, "environment": {"torch": "2"}} | dataclasses.asdict(Config(**values))
+    (folder / "config.json").write_text(json.dumps(contents))
     return folder
 
 
 def test_resume_takes_the_values_of_the_run(tmp_path):
     folder = saved_run(tmp_path / "run")
-    assert changes(parse(f"--resume {folder}")) == {"lr": 0.7, "flip": True, "alphas": (3.0,), "out_dir": "there", "resume": str(folder)}
+    assert changes(parse(f"--resume {folder}")) == {"lr": 0.7, "flip": True, "alphas": (3.0,),
+                                                    "out_dir": "there", "resume": str(folder)}
 
 
-@pytest.mark.parametrize("words", ("--lr 0.1", "--no-flip", "--alphas 1 2", "--seed 2 --num_steps 3", "--out_dir elsewhere"))
+@pytest.mark.parametrize("words",
+                         ("--lr 0.1", "--no-flip", "--alphas 1 2", "--seed 2 --num_steps 3",
+                          "--out_dir elsewhere"))
 def test_resume_refuses_a_flag_that_would_change_the_run(tmp_path, words):
     message = refusal(f"--resume {saved_run(tmp_path / 'run')} {words}")
     named = [word.replace("no-", "") for word in words.split() if word.startswith("--")]
@@ -194,8 +205,10 @@ def test_resume_accepts_a_flag_that_says_what_the_run_says(tmp_path):
 
 
 def test_resume_lets_the_epochs_the_place_and_the_device_change(tmp_path):
-    config = parse(f"--resume {saved_run(tmp_path / 'run')} --epochs 50 --data_dir d --device cpu --max_batches 3")
-    assert (config.epochs, config.data_dir, config.device, config.max_batches, config.lr) == (50, "d", "cpu", 3, 0.7)
+    folder = saved_run(tmp_path / "run")
+    config = parse(f"--resume {folder} --epochs 50 --data_dir d --device cpu --max_batches 3")
+    assert ((config.epochs, config.data_dir, config.device, config.max_batches, config.lr)
+            == (50, "d", "cpu", 3, 0.7))
 
 
 def test_resume_and_a_recipe_are_refused_together(tmp_path):
@@ -212,7 +225,9 @@ def test_resume_refuses_a_folder_that_is_not_there_or_holds_no_run(tmp_path):
         assert f"{folder}: no run there" in refusal(f"--resume {folder}")
 
 
-@pytest.mark.parametrize("contents", (b"", b"{", b'{"script": "test_config", ', b"\xff\xfe\x00", b"[]", b"null", b'"text"'))
+@pytest.mark.parametrize("contents",
+                         (b"", b"{", b'{"script": "test_config", ', b"\xff\xfe\x00", b"[]", b"null",
+                          b'"text"'))
 def test_resume_refuses_a_config_that_cannot_be_read(tmp_path, contents):
     (tmp_path / "config.json").write_bytes(contents)
     assert str(tmp_path) in refusal(f"--resume {tmp_path}")
@@ -228,8 +243,10 @@ def test_resume_takes_the_default_of_a_field_that_is_newer_than_the_run_and_says
     saved = json.loads((folder / "config.json").read_text())
     del saved["alphas"], saved["seed"]
     (folder / "config.json").write_text(json.dumps(saved))
-    assert changes(parse(f"--resume {folder}")) == {"lr": 0.7, "flip": True, "out_dir": "there", "resume": str(folder)}
-    assert capsys.readouterr().err == f"note: {folder / 'config.json'} lacks alphas, here (1.0, 2.0), seed, here 1\n"
+    assert changes(parse(f"--resume {folder}")) == {"lr": 0.7, "flip": True, "out_dir": "there",
+                                                    "resume": str(folder)}
+    assert (capsys.readouterr().err
+            == f"note: {folder / 'config.json'} lacks alphas, here (1.0, 2.0), seed, here 1\n")
 
 
 @dataclass(frozen=True)
@@ -251,7 +268,8 @@ class Compiled:
     resume: str | None = None                             # run folder
 
 
-@pytest.mark.parametrize(("saved", "meant"), ((True, True), (False, False), ("on", True), ("off", False), ("auto", False)))
+@pytest.mark.parametrize(("saved", "meant"),
+                         ((True, True), (False, False), ("on", True), ("off", False), ("auto", False)))
 def test_resume_knows_compile_in_the_words_that_it_was_written_in(tmp_path, saved, meant):
     (tmp_path / "config.json").write_text(json.dumps({"script": "test_config", "compile": saved}))
     assert parse_config(Compiled, ["--resume", str(tmp_path)]).compile is meant
@@ -263,7 +281,8 @@ def test_resume_refuses_a_value_of_another_type_by_name(tmp_path, value):
     folder = saved_run(tmp_path / "run")
     saved = json.loads((folder / "config.json").read_text()) | {"epochs": value}
     (folder / "config.json").write_text(json.dumps(saved))
-    assert f"epochs in {folder / 'config.json'} is {json.dumps(value)}, which it cannot be" in refusal(f"--resume {folder}")
+    assert (f"epochs in {folder / 'config.json'} is {json.dumps(value)}, which it cannot be"
+            in refusal(f"--resume {folder}"))
 
 
 def test_resume_holds_the_values_of_the_run_to_the_limits(tmp_path):
@@ -282,14 +301,16 @@ def help_of(cls, capsys, recipes=None):
 def test_help_shows_each_comment_and_default(capsys):
     shown = " ".join(help_of(Config, capsys, RECIPES).split())
     assert __doc__ in shown and "strong, quick" in shown
-    for text in ("radius, 100 % of it (default: 0.3)", "preferences (default: 1.0 2.0)", "run folder (default: none)", "--flip, --no-flip"):
+    for text in ("radius, 100 % of it (default: 0.3)", "preferences (default: 1.0 2.0)",
+                 "run folder (default: none)", "--flip, --no-flip"):
         assert text in shown
 
 
 def comments_of(cls):
     """Field -> trailing comment, of a class's own fields."""
     fields = [line for line in inspect.getsource(cls).splitlines() if re.match(r"    \w+: ", line)]
-    return {line.split(":")[0].strip(): line.rpartition("  # ")[2].strip() if "  # " in line else "" for line in fields}
+    return {line.split(":")[0].strip(): line.rpartition("  # ")[2].strip() if "  # " in line else ""
+            for line in fields}
 
 
 @every_script
@@ -299,11 +320,13 @@ def test_help_of_every_script_is_the_comments_beside_its_fields(script, capsys):
     comments = {}  # of inherited fields too
     for part in reversed(module.Config.__mro__[:-1]):
         comments |= comments_of(part)
-    assert comments.keys() == {field.name for field in dataclasses.fields(module.Config)} and all(comments.values())
+    assert (comments.keys() == {field.name for field in dataclasses.fields(module.Config)}
+            and all(comments.values()))
     places = {name: shown.index(f"{comment}(default:".replace(" ", "")) for name, comment in comments.items()}
     own = comments_of(module.Config).keys()
     inherited = [place for name, place in places.items() if name not in own]
-    assert max(places[name] for name in own) < min(inherited, default=len(shown))  # a script's own fields come first
+    # a script's own fields come first
+    assert max(places[name] for name in own) < min(inherited, default=len(shown))
 
 
 # Exit codes
@@ -336,7 +359,8 @@ def end_of(tmp_path, *words, **environment):
     """Exit code and standard error of a program that ends as it is told."""
     (tmp_path / "program.py").write_text(PROGRAM)
     environment = {"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"]} | environment
-    done = subprocess.run([sys.executable, "program.py", *words], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "program.py", *words], cwd=tmp_path, env=environment,
+                          capture_output=True, text=True, timeout=60)
     return done.returncode, done.stderr
 
 
@@ -351,7 +375,8 @@ def test_a_mistake_a_failure_and_an_interruption_end_in_one_line_and_their_code(
 @pytest.mark.slow
 def test_a_bad_flag_ends_in_one_line_and_code_2(tmp_path):
     code, error = end_of(tmp_path, "--edn", "well")
-    assert code == 2 and error.count("\n") == 1 and error.startswith("program.py: error: unknown flag --edn: did you mean --end?")
+    assert (code == 2 and error.count("\n") == 1
+            and error.startswith("program.py: error: unknown flag --edn: did you mean --end?"))
 
 
 @pytest.mark.slow

@@ -12,7 +12,8 @@ from harness.training.options import RunOptions
 
 
 @pytest.mark.parametrize(("variables", "expected"), [
-    ({}, (0, 1)), ({"WORLD_SIZE": "1"}, (0, 1)), ({"RANK": "3"}, (0, 1)), ({"LOCAL_RANK": "1", "SLURM_PROCID": "2"}, (0, 1)),
+    ({}, (0, 1)), ({"WORLD_SIZE": "1"}, (0, 1)), ({"RANK": "3"}, (0, 1)),
+    ({"LOCAL_RANK": "1", "SLURM_PROCID": "2"}, (0, 1)),
     ({"WORLD_SIZE": "4", "RANK": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}, (2, 4))])
 def test_processes_are_counted_as_torchrun_says(variables, expected, monkeypatch):
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
@@ -23,7 +24,8 @@ def test_processes_are_counted_as_torchrun_says(variables, expected, monkeypatch
 
 
 @pytest.mark.parametrize(("variables", "says"), [
-    ({"WORLD_SIZE": "4"}, "RANK, MASTER_ADDR, MASTER_PORT missing"), ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_ADDR, MASTER_PORT"),
+    ({"WORLD_SIZE": "4"}, "RANK, MASTER_ADDR, MASTER_PORT missing"),
+    ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_ADDR, MASTER_PORT"),
     ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "x"}, "MASTER_PORT missing"),
     ({"WORLD_SIZE": "two", "RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "WORLD_SIZE=two"),
     ({"WORLD_SIZE": "2", "RANK": "none", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "RANK is none"),
@@ -39,17 +41,21 @@ def test_a_half_set_environment_is_one_line_before_anything_is_done(variables, s
     assert not Path("runs").exists()
 
 
-@pytest.mark.parametrize("words", [["--checkpoint=~/a.pt", "--dataset", "npz:~/b.npz", "--arch", "~/net.py:Net"],
-                                   ["--checkpoint", "~/a.pt", "--dataset=npz:~/b.npz", "--arch=~/net.py:Net"]])
+@pytest.mark.parametrize("words",
+                         [["--checkpoint=~/a.pt", "--dataset", "npz:~/b.npz", "--arch", "~/net.py:Net"],
+                          ["--checkpoint", "~/a.pt", "--dataset=npz:~/b.npz", "--arch=~/net.py:Net"]])
 def test_a_tilde_is_the_users_folder_in_every_path(words, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     cfg = parse_config(EvalConfig, words)
-    assert (cfg.checkpoint, cfg.dataset, cfg.arch) == ("/home/me/a.pt", "npz:/home/me/b.npz", "/home/me/net.py:Net")
+    assert (cfg.checkpoint, cfg.dataset, cfg.arch) == ("/home/me/a.pt", "npz:/home/me/b.npz",
+                                                       "/home/me/net.py:Net")
 
 
 @pytest.mark.parametrize(("flags", "says"), [
-    (("--model", "lenett"), "unknown model 'lenett'"), (("--model", "none.py:Net"), r"there is no file none\.py"),
-    (("--device", "warp"), "--device warp is not available"), (("--out_dir", "taken"), "taken already holds something"),
+    (("--model", "lenett"), "unknown model 'lenett'"),
+    (("--model", "none.py:Net"), r"there is no file none\.py"),
+    (("--device", "warp"), "--device warp is not available"),
+    (("--out_dir", "taken"), "taken already holds something"),
     (("--model", "lenett", "--seeds", 1, 2), "unknown model 'lenett'")])
 def test_what_is_wrong_in_a_command_is_said_before_data_is_read(flags, says, script, monkeypatch):
     import train_at_mnist
@@ -63,7 +69,8 @@ def test_what_is_wrong_in_a_command_is_said_before_data_is_read(flags, says, scr
 
 
 def test_run_options_and_evaluations_know_the_same_folders():
-    assert {"data_dir", "resume", "device"} <= set(RunOptions.__dataclass_fields__) & set(EvalConfig.__dataclass_fields__)
+    assert ({"data_dir", "resume", "device"}
+            <= set(RunOptions.__dataclass_fields__) & set(EvalConfig.__dataclass_fields__))
 
 
 def test_an_evaluation_needs_its_architecture_before_its_data(script, monkeypatch):
@@ -73,7 +80,8 @@ def test_an_evaluation_needs_its_architecture_before_its_data(script, monkeypatc
 
     torch.save(build_model("lenet", 10, 1).state_dict(), "theirs.pt")
     monkeypatch.setattr("curves.points.load_dataset", lambda *_: pytest.fail("the data was read"))
-    for flags, says in (((), "does not name its architecture"), (("--arch", "lenett"), "unknown model 'lenett'"),
+    for flags, says in (((), "does not name its architecture"),
+                        (("--arch", "lenett"), "unknown model 'lenett'"),
                         (("--arch", "net.py:Net"), r"there is no file net\.py")):
         with pytest.raises(UserError, match=says):
             script("eval_mnist", "--checkpoint", "theirs.pt", *flags)

@@ -48,7 +48,9 @@ def test_a_folder_that_two_name_at_the_same_moment_is_one_of_theirs(exists, tmp_
         assert isinstance(found[1 - winner], UserError) and "name another --out_dir" in str(found[1 - winner])
 
 
-@pytest.mark.parametrize("make", [lambda path: path.write_text("mine"), lambda path: (path / "deep").mkdir(parents=True)])
+@pytest.mark.parametrize("make",
+                         [lambda path: path.write_text("mine"),
+                          lambda path: (path / "deep").mkdir(parents=True)])
 def test_what_is_there_is_left_alone(make, tmp_path):
     make(tmp_path / "out")
     with pytest.raises(UserError, match=r"out already holds something.*another --out"):
@@ -66,15 +68,17 @@ def test_a_place_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-HOLD = "import sys, pathlib, time; from harness.folder import held\n" \
-       "with held(pathlib.Path(sys.argv[1]), sys.argv[2] == 'shared'): print('held', flush=True); time.sleep(60)"
+HOLD = ("import sys, pathlib, time; from harness.folder import held\n"
+        "with held(pathlib.Path(sys.argv[1]), sys.argv[2] == 'shared'):\n"
+        "    print('held', flush=True); time.sleep(60)")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("theirs", "ours", "free"), [("alone", False, False), ("alone", True, False),
                                                       ("shared", False, False), ("shared", True, True)])
 def test_a_folder_is_held_by_one_process_until_it_ends_however_it_ends(theirs, ours, free, tmp_path):
-    other = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path), theirs], stdout=subprocess.PIPE, cwd=ROOT)
+    other = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path), theirs], stdout=subprocess.PIPE,
+                             cwd=ROOT)
     try:
         assert other.stdout.readline() == b"held\n"
         if free:

@@ -1,4 +1,5 @@
-"""Losses and weights against the reference implementations' values, an independent NumPy computation, and their limits."""
+"""Losses and weights against the reference implementations' values,
+an independent NumPy computation, and their limits."""
 import json
 import math
 from pathlib import Path
@@ -11,7 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from losses.divergence import kl_divergence
-from losses.margin import cw_loss, logit_margin, margin_weights, misclassified, probability_margin, ranked_targets
+from losses.margin import (
+    cw_loss,
+    logit_margin,
+    margin_weights,
+    misclassified,
+    probability_margin,
+    ranked_targets,
+)
 from losses.trades import trades_loss
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -30,7 +38,8 @@ def golden(name):
 
 
 def tensors(case, dtype, *names):
-    return [torch.tensor(case[name]).to(dtype).requires_grad_() for name in names] + [torch.tensor(case["labels"])]
+    return ([torch.tensor(case[name]).to(dtype).requires_grad_() for name in names]
+            + [torch.tensor(case["labels"])])
 
 
 def assert_value(actual, expected, dtype):
@@ -44,7 +53,8 @@ def assert_gradient(gradient, expected):
 
 def sample(num_classes, batch_size=32, scale=4.0, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    logits, logits_adv = (scale * torch.randn(2, batch_size, num_classes, generator=generator, dtype=torch.float64)).to(dtype)
+    normal = torch.randn(2, batch_size, num_classes, generator=generator, dtype=torch.float64)
+    logits, logits_adv = (scale * normal).to(dtype)
     return logits, logits_adv, torch.randint(num_classes, (batch_size,), generator=generator)
 
 
@@ -88,7 +98,8 @@ def test_kl_divergence_is_what_beta_multiplies_in_the_released_code(case, dtype)
     mean_kl = (at_beta["6.0"]["loss_f64"] - at_beta["1.0"]["loss_f64"]) / 5
     loss = kl_divergence(logits_adv, logits).mean()
     assert_value(loss, mean_kl, dtype)
-    gradient, = torch.autograd.grad(6 * loss, logits_adv)  # the cross-entropy of the loss does not see logits_adv
+    # the cross-entropy of the loss does not see logits_adv
+    gradient, = torch.autograd.grad(6 * loss, logits_adv)
     assert_gradient(gradient, at_beta["6.0"]["dloss_dlogits_adv"])
 
 
@@ -148,7 +159,8 @@ def test_cw_loss_is_the_released_one_without_its_clamp(case, dtype):
     loss = cw_loss(logits, y)
     free = loss < 50
     assert free.any()
-    assert_value(loss[free] - 50, torch.tensor(released["per_sample_f64"], dtype=torch.float64)[free].tolist(), dtype)
+    assert_value(loss[free] - 50,
+                 torch.tensor(released["per_sample_f64"], dtype=torch.float64)[free].tolist(), dtype)
     if "dsum_dlogits" in released:
         gradient, = torch.autograd.grad(loss.sum(), logits)
         assert_gradient(gradient[free], torch.tensor(released["dsum_dlogits"])[free].tolist())
@@ -171,7 +183,8 @@ def numpy_margin(logits, y):
 
 
 @quick
-@given(st.sampled_from((2, 10, 100, 200)), st.integers(1, 8), st.floats(0.01, 20), st.integers(0, 2**32 - 1), st.floats(0.01, 5))
+@given(st.sampled_from((2, 10, 100, 200)), st.integers(1, 8), st.floats(0.01, 20), st.integers(0, 2**32 - 1),
+       st.floats(0.01, 5))
 def test_margin_and_weights_agree_with_numpy(num_classes, batch_size, scale, seed, alpha):
     _, logits, y = sample(num_classes, batch_size, scale, torch.float64, seed)
     margin, gradient = numpy_margin(logits.numpy(), y.numpy())
@@ -180,7 +193,8 @@ def test_margin_and_weights_agree_with_numpy(num_classes, batch_size, scale, see
     np.testing.assert_allclose(probability_margin(logits, y).detach(), margin, rtol=1e-9, atol=1e-14)
     np.testing.assert_allclose(weights.detach(), np.exp(-alpha * margin), rtol=1e-9)
     weights_gradient, = torch.autograd.grad(weights.sum(), logits)
-    np.testing.assert_allclose(weights_gradient, (-alpha * np.exp(-alpha * margin))[:, None] * gradient, rtol=1e-8, atol=1e-12)
+    np.testing.assert_allclose(weights_gradient, (-alpha * np.exp(-alpha * margin))[:, None] * gradient,
+                               rtol=1e-8, atol=1e-12)
 
 
 @quick
@@ -196,8 +210,10 @@ def test_margin_is_positive_exactly_where_the_prediction_is_correct(num_classes,
 @class_counts
 def test_kl_divergence_agrees_with_the_sum_over_classes(num_classes):
     logits, logits_adv, _ = sample(num_classes, dtype=torch.float64)
-    p, p_adv = (np.exp(z.numpy()) / np.exp(z.numpy()).sum(axis=1, keepdims=True) for z in (logits, logits_adv))
-    np.testing.assert_allclose(kl_divergence(logits_adv, logits), (p * np.log(p / p_adv)).sum(axis=1), rtol=1e-9)
+    p, p_adv = (np.exp(z.numpy()) / np.exp(z.numpy()).sum(axis=1, keepdims=True)
+                for z in (logits, logits_adv))
+    np.testing.assert_allclose(kl_divergence(logits_adv, logits), (p * np.log(p / p_adv)).sum(axis=1),
+                               rtol=1e-9)
 
 
 # Limits
@@ -209,7 +225,8 @@ def test_alpha_zero_gives_ones_and_recovers_the_base_losses_exactly(dtype):
     assert weights.dtype == dtype
     assert torch.equal(weights, torch.ones(32, dtype=dtype))
     assert torch.equal(weights * cross_entropy(logits_adv, y), cross_entropy(logits_adv, y))
-    assert torch.equal(trades_loss(logits, logits_adv, y, 6.0, weights), trades_loss(logits, logits_adv, y, 6.0))
+    assert torch.equal(trades_loss(logits, logits_adv, y, 6.0, weights),
+                       trades_loss(logits, logits_adv, y, 6.0))
 
 
 def test_weights_act_on_the_robust_term_alone():
@@ -239,7 +256,8 @@ def test_margin_weight_is_in_the_graph():
 
 @class_counts
 @pytest.mark.parametrize("distance", (0.0, 1e-6, 1e-3, 1.0))
-@pytest.mark.parametrize(("dtype", "rounding"), ((torch.float64, 1e-14), (torch.float32, 1e-6)), ids=("float64", "float32"))
+@pytest.mark.parametrize(("dtype", "rounding"), ((torch.float64, 1e-14), (torch.float32, 1e-6)),
+                         ids=("float64", "float32"))
 def test_kl_divergence_is_never_below_zero_by_more_than_rounding(num_classes, distance, dtype, rounding):
     logits, direction, _ = sample(num_classes, batch_size=500, dtype=dtype)
     assert kl_divergence(logits + distance * direction, logits).min() >= -rounding
@@ -249,7 +267,8 @@ def test_kl_divergence_is_never_below_zero_by_more_than_rounding(num_classes, di
 def test_kl_divergence_is_zero_at_equality_and_ignores_a_shift_of_the_logits(dtype):
     logits, logits_adv, _ = sample(10, dtype=dtype)
     assert torch.equal(kl_divergence(logits, logits.clone()), torch.zeros(32, dtype=dtype))
-    torch.testing.assert_close(kl_divergence(logits_adv + 3, logits - 5), kl_divergence(logits_adv, logits), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(kl_divergence(logits_adv + 3, logits - 5), kl_divergence(logits_adv, logits),
+                               rtol=1e-4, atol=1e-5)
 
 
 def test_kl_divergence_weighs_by_the_clean_prediction():
@@ -262,7 +281,8 @@ def test_kl_divergence_weighs_by_the_clean_prediction():
 @class_counts
 def test_extreme_logits_give_finite_losses_and_gradients(loss_fn, num_classes):
     generator = torch.Generator().manual_seed(0)
-    logits, logits_adv = (400.0 * torch.randint(2, (2, 64, num_classes), generator=generator) - 200).requires_grad_()
+    bits = torch.randint(2, (2, 64, num_classes), generator=generator)
+    logits, logits_adv = (400.0 * bits - 200).requires_grad_()
     y = torch.randint(num_classes, (64,), generator=generator)
     losses = loss_fn(logits, logits_adv, y)
     assert losses.isfinite().all()
@@ -293,7 +313,8 @@ def test_half_precision_logits_give_the_float32_loss(loss_fn, half):
 
 # What is misclassified
 
-@pytest.mark.parametrize("logits", (torch.tensor([2.0, 2.0, 1.0]), torch.tensor([1.0, 2.0, 2.0]), torch.zeros(3)))
+@pytest.mark.parametrize("logits",
+                         (torch.tensor([2.0, 2.0, 1.0]), torch.tensor([1.0, 2.0, 2.0]), torch.zeros(3)))
 def test_misclassified_is_what_the_accuracy_counts_as_wrong_at_ties_too(logits):
     logits, y = logits.expand(3, 3), torch.arange(3)
     assert torch.equal(misclassified(logits, y), logits.argmax(dim=1) != y)

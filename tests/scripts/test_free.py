@@ -1,4 +1,5 @@
-"""train_free.py: Algorithm 1 written out, what the checkpoint remembers, schedules, many processes, refusals."""
+"""train_free.py: Algorithm 1 written out, what the checkpoint remembers,
+schedules, many processes, refusals."""
 import sys
 from pathlib import Path
 
@@ -16,8 +17,8 @@ from harness.training.rows import PersistentRows
 from harness.training.seeds import one_a_seed
 from models import build_model
 
-PLAIN = (*TINY[:4], *TINY[6:], "--model", "lenet", "--crop_padding", 0, "--no-flip", "--precision", "float32", "--schedule", "steps",
-         "--lr", 0.05, "--epsilon", 0.2)  # TINY without --num_steps
+PLAIN = (*TINY[:4], *TINY[6:], "--model", "lenet", "--crop_padding", 0, "--no-flip", "--precision", "float32",
+         "--schedule", "steps", "--lr", 0.05, "--epsilon", 0.2)  # TINY without --num_steps
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--")
 
 
@@ -25,8 +26,10 @@ def saved(folder):
     return torch.load(Path(folder, "last.pt"), weights_only=True)
 
 
-def by_definition(num_replays, batch_size, num_batches, epsilon=0.2, lr=0.05, momentum=0.9, decay=5e-4, seed=2):
-    """Free AT on the batches of the script, with an SGD of its own; gives the weights, delta, and the mean loss."""
+def by_definition(num_replays, batch_size, num_batches, epsilon=0.2, lr=0.05, momentum=0.9, decay=5e-4,
+                  seed=2):
+    """Free AT on the batches of the script, with an SGD of its own; gives the weights,
+    delta, and the mean loss."""
     torch.manual_seed(seed)
     model, data = build_model("lenet", 10, 1), load_dataset("digits", "data", 40)
     buffers = [torch.zeros_like(p) for p in model.parameters()]
@@ -49,7 +52,8 @@ def by_definition(num_replays, batch_size, num_batches, epsilon=0.2, lr=0.05, mo
 
 @pytest.mark.parametrize("num_replays", [1, 3])
 def test_it_is_the_algorithm_written_out(num_replays, script):
-    script("train_free", *PLAIN, "--max_batches", 4, "--batch_size", 32, "--num_replays", num_replays, "--out_dir", "run")
+    script("train_free", *PLAIN, "--max_batches", 4, "--batch_size", 32, "--num_replays", num_replays,
+           "--out_dir", "run")
     expected, delta, loss = by_definition(num_replays, 32, 4)
     found = saved("run")
     for name, value in expected.items():
@@ -60,7 +64,8 @@ def test_it_is_the_algorithm_written_out(num_replays, script):
 
 
 def test_the_last_short_batch_leaves_the_other_perturbations_alone(script):
-    common = (*PLAIN, "--batch_size", 200, "--num_replays", 2)  # 1,397 images: six batches of 200 and one of 197
+    # 1,397 images: six batches of 200 and one of 197
+    common = (*PLAIN, "--batch_size", 200, "--num_replays", 2)
     script("train_free", *common, "--max_batches", 6, "--out_dir", "six")
     script("train_free", *common, "--max_batches", 7, "--out_dir", "seven")
     six, seven = (saved(folder)["delta"]["values"] for folder in ("six", "seven"))
@@ -95,7 +100,8 @@ def test_a_checkpoint_without_one_of_its_parts_does_not_continue_the_run(script,
 
 @pytest.mark.slow
 def test_many_processes_give_the_weights_and_the_perturbation_of_one(script, shell, tmp_path):
-    flags = (*PLAIN, "--max_batches", 3, "--batch_size", 65, "--num_replays", 2, "--lr", 0.01)  # 65: an uneven split
+    # 65: an uneven split
+    flags = (*PLAIN, "--max_batches", 3, "--batch_size", 65, "--num_replays", 2, "--lr", 0.01)
     script("train_free", *flags, "--out_dir", "one")
     done = shell("train_free.py", *flags, "--out_dir", "two", launcher=TORCHRUN)
     assert done.returncode == 0, done.stderr
@@ -109,26 +115,32 @@ def test_the_learning_rate_moves_at_every_replay(script):
     rates = [train_free.learning_rate(done, recipe) for done in (0, 2.5, 5, 7.5, 10, 11)]
     assert rates == pytest.approx([0, 0.5, 1, 0.5, 0, 0])
     paper = train_free.RECIPES["paper"]
-    assert [train_free.learning_rate(done, paper) for done in (0, 12.99, 13, 19)] == pytest.approx([1, 1, 0.1, 0.01])
-    script("train_free", *PLAIN, "--schedule", "cyclic", "--epochs", 2, "--num_replays", 3, "--out_dir", "run")
+    assert ([train_free.learning_rate(done, paper) for done in (0, 12.99, 13, 19)]
+            == pytest.approx([1, 1, 0.1, 0.01]))
+    script("train_free", *PLAIN, "--schedule", "cyclic", "--epochs", 2, "--num_replays", 3,
+           "--out_dir", "run")
     state = saved("run")
     assert state["scheduler"]["last_epoch"] == 2 * 2 * 3  # epochs, batches, replays
     assert state["optimizer"]["param_groups"][0]["lr"] == 0
     assert [float(row["lr"]) for row in read_log(Path("run"))] == pytest.approx([0, 0.05])
 
 
-@pytest.mark.parametrize("flags", [("--precision", "bf16"), ("--normalize", "--ema_decay", 0.9), ("--crop_padding", 2, "--flip")])
+@pytest.mark.parametrize("flags",
+                         [("--precision", "bf16"), ("--normalize", "--ema_decay", 0.9),
+                          ("--crop_padding", 2, "--flip")])
 def test_precision_normalisation_averages_and_augmentation_train(flags, script):
     script("train_free", *PLAIN, "--num_replays", 2, *flags, "--out_dir", "run")
     found = saved("run")["delta"]["values"]
     assert torch.isfinite(found).all() and 0.19 < float(found.abs().max()) <= 0.2 + 1e-6
-    script("eval_mnist", "--checkpoint", "run/last.pt", "--num_steps", 1, "--num_restarts", 1, "--num_examples", 6)
+    script("eval_mnist", "--checkpoint", "run/last.pt", "--num_steps", 1, "--num_restarts", 1,
+           "--num_examples", 6)
 
 
 def test_batchnorm_networks_train(script):
-    script("train_free", *PLAIN, "--model", "resnet18", "--batch_size", 2, "--num_replays", 2, "--max_batches", 1, "--val_size", 2,
-           "--out_dir", "run")
-    assert int(weights("run/last.pt")["bn1.num_batches_tracked"]) == 2  # train mode throughout: one forward a replay
+    script("train_free", *PLAIN, "--model", "resnet18", "--batch_size", 2, "--num_replays", 2,
+           "--max_batches", 1, "--val_size", 2, "--out_dir", "run")
+    # train mode throughout: one forward a replay
+    assert int(weights("run/last.pt")["bn1.num_batches_tracked"]) == 2
 
 
 def test_persistent_rows_are_read_written_and_saved_as_one():
@@ -147,7 +159,8 @@ def test_recipes():
     for name, recipe in train_free.RECIPES.items():
         assert parse_config(train_free.Config, ["--recipe", name], train_free.RECIPES) == recipe
     default = train_free.Config()
-    assert (default.num_replays, default.epochs, default.lr, default.epsilon, default.weight_decay) == (8, 10, 0.04, 8 / 255, 5e-4)
+    assert ((default.num_replays, default.epochs, default.lr, default.epsilon, default.weight_decay)
+            == (8, 10, 0.04, 8 / 255, 5e-4))
 
 
 def test_seeds_train_one_after_the_other(script):
@@ -164,6 +177,7 @@ def test_mistakes_give_one_line_and_exit_code_2(shell, script):
     done = shell("train_free.py", *PLAIN, "--num_replays", 0)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert done.stderr.startswith("train_free.py: error: ")
-    for flags in (("--num_replays", "many"), ("--schedule", "linear"), ("--num_step", 3), ("--batch_size", 0)):
+    for flags in (("--num_replays", "many"), ("--schedule", "linear"), ("--num_step", 3),
+                  ("--batch_size", 0)):
         with pytest.raises(UserError):
             script("train_free", *PLAIN, *flags)

@@ -1,4 +1,5 @@
-"""The scripts as their users run them: twins, trial runs, determinism, resumption, torchrun, evaluation, and refusals."""
+"""The scripts as their users run them: twins, trial runs, determinism, resumption, torchrun,
+evaluation, and refusals."""
 import ast
 import contextlib
 import csv
@@ -23,9 +24,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from harness.errors import RunError, UserError
 from models import build_model
 
-TWINS = [("train_at_mnist", "train_at_cifar10"), ("train_trades_mnist", "train_trades_cifar10"), ("eval_mnist", "eval_cifar10")]
+TWINS = [("train_at_mnist", "train_at_cifar10"), ("train_trades_mnist", "train_trades_cifar10"),
+         ("eval_mnist", "eval_cifar10")]
 TRAINERS = ["train_at_mnist", "train_at_cifar10", "train_trades_mnist", "train_trades_cifar10"]
-SCRIPTS = sorted({name for pair in TWINS for name in pair} | {"train_vir", "train_free", "train_yopo", "train_iaat"})
+SCRIPTS = sorted({name for pair in TWINS for name in pair}
+                 | {"train_vir", "train_free", "train_yopo", "train_iaat"})
 
 
 def weights(file):
@@ -40,12 +43,13 @@ def read_log(folder):
     return list(csv.DictReader((folder / "log.csv").open()))
 
 
-# ---- shape of the scripts -------------------------------------------------------------------------------------------------------------
+# ---- shape of the scripts ----------------------------------------------------------------------------------
 
 def code_of(name):
     """The script without its docstring, its presets, and the default and comment of each Config field."""
     body = ast.parse((ROOT / f"{name}.py").read_text()).body[1:]
-    kept = [node for node in body if not (isinstance(node, ast.Assign) and node.targets[0].id in ("RECIPES", "PROTOCOL"))]
+    kept = [node for node in body
+            if not (isinstance(node, ast.Assign) and node.targets[0].id in ("RECIPES", "PROTOCOL"))]
     for node in kept:
         if isinstance(node, ast.ClassDef):
             for field in node.body:
@@ -60,10 +64,12 @@ def test_twins_differ_in_docstring_and_presets_only(mnist, cifar10):
 
 @pytest.mark.slow
 def test_importing_a_script_does_nothing_else(tmp_path):
-    program = (f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import torch; before = torch.initial_seed(), os.listdir('.')\n"
+    program = (f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import torch\n"
+               "before = torch.initial_seed(), os.listdir('.')\n"
                f"import {', '.join(SCRIPTS)}\n"
                "assert (torch.initial_seed(), os.listdir('.')) == before")
-    done = subprocess.run([sys.executable, "-c", program, "--nonsense"], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run([sys.executable, "-c", program, "--nonsense"], capture_output=True, text=True,
+                          cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
@@ -75,21 +81,23 @@ def test_every_default_has_a_comment_that_the_help_shows(name, script, capsys):
     config = importlib.import_module(name).Config
     lines = {}  # of inherited fields too, which a script may set anew
     for part in reversed(config.__mro__[:-1]):
-        lines |= {line.split(":")[0]: line for line in inspect.getsource(part).splitlines() if re.match(r"    \w+: ", line)}
+        lines |= {line.split(":")[0]: line for line in inspect.getsource(part).splitlines()
+                  if re.match(r"    \w+: ", line)}
     fields = [line.split("  # ")[1].strip() for line in lines.values()]
     assert ended.value.code == 0
     assert len(fields) > 12
     assert all("".join(comment.split()) in text for comment in fields)
 
 
-# ---- training -------------------------------------------------------------------------------------------------------------------------
+# ---- training ----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("alpha", [0, 2])
 @pytest.mark.parametrize("name", TRAINERS)
 def test_two_batches_leave_a_complete_run(name, alpha, script):
     model = ("--model", "lenet", "--crop_padding", "2") if "cifar10" in name else ()
     script(name, *TINY, *model, "--alpha", alpha, "--out_dir", "run")
-    assert {path.name for path in Path("run").iterdir()} == {"config.json", "log.csv", "log.png", "last.pt", "best.pt"}
+    assert ({path.name for path in Path("run").iterdir()}
+            == {"config.json", "log.csv", "log.png", "last.pt", "best.pt"})
     config, (row,) = json.loads(Path("run/config.json").read_text()), read_log(Path("run"))
     assert (config["script"], config["alpha"], config["image_shape"]) == (name, alpha, [1, 28, 28])
     assert 0 <= float(row["val_A_rob"]) <= 100
@@ -97,7 +105,8 @@ def test_two_batches_leave_a_complete_run(name, alpha, script):
 
 
 def test_training_lowers_the_loss_and_beats_chance(script):
-    script("train_at_mnist", "--recipe", "digits", "--epochs", 12, "--epsilon_warmup_epochs", 4, "--num_steps", 4, "--out_dir", "run")
+    script("train_at_mnist", "--recipe", "digits", "--epochs", 12, "--epsilon_warmup_epochs", 4,
+           "--num_steps", 4, "--out_dir", "run")
     rows = read_log(Path("run"))
     assert float(rows[-1]["train_loss"]) < 0.7 * float(rows[0]["train_loss"])
     assert float(rows[-1]["val_A_rob"]) > 30
@@ -105,7 +114,8 @@ def test_training_lowers_the_loss_and_beats_chance(script):
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others(script):
     for folder, seed in (("a", 5), ("b", 5), ("c", 6)):
-        script("train_trades_mnist", *TINY, "--model", "small_cnn", "--seed", seed, "--out_dir", folder)  # with dropout
+        # with dropout
+        script("train_trades_mnist", *TINY, "--model", "small_cnn", "--seed", seed, "--out_dir", folder)
     assert same_bits(weights("a/last.pt"), weights("b/last.pt"))
     assert not same_bits(weights("a/last.pt"), weights("c/last.pt"))
 
@@ -116,7 +126,8 @@ def test_a_resumed_run_equals_the_undisturbed_one(script):
     script("train_at_mnist", *short, "--epochs", 2, "--out_dir", "parts")
     script("train_at_mnist", "--resume", "parts", "--epochs", 4)
     assert same_bits(weights("whole/last.pt"), weights("parts/last.pt"))
-    assert [row["train_loss"] for row in read_log(Path("whole"))] == [row["train_loss"] for row in read_log(Path("parts"))]
+    assert ([row["train_loss"] for row in read_log(Path("whole"))]
+            == [row["train_loss"] for row in read_log(Path("parts"))])
 
 
 def test_a_run_cannot_be_resumed_to_fewer_epochs_than_are_done(script):
@@ -131,7 +142,8 @@ def test_a_run_cannot_be_resumed_to_fewer_epochs_than_are_done(script):
 def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(shell, tmp_path):
     flags = ("--recipe", "digits", "--epochs", 3, "--num_steps", 5)
     assert shell("train_at_mnist.py", *flags, "--out_dir", "whole").returncode == 0
-    process = subprocess.Popen([sys.executable, str(ROOT / "train_at_mnist.py"), *map(str, flags), "--out_dir", "killed"], cwd=tmp_path,
+    process = subprocess.Popen([sys.executable, str(ROOT / "train_at_mnist.py"), *map(str, flags),
+                                "--out_dir", "killed"], cwd=tmp_path,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not (tmp_path / "killed/last.pt").exists() and time.monotonic() < deadline:
@@ -147,9 +159,11 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(shell, tmp_path):
 
 @pytest.mark.slow
 def test_ctrl_c_says_how_to_go_on(shell, tmp_path):
-    process = subprocess.Popen([sys.executable, str(ROOT / "train_at_mnist.py"), "--recipe", "digits", "--out_dir", "run"], cwd=tmp_path,
+    process = subprocess.Popen([sys.executable, str(ROOT / "train_at_mnist.py"), "--recipe", "digits",
+                                "--out_dir", "run"], cwd=tmp_path,
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell's background jobs ignore it
+                               # a shell's background jobs ignore SIGINT
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     deadline = time.monotonic() + 120
     while not (tmp_path / "run/last.pt").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -172,7 +186,9 @@ def test_a_second_run_never_touches_the_first(script):
 
 @pytest.mark.slow
 def test_torchrun_gives_the_weights_of_one_process(shell, tmp_path):
-    flags = (*TINY, "--max_batches", 4, "--batch_size", 65, "--precision", "float32", "--epsilon_warmup_epochs", 0)  # 65: an uneven split
+    # 65: an uneven split
+    flags = (*TINY, "--max_batches", 4, "--batch_size", 65, "--precision", "float32",
+             "--epsilon_warmup_epochs", 0)
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     assert shell("train_at_mnist.py", *flags, "--out_dir", "one").returncode == 0
     done = shell("train_at_mnist.py", *flags, "--out_dir", "two", launcher=torchrun)
@@ -195,8 +211,10 @@ def children_of(process):
 @pytest.mark.slow
 def test_a_killed_worker_ends_the_run_and_leaves_one_that_goes_on(shell, tmp_path):
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    command = [*torchrun, str(ROOT / "train_at_mnist.py"), "--recipe", "digits", "--num_steps", "2", "--epochs", "4", "--out_dir", "run"]
-    launcher = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    command = [*torchrun, str(ROOT / "train_at_mnist.py"), "--recipe", "digits", "--num_steps", "2",
+               "--epochs", "4", "--out_dir", "run"]
+    launcher = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                                text=True)
     deadline = time.monotonic() + 120
     while not (tmp_path / "run/last.pt").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -211,7 +229,8 @@ def test_a_killed_worker_ends_the_run_and_leaves_one_that_goes_on(shell, tmp_pat
     assert after["epoch"] == 4 and after["log"][:before["epoch"]] == before["log"]
 
 
-@pytest.mark.parametrize("name", ("train_at_mnist", "train_trades_mnist", "train_vir", "train_iaat", "train_free"))
+@pytest.mark.parametrize("name",
+                         ("train_at_mnist", "train_trades_mnist", "train_vir", "train_iaat", "train_free"))
 def test_a_compiled_run_gives_the_weights_of_a_plain_one(name, script, monkeypatch, capsys):
     calls, counters, compiled = [], {}, torch.compile
 
@@ -222,14 +241,19 @@ def test_a_compiled_run_gives_the_weights_of_a_plain_one(name, script, monkeypat
 
     monkeypatch.setattr(torch, "compile", traced)
     torch.compiler.reset()
-    tiny = [flag.replace("num_steps", "num_replays") if name == "train_free" and flag == "--num_steps" else flag for flag in TINY]
-    flags = (*tiny, "--max_batches", 3, "--model", "lenet", "--no-attack_view")  # fused convolutions round differently
-    flags += () if name.startswith(("train_at", "train_trades")) else ("--crop_padding", 0, "--batch_size", 128)
+    tiny = [flag.replace("num_steps", "num_replays") if name == "train_free" and flag == "--num_steps"
+            else flag for flag in TINY]
+    # fused convolutions round differently
+    flags = (*tiny, "--max_batches", 3, "--model", "lenet", "--no-attack_view")
+    flags += (() if name.startswith(("train_at", "train_trades"))
+              else ("--crop_padding", 0, "--batch_size", 128))
     script(name, *flags, "--compile", "--out_dir", "compiled")
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("torch.compile: ")]
     script(name, *flags, "--out_dir", "plain")
-    pieces = ["_network_pass"] + ["whole_step"] * (name != "train_free")  # which attacks by its training passes
-    assert "whole_step" not in counters or counters["whole_step"].frame_count == 1  # one graph, for a ramp too
+    # which attacks by its training passes
+    pieces = ["_network_pass"] + ["whole_step"] * (name != "train_free")
+    # one graph, for a ramp too
+    assert "whole_step" not in counters or counters["whole_step"].frame_count == 1
     assert calls == [(piece, {"fallback_random": True}) for piece in pieces]  # no CUDA graphs on a CPU
     assert len(said) == len(pieces) and all("is compiled" in line for line in said)
     assert same_bits(weights(Path("compiled/last.pt")), weights(Path("plain/last.pt")))
@@ -253,7 +277,8 @@ def test_a_run_of_an_earlier_version_is_resumed(script):
 
 
 def test_a_run_is_resumed_whatever_way_its_numbers_were_given(script):
-    script("train_at_mnist", *TINY, "--epsilon_warmup_epochs", 1, "--lr_warmup_epochs", 0.5, "--max_grad_norm", 2, "--out_dir", "run")
+    script("train_at_mnist", *TINY, "--epsilon_warmup_epochs", 1, "--lr_warmup_epochs", 0.5,
+           "--max_grad_norm", 2, "--out_dir", "run")
     script("train_at_mnist", "--resume", "run", "--epochs", 2)
     assert len(read_log(Path("run"))) == 2
 
@@ -265,12 +290,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(script):
     assert not Path("bad/last.pt").exists()
 
 
-# ---- evaluation -----------------------------------------------------------------------------------------------------------------------
+# ---- evaluation --------------------------------------------------------------------------------------------
 
 @pytest.fixture
 def trained(script):
-    script("train_at_mnist", "--recipe", "digits", "--epochs", 4, "--num_steps", 2, "--epsilon_warmup_epochs", 0, "--lr", 0.1,
-           "--epsilon", 0.05, "--out_dir", "runs/first")
+    script("train_at_mnist", "--recipe", "digits", "--epochs", 4, "--num_steps", 2,
+           "--epsilon_warmup_epochs", 0, "--lr", 0.1, "--epsilon", 0.05, "--out_dir", "runs/first")
     return Path("runs/first")
 
 
@@ -282,14 +307,16 @@ def test_no_arguments_evaluate_the_newest_run(script, trained, capsys):
     os.utime(trained / "last.pt")
     script("eval_mnist", *QUICK)
     result = json.loads((trained / "eval.json").read_text())
-    assert {"A_nat", "A_rob", "A_sa", "A_tr", "ci95", "num_examples", "threat_model", "checkpoint", "certificate",
-            "environment"} <= result.keys()
+    assert {"A_nat", "A_rob", "A_sa", "A_tr", "ci95", "num_examples", "threat_model", "checkpoint",
+            "certificate", "environment"} <= result.keys()
     assert set(result["A_sa"]) == set(result["A_tr"]) == set(result["ci95"]["A_sa"]) == {"1.0", "1.5", "2.0"}
     assert result["num_examples"] == 60
     assert result["threat_model"]["epsilon"] == 0.05  # the checkpoint's
     assert result["certificate"]["max_perturbation"] <= 0.05 + 1e-6 and result["certificate"]["ok"]
-    assert result["A_sa"]["2.0"] <= result["A_sa"]["1.5"] <= result["A_sa"]["1.0"] <= result["A_rob"] <= result["A_nat"]
-    assert all(result["ci95"][name][0] <= result[name] <= result["ci95"][name][1] for name in ("A_nat", "A_rob"))
+    assert (result["A_sa"]["2.0"] <= result["A_sa"]["1.5"] <= result["A_sa"]["1.0"] <= result["A_rob"]
+            <= result["A_nat"])
+    assert all(result["ci95"][name][0] <= result[name] <= result["ci95"][name][1]
+               for name in ("A_nat", "A_rob"))
     assert "A_tr  alpha 2.0" in capsys.readouterr().out
     assert (trained / "eval.png").stat().st_size > 10_000
 
@@ -303,9 +330,11 @@ def test_alpha_zero_is_the_uniform_attacker(script, trained):
 
 def test_a_verdict_does_not_depend_on_the_batch(script, trained):
     for size in (7, 60):
-        script("eval_mnist", *QUICK, "--checkpoint", trained / "last.pt", "--batch_size", size, "--out", f"{size}.json")
+        script("eval_mnist", *QUICK, "--checkpoint", trained / "last.pt", "--batch_size", size,
+               "--out", f"{size}.json")
     small, large = np.load("7.npz"), np.load("60.npz")
-    assert all(np.array_equal(small[name], large[name]) for name in small.files if name.startswith(("prediction", "label", "index")))
+    assert all(np.array_equal(small[name], large[name])
+               for name in small.files if name.startswith(("prediction", "label", "index")))
 
 
 def test_results_are_never_overwritten(script, trained):
@@ -317,9 +346,11 @@ def test_results_are_never_overwritten(script, trained):
 
 
 def test_the_flags_win_over_the_checkpoint(script, trained, capsys):
-    script("eval_mnist", *QUICK, "--epsilon", "8/255", "--step_size", "2/255", "--start", "gaussian", "--out", "r.json")
+    script("eval_mnist", *QUICK, "--epsilon", "8/255", "--step_size", "2/255", "--start", "gaussian",
+           "--out", "r.json")
     threat = json.loads(Path("r.json").read_text())["threat_model"]
-    assert (threat["epsilon"], threat["step_size"], threat["start"], threat["num_restarts"]) == (8 / 255, 2 / 255, "gaussian", 2)
+    assert ((threat["epsilon"], threat["step_size"], threat["start"], threat["num_restarts"])
+            == (8 / 255, 2 / 255, "gaussian", 2))
     said = capsys.readouterr().out
     assert "note: evaluated at epsilon 0.0313725, trained at 0.05" in said and "note: steps" not in said
 
@@ -341,13 +372,17 @@ class Net(torch.nn.Module):
 """
 
 
-@pytest.mark.parametrize(("key", "prefix"), [(None, ""), ("state_dict", "module."), ("model", "_orig_mod."), ("net", "module._orig_mod.")])
+@pytest.mark.parametrize(("key", "prefix"),
+                         [(None, ""), ("state_dict", "module."), ("model", "_orig_mod."),
+                          ("net", "module._orig_mod.")])
 def test_anyones_checkpoint_is_evaluated_with_the_network_in_their_file(script, key, prefix):
     Path("theirs.py").write_text(NETWORK)
     generator = torch.Generator().manual_seed(0)
-    state = {f"{prefix}head.weight": torch.randn(10, 784, generator=generator), f"{prefix}head.bias": torch.zeros(10)}
+    state = {f"{prefix}head.weight": torch.randn(10, 784, generator=generator),
+             f"{prefix}head.bias": torch.zeros(10)}
     torch.save(state if key is None else {key: state, "epoch": 3}, "theirs.pt")
-    script("eval_mnist", "--dataset", "digits", *QUICK, "--checkpoint", "theirs.pt", "--arch", "theirs.py:Net", "--out", "r.json")
+    script("eval_mnist", "--dataset", "digits", *QUICK, "--checkpoint", "theirs.pt",
+           "--arch", "theirs.py:Net", "--out", "r.json")
     result = json.loads(Path("r.json").read_text())
     assert (result["architecture"], result["threat_model"]["epsilon"]) == ("theirs.py:Net", 0.3)
 
@@ -385,18 +420,21 @@ def test_a_bad_checkpoint_gives_one_line_and_runs_nothing(kind, script):
 @pytest.mark.slow
 def test_mistakes_give_one_line_and_exit_code_2(shell, tmp_path):
     (tmp_path / "file").touch()
-    for name, flags in (("train_at_mnist.py", ("--no_such_flag", "1")), ("train_at_mnist.py", ("--epsilon", "-0.1")),
-                        ("train_trades_mnist.py", (*TINY, "--out_dir", "file/run")), ("eval_mnist.py", ("--checkpoint", "none.pt")),
-                        ("eval_cifar10.py", ())):
+    for name, flags in (("train_at_mnist.py", ("--no_such_flag", "1")),
+                        ("train_at_mnist.py", ("--epsilon", "-0.1")),
+                        ("train_trades_mnist.py", (*TINY, "--out_dir", "file/run")),
+                        ("eval_mnist.py", ("--checkpoint", "none.pt")), ("eval_cifar10.py", ())):
         done = shell(name, *flags)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
         assert done.stderr.startswith(f"{name}: error: ")
 
 
-@pytest.mark.parametrize(("flags", "says"), [(("--model", "none"), "unknown model 'none'"), (("--dataset", "none"), "no data set 'none'"),
-                                             (("--recipe", "none"), "unknown recipe 'none': choose one of "),
-                                             (("--device", "none"), "--device none is not"),
-                                             (("--val_size", "5000"), "leaves nothing to train on")])
+@pytest.mark.parametrize(("flags", "says"),
+                         [(("--model", "none"), "unknown model 'none'"),
+                          (("--dataset", "none"), "no data set 'none'"),
+                          (("--recipe", "none"), "unknown recipe 'none': choose one of "),
+                          (("--device", "none"), "--device none is not"),
+                          (("--val_size", "5000"), "leaves nothing to train on")])
 def test_unknown_names_are_refused_before_anything_is_written(flags, says, script):
     with pytest.raises(UserError, match=says):
         script("train_at_mnist", *TINY, *flags)
@@ -418,11 +456,12 @@ def test_a_full_disk_fails_the_run_and_keeps_the_last_checkpoint(shell, tmp_path
 
 
 def test_colour_images_train_and_evaluate(script, colour_folder):
-    script("train_trades_cifar10", "--dataset", colour_folder, "--model", "lenet", "--normalize", "--val_size", 4, "--epochs", 1,
-           "--batch_size", 4, "--num_steps", 1)
+    script("train_trades_cifar10", "--dataset", colour_folder, "--model", "lenet", "--normalize",
+           "--val_size", 4, "--epochs", 1, "--batch_size", 4, "--num_steps", 1)
     script("eval_cifar10", "--num_steps", 2, "--num_restarts", 1)
     result = json.loads(next(Path("runs").rglob("eval.json")).read_text())
-    assert (result["num_examples"], result["threat_model"]["epsilon"], len(result["class_accuracy"]["A_nat"])) == (6, 0.031, 2)
+    assert (result["num_examples"], result["threat_model"]["epsilon"],
+            len(result["class_accuracy"]["A_nat"])) == (6, 0.031, 2)
 
 
 def test_a_network_of_the_users_own_trains_and_is_evaluated_only_when_named(script):

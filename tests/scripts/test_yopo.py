@@ -1,4 +1,5 @@
-"""train_yopo.py: the inner loop against the released code, Algorithm 1 written out, the first layer, many processes, refusals."""
+"""train_yopo.py: the inner loop against the released code, Algorithm 1 written out,
+the first layer, many processes, refusals."""
 import json
 import sys
 from pathlib import Path
@@ -24,8 +25,8 @@ from harness.training.precision import TrainingPrecision
 from harness.training.seeds import one_a_seed
 from models import MODELS, build_model
 
-PLAIN = (*TINY, "--model", "lenet", "--crop_padding", 0, "--no-flip", "--precision", "float32", "--lr", 0.1, "--batch_size", 32,
-         "--epsilon", 0.2, "--step_size", 0.1)
+PLAIN = (*TINY, "--model", "lenet", "--crop_padding", 0, "--no-flip", "--precision", "float32", "--lr", 0.1,
+         "--batch_size", 32, "--epsilon", 0.2, "--step_size", 0.1)
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--")
 OWN = """
 import torch
@@ -44,15 +45,15 @@ class Empty(torch.nn.Flatten):
 """
 
 
-# ---- the inner loop -------------------------------------------------------------------------------------------------------------------
+# ---- the inner loop ----------------------------------------------------------------------------------------
 
 def test_the_inner_loop_gives_the_values_of_the_released_code():
     golden = json.loads((Path(__file__).parents[1] / "golden/yopo_inner.json").read_text())
     value = {name: torch.tensor(number) for name, number in golden.items() if isinstance(number, list)}
     layer = nn.Conv2d(1, 2, 3, padding=1, bias=False)
     layer.weight = nn.Parameter(value["conv_weight"])
-    x_adv = yopo_inner(layer, value["x"], value["x"] + value["eta_in"], value["p"], epsilon=golden["eps"], step_size=golden["sigma"],
-                       num_steps=golden["inner_steps"])
+    x_adv = yopo_inner(layer, value["x"], value["x"] + value["eta_in"], value["p"], epsilon=golden["eps"],
+                       step_size=golden["sigma"], num_steps=golden["inner_steps"])
     torch.testing.assert_close(x_adv, value["x_adv_f32"], atol=1e-6, rtol=0)
     torch.testing.assert_close(x_adv - value["x"], value["eta_out_f32"], atol=1e-6, rtol=0)
     assert layer.weight.grad is None and layer.weight.requires_grad
@@ -69,19 +70,21 @@ def test_through_a_linear_layer_it_reaches_the_corner_of_the_ball_and_the_box():
     torch.testing.assert_close(x_adv, (x + 0.3 * downhill).clamp(0, 1))
     one = yopo_inner(layer, x, x, p, epsilon=0.3, step_size=0.1, num_steps=1)
     torch.testing.assert_close(one, (x + 0.1 * downhill).clamp(0, 1))
-    assert torch.equal(yopo_inner(layer, x, x, 0 * p, epsilon=0.3, step_size=0.1, num_steps=3), x)  # no gradient, no move
+    # no gradient, no move
+    assert torch.equal(yopo_inner(layer, x, x, 0 * p, epsilon=0.3, step_size=0.1, num_steps=3), x)
 
 
 def test_a_pixel_outside_the_box_is_only_projected_at_first():
     layer = nn.Identity()
     x, p = torch.full((1, 1, 1, 2), 0.95), -torch.ones(1, 1, 1, 2)
     start = torch.tensor([[[[1.04, 0.96]]]])
-    after = [yopo_inner(layer, x, start, -p, epsilon=0.1, step_size=0.02, num_steps=n).flatten().tolist() for n in (1, 2)]
+    after = [yopo_inner(layer, x, start, -p, epsilon=0.1, step_size=0.02, num_steps=n).flatten().tolist()
+             for n in (1, 2)]
     assert after[0] == pytest.approx([1.0, 0.94])  # on the edge of the box: from there it moves
     assert after[1] == pytest.approx([0.98, 0.92])
 
 
-# ---- the first layer ------------------------------------------------------------------------------------------------------------------
+# ---- the first layer ---------------------------------------------------------------------------------------
 
 FIRST = {"lenet": "conv1", "small_cnn": "feature_extractor.conv1"}
 
@@ -100,7 +103,8 @@ def test_the_first_layer_is_found_behind_normalisation_and_costs_no_second_pass(
     assert torch.equal(f0(x), expected)
     for cut in (False, True):
         features, logits = f0.with_logits(x, cut)
-        assert torch.equal(logits, model(x)) and torch.equal(features, expected)  # though networks work in place
+        # though networks work in place
+        assert torch.equal(logits, model(x)) and torch.equal(features, expected)
         model.zero_grad()
         logits.square().sum().backward()
         assert features.grad.shape == features.shape
@@ -121,14 +125,16 @@ def test_the_costate_is_the_gradient_at_the_first_layers_output():
 def test_a_narrow_precision_gives_features_and_costates_in_float32():
     torch.manual_seed(0)
     network, x = build_model("lenet", 10, 1), torch.rand(3, 1, 28, 28)
-    exact, narrow = (FirstLayer(TrainingPrecision(network, dtype, None, False), x) for dtype in (torch.float32, torch.bfloat16))
+    exact, narrow = (FirstLayer(TrainingPrecision(network, dtype, None, False), x)
+                     for dtype in (torch.float32, torch.bfloat16))
     found = {}
     for f0 in (exact, narrow):
         features, logits = f0.with_logits(x)
         logits.square().sum().backward()
         assert features.dtype == features.grad.dtype == logits.dtype == torch.float32
         found[f0] = features.detach(), features.grad
-    for wide, rounded, share in zip(*found.values(), (0.01, 0.5)):  # a pooling of near ties sends its gradient elsewhere
+    # a pooling of near ties sends its gradient elsewhere
+    for wide, rounded, share in zip(*found.values(), (0.01, 0.5)):
         assert float((wide - rounded).norm() / wide.norm()) < share
 
 
@@ -147,15 +153,17 @@ def test_a_network_without_a_first_layer_is_refused_in_one_line(script):
     assert not Path("runs").exists()
 
 
-# ---- the training ---------------------------------------------------------------------------------------------------------------------
+# ---- the training ------------------------------------------------------------------------------------------
 
 def behind(model, features):
     """LeNet from the first convolution's output on."""
-    features = F.max_pool2d(F.relu(F.conv2d(F.max_pool2d(F.relu(features), 2), model.conv2.weight, model.conv2.bias)), 2)
+    features = F.max_pool2d(F.relu(F.conv2d(F.max_pool2d(F.relu(features), 2), model.conv2.weight,
+                                            model.conv2.bias)), 2)
     return model.fc3(F.relu(model.fc2(F.relu(model.fc1(features.flatten(1))))))
 
 
-def by_definition(m, n, variant, num_batches, epsilon=0.2, sigma=0.1, lr=0.1, momentum=0.9, decay=5e-4, seed=2):
+def by_definition(m, n, variant, num_batches, epsilon=0.2, sigma=0.1, lr=0.1, momentum=0.9, decay=5e-4,
+                  seed=2):
     """YOPO-m-n on the batches of the script, in the paper's variables eta and p, with an SGD of its own."""
     torch.manual_seed(seed)
     model, data = build_model("lenet", 10, 1), load_dataset("digits", "data", 40)
@@ -171,10 +179,12 @@ def by_definition(m, n, variant, num_batches, epsilon=0.2, sigma=0.1, lr=0.1, mo
         for _ in range(m):
             features = f0(x + eta)
             loss = F.cross_entropy(behind(model, features), y)
-            p, *gradients = (-g if k == 0 else g for k, g in enumerate(torch.autograd.grad(loss, [features, *parameters])))
+            p, *gradients = (-g if k == 0 else g
+                             for k, g in enumerate(torch.autograd.grad(loss, [features, *parameters])))
             for _ in range(n):
                 clipped = torch.clamp(x + eta, 0, 1).requires_grad_()
-                slope = torch.autograd.grad((f0(clipped) * p).sum(), clipped)[0] * ((x + eta >= 0) & (x + eta <= 1))
+                slope = torch.autograd.grad((f0(clipped) * p).sum(), clipped)[0]
+                slope = slope * ((x + eta >= 0) & (x + eta <= 1))
                 eta = eta - sigma * slope.sign()
                 eta = torch.clamp(x + eta.clamp(-epsilon, epsilon), 0, 1) - x
             of_h = torch.autograd.grad(-(f0(x + eta) * p).sum(), first)
@@ -198,7 +208,8 @@ def test_it_is_the_algorithm_written_out(m, n, variant, script, monkeypatch):
     for module in (harness.datasets.batches, harness.evaluation.predictions, harness.training.run):
         monkeypatch.setattr(module, "to_unit", lambda images: images.double() / 255)
     monkeypatch.setattr(harness.training.run, "TrainingPrecision", lambda module, *_: module.double())
-    script("train_yopo", *PLAIN, "--max_batches", 3, "--num_passes", m, "--num_steps", n, "--layer_one_grad", variant, "--out_dir", "run")
+    script("train_yopo", *PLAIN, "--max_batches", 3, "--num_passes", m, "--num_steps", n,
+           "--layer_one_grad", variant, "--out_dir", "run")
     expected, found = by_definition(m, n, variant, 3), weights("run/last.pt")
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, atol=2e-5, rtol=1e-4)
@@ -208,7 +219,8 @@ def test_both_variants_differ_in_the_first_layer_alone_after_one_batch(script):
     for variant in ("both", "hamiltonian"):
         script("train_yopo", *PLAIN, "--max_batches", 1, "--layer_one_grad", variant, "--out_dir", variant)
     both, hamiltonian = weights("both/last.pt"), weights("hamiltonian/last.pt")
-    assert {name.split(".")[0] for name in both if not torch.equal(both[name], hamiltonian[name])} == {"conv1"}
+    assert ({name.split(".")[0] for name in both if not torch.equal(both[name], hamiltonian[name])}
+            == {"conv1"})
 
 
 def test_a_resumed_run_equals_the_undisturbed_one(script):
@@ -233,25 +245,28 @@ def test_many_processes_give_the_weights_of_one(script, shell, tmp_path):
 
 
 def test_every_pass_takes_batch_statistics(script):
-    script("train_yopo", *PLAIN, "--model", "resnet18", "--batch_size", 2, "--num_passes", 3, "--max_batches", 1, "--val_size", 2,
-           "--out_dir", "run")
+    script("train_yopo", *PLAIN, "--model", "resnet18", "--batch_size", 2, "--num_passes", 3,
+           "--max_batches", 1, "--val_size", 2, "--out_dir", "run")
     assert int(weights("run/last.pt")["bn1.num_batches_tracked"]) == 3
 
 
-@pytest.mark.parametrize("flags", [("--precision", "bf16"), ("--normalize",), ("--crop_padding", 2, "--flip")])
+@pytest.mark.parametrize("flags",
+                         [("--precision", "bf16"), ("--normalize",), ("--crop_padding", 2, "--flip")])
 def test_precision_normalisation_and_augmentation_train(flags, script):
     script("train_yopo", *PLAIN, *flags, "--out_dir", "run")
     fresh = build_model("lenet", 10, 1)
     assert all(not torch.equal(found, fresh.state_dict()[name.removeprefix("network.")])
                for name, found in weights("run/last.pt").items() if "normalize" not in name)
-    script("eval_mnist", "--checkpoint", "run/last.pt", "--num_steps", 1, "--num_restarts", 1, "--num_examples", 6)
+    script("eval_mnist", "--checkpoint", "run/last.pt", "--num_steps", 1, "--num_restarts", 1,
+           "--num_examples", 6)
 
 
 def test_recipes():
     for name, recipe in train_yopo.RECIPES.items():
         assert parse_config(train_yopo.Config, ["--recipe", name], train_yopo.RECIPES) == recipe
     paper, wide, mnist = (train_yopo.RECIPES[name] for name in ("paper", "wrn", "mnist"))
-    assert [recipe.lr / recipe.num_passes for recipe in (paper, wide, mnist)] == pytest.approx([0.1 * 2 / 5, 0.1 * 4 / 5, 0.01 / 5])
+    assert ([recipe.lr / recipe.num_passes for recipe in (paper, wide, mnist)]
+            == pytest.approx([0.1 * 2 / 5, 0.1 * 4 / 5, 0.01 / 5]))
     assert (paper.num_passes, paper.num_steps, mnist.num_passes, mnist.num_steps) == (5, 3, 5, 10)
     assert (paper.epochs, paper.lr_drop_after, paper.batch_size, mnist.epochs) == (37, (30, 34, 36), 256, 40)
 

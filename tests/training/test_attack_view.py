@@ -1,4 +1,5 @@
-"""The attack's view of a network: the network's own logits and gradients, faster where it can be, the network itself where not."""
+"""The attack's view of a network: the network's own logits and gradients, faster where it can be,
+the network itself where not."""
 import copy
 import itertools
 import pickle
@@ -44,14 +45,17 @@ def images(count=6, size=16):
 
 
 def outcome(run, network, x, seed=3):
-    """Logits, and gradients with respect to the images and the trainable parameters; what a pass leaves in buffers and generators."""
+    """Logits, and gradients with respect to the images and the trainable parameters;
+    what a pass leaves in buffers and generators."""
     torch.manual_seed(seed)
     x = x.clone().requires_grad_()
     logits = run(x)
     sources = [x, *(parameter for parameter in network.parameters() if parameter.requires_grad)]
-    gradients = torch.autograd.grad(logits.square().sum() + logits[:, 0].sum(), sources, allow_unused=True) if logits.requires_grad else ()
+    gradients = (torch.autograd.grad(logits.square().sum() + logits[:, 0].sum(), sources, allow_unused=True)
+                 if logits.requires_grad else ())
     gradients = [torch.zeros(1) if gradient is None else gradient for gradient in gradients]
-    return [logits.detach(), *gradients, *(buffer.clone() for buffer in network.buffers()), torch.get_rng_state()]
+    return [logits.detach(), *gradients, *(buffer.clone() for buffer in network.buffers()),
+            torch.get_rng_state()]
 
 
 def assert_same(found, expected):
@@ -63,13 +67,14 @@ def assert_same(found, expected):
 def assert_close(found, expected):
     """Up to rounding, of which the gradient of a bias before BatchNorm consists."""
     assert len(found) == len(expected)
-    least = 1e-7 * max(float(theirs.double().norm()) for theirs in expected if theirs.is_floating_point()) + 1e-7
+    norms = (float(theirs.double().norm()) for theirs in expected if theirs.is_floating_point())
+    least = 1e-7 * max(norms) + 1e-7
     for mine, theirs in zip(found, expected):
         mine, theirs = mine.double(), theirs.double()
         assert (mine - theirs).norm() <= 1e-3 * theirs.norm() + 100 * least
 
 
-# ---- networks that are recognised ------------------------------------------------------------------------------------------------
+# ---- networks that are recognised --------------------------------------------------------------------------
 
 @pytest.mark.parametrize("train", (False, True), ids=("eval", "train"))
 @pytest.mark.parametrize("name", NETWORKS)
@@ -107,7 +112,8 @@ def calls_of(network, x, monkeypatch, **mode):
 
 
 @pytest.mark.parametrize(("name", "norms", "additions", "relus"), (
-    ("lenet", 0, 0, 0), ("small_cnn", 0, 0, 2), ("resnet18", 20, 8, 17), ("torchvision", 20, 8, 17), ("wide_resnet", 4, 3, 4)))
+    ("lenet", 0, 0, 0), ("small_cnn", 0, 0, 2), ("resnet18", 20, 8, 17), ("torchvision", 20, 8, 17),
+    ("wide_resnet", 4, 3, 4)))
 def test_every_convolution_takes_what_follows_it(name, norms, additions, relus, monkeypatch):
     seen = calls_of(NETWORKS[name](), images(2, 32), monkeypatch)
     assert len(seen) == sum(type(module) is nn.Conv2d for module in NETWORKS[name]().modules())
@@ -119,7 +125,8 @@ class Block(nn.Module):
 
     def __init__(self, spell):
         super().__init__()
-        self.conv, self.norm, self.other = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(3, 4, 1)
+        self.conv, self.norm = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.other = nn.Conv2d(3, 4, 1)
         self.relu, self.relu_in_place, self.head = nn.ReLU(), nn.ReLU(inplace=True), nn.Linear(4, 5)
         self.pool, self.average, self.spell = nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(1), spell
 
@@ -131,17 +138,20 @@ SPELLINGS = {
     "+": lambda net, a, b: F.relu(a + b), "torch.add": lambda net, a, b: torch.relu(torch.add(a, b)),
     "add": lambda net, a, b: a.add(b).relu(), "add_": lambda net, a, b: a.add_(b).relu_(),
     "modules": lambda net, a, b: net.relu(a + b), "in place": lambda net, a, b: net.relu_in_place(b + a),
-    "F.relu in place": lambda net, a, b: F.relu(a + b, inplace=True), "positional": lambda net, a, b: F.relu(a + b, True),
+    "F.relu in place": lambda net, a, b: F.relu(a + b, inplace=True),
+    "positional": lambda net, a, b: F.relu(a + b, True),
     "torch.relu_": lambda net, a, b: torch.relu_(a + b),
     "pool": lambda net, a, b: net.pool(net.relu(a)) + F.max_pool2d(F.relu(b), 2),
-    "pool with keywords": lambda net, a, b: F.max_pool2d(F.relu(a), kernel_size=2, stride=2) + F.max_pool2d(b.relu(), (2, 2)),
+    "pool with keywords": lambda net, a, b: (F.max_pool2d(F.relu(a), kernel_size=2, stride=2)
+                                             + F.max_pool2d(b.relu(), (2, 2))),
     "other pools": lambda net, a, b: F.max_pool2d(F.relu(a), 3, 1) + F.max_pool2d(F.relu(b), 2, 1, 0, 2),
     "alpha": lambda net, a, b: torch.add(a, b, alpha=2), "a number": lambda net, a, b: F.relu(a + 1) + b,
     "broadcast": lambda net, a, b: F.relu(a + b.mean((2, 3), keepdim=True)),
     "used twice": lambda net, a, b: F.relu(a) * a + b, "with itself": lambda net, a, b: a + a + b,
     "into the other": lambda net, a, b: torch.relu(b.add_(a)), "multiplied": lambda net, a, b: F.relu(a * b),
     "the operand again": lambda net, a, b: F.relu(a + b) + b, "relu6": lambda net, a, b: F.relu6(a + b),
-    "double": lambda net, a, b: (a + b.double()).float(), "a view": lambda net, a, b: F.relu(a.view_as(b) + b),
+    "double": lambda net, a, b: (a + b.double()).float(),
+    "a view": lambda net, a, b: F.relu(a.view_as(b) + b),
     "relu of the other": lambda net, a, b: F.relu(a + F.relu(b, inplace=True)) + b,
 }
 
@@ -156,7 +166,8 @@ def test_every_way_to_write_it_is_what_the_network_gives(spelling, train):
         network.requires_grad_(trainable)
         twin.requires_grad_(trainable)
         assert_close(outcome(view, network, x), outcome(twin, twin, x))
-    assert view.used or spelling == "relu of the other"  # whose write to an operand that is used again is not in a trace
+    # whose write to an operand that is used again is not in a trace
+    assert view.used or spelling == "relu of the other"
 
 
 def test_in_bfloat16_a_view_rounds_no_more_than_the_network():
@@ -166,7 +177,8 @@ def test_in_bfloat16_a_view_rounds_no_more_than_the_network():
     for viewed in (True, False):
         model = TrainingPrecision(network, torch.bfloat16, None, viewed).eval()
         outcome(model, model, x)
-        errors.append([(a.double() - b.double()).norm() / b.double().norm() for a, b in zip(outcome(model, model, x)[:2], exact)])
+        errors.append([(a.double() - b.double()).norm() / b.double().norm()
+                       for a, b in zip(outcome(model, model, x)[:2], exact)])
         assert not viewed or model.view.used
     assert all(ours <= 1.2 * theirs + 1e-3 for ours, theirs in zip(*errors))
 
@@ -183,14 +195,15 @@ def test_a_default_argument_is_as_the_network_has_it():
     assert view.used
 
 
-# ---- networks that a trace would get wrong ---------------------------------------------------------------------------------------
+# ---- networks that a trace would get wrong -----------------------------------------------------------------
 
 class Plain(nn.Module):
     """Two convolutions with a norm, an average and a linear layer, which the networks below change."""
 
     def __init__(self):
         super().__init__()
-        self.conv, self.norm, self.conv2 = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.Conv2d(6, 6, 3, padding=1)
+        self.conv, self.norm = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.conv2 = nn.Conv2d(6, 6, 3, padding=1)
         self.head = nn.Linear(6, 4)
 
     def features(self, x):
@@ -372,7 +385,8 @@ class Shared(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.first, self.conv, self.norm, self.head = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6), nn.Linear(6, 4)
+        self.first, self.conv = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 3, padding=1)
+        self.norm, self.head = nn.BatchNorm2d(6), nn.Linear(6, 4)
         self.other = nn.Conv2d(6, 6, 1)
 
     def forward(self, x):
@@ -418,14 +432,16 @@ class OwnBuffers(Plain):
 
 
 class Grouped(nn.Module):
-    """Convolutions that are none of all channels with all channels, of zeros at the border, and other kinds of norm."""
+    """Convolutions that are none of all channels with all channels, of zeros at the border,
+    and other kinds of norm."""
 
     def __init__(self):
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Conv2d(3, 6, 3, groups=3), nn.BatchNorm2d(6, affine=False), nn.ReLU(), nn.Conv2d(6, 6, 3, dilation=2),
-            nn.BatchNorm2d(6, track_running_stats=False), nn.Conv2d(6, 6, 3, padding=1, padding_mode="reflect"),
-            nn.ReLU(inplace=True), nn.Conv2d(6, 6, 3, padding="same"), nn.GroupNorm(2, 6), nn.Tanh(),
+            nn.Conv2d(3, 6, 3, groups=3), nn.BatchNorm2d(6, affine=False), nn.ReLU(),
+            nn.Conv2d(6, 6, 3, dilation=2), nn.BatchNorm2d(6, track_running_stats=False),
+            nn.Conv2d(6, 6, 3, padding=1, padding_mode="reflect"), nn.ReLU(inplace=True),
+            nn.Conv2d(6, 6, 3, padding="same"), nn.GroupNorm(2, 6), nn.Tanh(),
             nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, 4))
 
     def forward(self, x):
@@ -463,19 +479,23 @@ def with_a_hook():
 
 def with_a_gradient_hook():
     network = Plain()
-    network.conv2.register_full_backward_hook(lambda module, grad_input, grad_output: tuple(2 * gradient for gradient in grad_input))
+    network.conv2.register_full_backward_hook(
+        lambda module, grad_input, grad_output: tuple(2 * gradient for gradient in grad_input))
     return network
 
 
 def scripted():
-    return torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+    return torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+                                          nn.Flatten()))
 
 
 VIEWED = (Detached, Noise, FunctionalDropout, OwnBuffers, Shared, Grouped, AsksForGrad)
-NOT_VIEWED = (OnValues, OnShapes, WritesAWeight, WritesAWeightAnew, NormalisesAWeight, Counts, CountsInPython, CountsInAList,
-              RemembersABatch, NoiseOfAShape, ACoin, ACoinOfPython, ACoinOfNumpy, ACoinOfItsOwn, OperandAgain, parametrized,
-              with_weight_norm_of_old, with_a_forward_of_its_own, with_a_hook, with_a_gradient_hook, WithoutGrad,
-              WithoutGradBehindZeros, WithoutGradOfAWeight, WithoutGradByAFunction, WithoutAutocast, OwnFunction)
+NOT_VIEWED = (OnValues, OnShapes, WritesAWeight, WritesAWeightAnew, NormalisesAWeight, Counts, CountsInPython,
+              CountsInAList, RemembersABatch, NoiseOfAShape, ACoin, ACoinOfPython, ACoinOfNumpy,
+              ACoinOfItsOwn, OperandAgain, parametrized, with_weight_norm_of_old,
+              with_a_forward_of_its_own, with_a_hook, with_a_gradient_hook, WithoutGrad,
+              WithoutGradBehindZeros, WithoutGradOfAWeight, WithoutGradByAFunction, WithoutAutocast,
+              OwnFunction)
 
 
 def both(make):
@@ -498,13 +518,15 @@ def test_whatever_a_network_does_the_view_does(make, train):
             model.requires_grad_(trainable)
             random.seed(k)
             np.random.seed(k)
-            found.append([*outcome(run, model, images(5, 16 if k < 2 else 20), seed=k), torch.tensor(random.random()),
-                          torch.tensor(np.random.rand()), *(parameter.detach().clone() for parameter in model.parameters())])
+            found.append([*outcome(run, model, images(5, 16 if k < 2 else 20), seed=k),
+                          torch.tensor(random.random()), torch.tensor(np.random.rand()),
+                          *(parameter.detach().clone() for parameter in model.parameters())])
             with torch.no_grad():
                 found[-1].append(run(images(5)))
         (assert_same if make in NOT_VIEWED else assert_close)(*found)
     assert {form.run is not None for form in view.forms} == {make in VIEWED}
-    mine, theirs = ({name: value for name, value in vars(model).items() if isinstance(value, (int, float, list))}
+    mine, theirs = ({name: value for name, value in vars(model).items()
+                     if isinstance(value, (int, float, list))}
                     for model in (network, twin))
     assert mine == theirs
 
@@ -540,7 +562,7 @@ def test_what_cannot_be_traced_at_all_runs():
     assert torch.equal(view(images()), network(images())) and not view.used
 
 
-# ---- what changes after the view was made ----------------------------------------------------------------------------------------
+# ---- what changes after the view was made ------------------------------------------------------------------
 
 def register_a_hook(network):
     network.conv.register_forward_hook(lambda module, args, output: 2 * output)
@@ -551,11 +573,13 @@ def register_a_pre_hook(network):
 
 
 def register_a_backward_hook(network):
-    network.conv2.register_full_backward_hook(lambda module, grad_input, grad_output: tuple(2 * gradient for gradient in grad_input))
+    network.conv2.register_full_backward_hook(
+        lambda module, grad_input, grad_output: tuple(2 * gradient for gradient in grad_input))
 
 
 def register_a_backward_pre_hook(network):
-    network.conv2.register_full_backward_pre_hook(lambda module, grad_output: tuple(2 * gradient for gradient in grad_output))
+    network.conv2.register_full_backward_pre_hook(
+        lambda module, grad_output: tuple(2 * gradient for gradient in grad_output))
 
 
 def replace_a_module(network):
@@ -620,9 +644,10 @@ class Adjustable(OwnBuffers):
         return self.factor * super().forward(x + self.settings["shift"][0]) ** self.options.power
 
 
-CHANGES = (register_a_hook, register_a_pre_hook, register_a_backward_hook, register_a_backward_pre_hook, replace_a_module,
-           replace_a_parameter, replace_a_buffer, write_to_a_plain_tensor, write_to_data, write_to_the_data_of_a_norm, assign_data, load,
-           parametrize_later, switch_one_mode, change_a_number, change_inside, change_an_object)
+CHANGES = (register_a_hook, register_a_pre_hook, register_a_backward_hook, register_a_backward_pre_hook,
+           replace_a_module, replace_a_parameter, replace_a_buffer, write_to_a_plain_tensor, write_to_data,
+           write_to_the_data_of_a_norm, assign_data, load, parametrize_later,
+           switch_one_mode, change_a_number, change_inside, change_an_object)
 
 
 @pytest.mark.parametrize("attacked", (True, False), ids=("attack", "passes"))
@@ -691,7 +716,7 @@ def test_a_network_that_changes_all_the_time_is_soon_left_alone():
     assert len(view.forms) == attack_view.MOST
 
 
-# ---- no trace on the network -----------------------------------------------------------------------------------------------------
+# ---- no trace on the network -------------------------------------------------------------------------------
 
 def test_a_view_leaves_no_trace_on_the_network():
     network, x, y = build_model("small_cnn", 10, 3), images(4, 28), torch.arange(4)
@@ -703,7 +728,8 @@ def test_a_view_leaves_no_trace_on_the_network():
     model(x)
     assert model.view.used
     assert {name: sorted(vars(module)) for name, module in network.named_modules()} == before
-    assert list(network.state_dict()) == names and all(map(torch.equal, network.state_dict().values(), values))
+    assert (list(network.state_dict()) == names
+            and all(map(torch.equal, network.state_dict().values(), values)))
     assert list(model.state_dict()) == [f"module.{name}" for name in names]
     assert [parameter._version for parameter in network.parameters()] == versions
     assert all(parameter.requires_grad and parameter.grad is None for parameter in network.parameters())
@@ -723,7 +749,8 @@ def test_a_copy_has_a_view_of_its_own(copied):
 
 
 def test_a_graph_that_waits_for_its_backward_pass_is_not_disturbed():
-    network, x = build_model("small_cnn", 10, 3).eval(), images(4, 28)  # whose last layer is zero, and filled for the check
+    # whose last layer is zero, and filled for the check
+    network, x = build_model("small_cnn", 10, 3).eval(), images(4, 28)
     view = AttackView(network)
     waiting = network(x).sum()
     view(x)
@@ -736,7 +763,8 @@ def test_the_view_is_not_used_where_torch_transforms_the_pass():
     network, x = build_model("lenet", 10, 3).requires_grad_(False), images(4, 28)
     view = AttackView(network)
     view(x)
-    ours, theirs = (torch.func.grad(lambda x, run=run: cross_entropy(run(x), torch.arange(4)).sum())(x) for run in (view, network))
+    ours, theirs = (torch.func.grad(lambda x, run=run: cross_entropy(run(x), torch.arange(4)).sum())(x)
+                    for run in (view, network))
     assert torch.equal(ours, theirs)
     with torch.inference_mode():
         assert torch.equal(view(x), network(x))

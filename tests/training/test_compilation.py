@@ -27,7 +27,8 @@ class Network(nn.Module):
 
     def __init__(self, dropout=0.0):
         super().__init__()
-        self.conv, self.norm, self.head = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Linear(4 * 64, 3)
+        self.conv, self.norm = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.head = nn.Linear(4 * 64, 3)
         self.dropout = nn.Dropout(dropout)
         self.norm.running_mean.normal_(0, 0.1)
         self.norm.running_var.uniform_(0.5, 2)
@@ -68,10 +69,11 @@ def objective_of(method, alpha=0.0):
 OBJECTIVES = [("at", 0.0), ("at", 0.5), ("trades", 0.0), ("trades", 2.0), ("vir", 0.0)]
 
 
-# ---- the step in one call -------------------------------------------------------------------------------------------------------------
+# ---- the step in one call ----------------------------------------------------------------------------------
 
-@pytest.mark.parametrize(("method", "norm"), [(method, "linf") for method in OBJECTIVES] + [(method, "l2") for method in OBJECTIVES[1::2]],
-                         ids=str)
+@pytest.mark.parametrize(("method", "norm"),
+                         [(method, "linf") for method in OBJECTIVES]
+                         + [(method, "l2") for method in OBJECTIVES[1::2]], ids=str)
 def test_the_whole_step_is_one_graph_that_does_what_the_plain_one_does(method, norm):
     model, (x, y) = Network().train(), batch()
     loss_fn, target_of = objective_of(*method)
@@ -79,7 +81,8 @@ def test_the_whole_step_is_one_graph_that_does_what_the_plain_one_does(method, n
     settings = {"x": x, "target": target_of(model, x, y), "loss_fn": loss_fn, "norm": norm}
     tensors = {"epsilon": torch.tensor(radius), "step_size": torch.tensor(radius / 3)}
     counter = CompileCounterWithBackend("eager")
-    compiled = torch.compile(whole_step, backend=counter, dynamic=False, fullgraph=True)  # which raises where a graph would break
+    # which raises where a graph would break
+    compiled = torch.compile(whole_step, backend=counter, dynamic=False, fullgraph=True)
     with frozen(model), torch.enable_grad():
         plain = steps(model, **settings, epsilon=radius, step_size=radius / 3)
         left = first_iterate(x, radius, "uniform", norm=norm)
@@ -104,29 +107,37 @@ def test_ramps_batches_and_new_closures_need_no_second_graph(method):
             with frozen(model), torch.enable_grad():
                 x_adv = first_iterate(x, 0.1, "uniform")
                 for _ in range(2):
-                    x_adv, _ = compiled(model, x_adv, x=x, target=target, epsilon=torch.tensor(0.01 * (epoch + number)),
+                    x_adv, _ = compiled(model, x_adv, x=x, target=target,
+                                        epsilon=torch.tensor(0.01 * (epoch + number)),
                                         step_size=torch.tensor(0.005 * number), loss_fn=loss_fn, norm="linf")
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("lenet", torch.float32), ("small_cnn", torch.bfloat16), ("resnet18", torch.bfloat16)],
+@pytest.mark.parametrize(("name", "dtype"),
+                         [("lenet", torch.float32), ("small_cnn", torch.bfloat16),
+                          ("resnet18", torch.bfloat16)],
                          ids=str)
 def test_the_networks_of_the_scripts_compile_whole(name, dtype):
-    model, x, y = TrainingPrecision(build_model(name, 3, 1), dtype), torch.rand(4, 1, 28, 28), torch.arange(4) % 3
-    settings = {"x": x, "target": y, "epsilon": torch.tensor(0.1), "step_size": torch.tensor(0.1), "loss_fn": cross_entropy, "norm": "linf"}
+    model = TrainingPrecision(build_model(name, 3, 1), dtype)
+    x, y = torch.rand(4, 1, 28, 28), torch.arange(4) % 3
+    settings = {"x": x, "target": y, "epsilon": torch.tensor(0.1), "step_size": torch.tensor(0.1),
+                "loss_fn": cross_entropy, "norm": "linf"}
     compiled = torch.compile(whole_step, backend="eager", dynamic=False, fullgraph=True)
     with frozen(model), torch.enable_grad():
         expected, found = steps(model, **settings)(x.clone())[0], compiled(model, x, **settings)[0]
-    assert float((found != expected).float().mean()) < (0.01 if dtype == torch.float32 else 0.15)  # signs that are rounding
+    # signs that are rounding
+    assert float((found != expected).float().mean()) < (0.01 if dtype == torch.float32 else 0.15)
 
 
-# ---- the comparison -------------------------------------------------------------------------------------------------------------------
+# ---- the comparison ----------------------------------------------------------------------------------------
 
 def compiled_by(monkeypatch, compiler, network=None, graphs=False):
-    """A model that is compiled, and the lines that it says; compiler(function, lines) stands for torch.compile."""
+    """A model that is compiled, and the lines that it says;
+    compiler(function, lines) stands for torch.compile."""
     lines = []
     monkeypatch.setattr(torch, "compile", lambda function, **_: compiler(function, lines))
-    return TrainingPrecision(network or Network().train(), torch.float32, Compilation(graphs, lines.append)), lines
+    compilation = Compilation(graphs, lines.append)
+    return TrainingPrecision(network or Network().train(), torch.float32, compilation), lines
 
 
 def same(function, lines):
@@ -167,20 +178,24 @@ def train(model, batches=3, mode="eval", dtype=torch.float32, method=("trades", 
     attacked = []
     for number in range(batches):
         x, y = batch(8 if number < batches - 1 else 5, seed=number)
-        x_adv = pgd(model, x, target_of(model, x, y), epsilon=0.05 * number, step_size=0.02 * number, num_steps=2, loss_fn=loss_fn,
+        x_adv = pgd(model, x, target_of(model, x, y), epsilon=0.05 * number, step_size=0.02 * number,
+                    num_steps=2, loss_fn=loss_fn,
                     mode=mode, start="gaussian", keys=example_keys(torch.arange(len(x)), 0, number))
         optimizer.zero_grad()
         cross_entropy(model(x_adv), y).mean().backward()
         optimizer.step()
         attacked.append(x_adv)
-    return {"attacked": attacked, "state": [value.clone() for value in model.state_dict().values()], "random": torch.rand(3),
-            "gradients": [parameter.grad for parameter in model.parameters()], "python": random.random(),
+    return {"attacked": attacked, "state": [value.clone() for value in model.state_dict().values()],
+            "random": torch.rand(3), "gradients": [parameter.grad for parameter in model.parameters()],
+            "python": random.random(),
             "modes": [torch.tensor([module.training for module in model.modules()])],
             "flags": [torch.tensor([parameter.requires_grad for parameter in model.parameters()])]}
 
 
 def equal(left, right):
-    return all(all(map(torch.equal, left[name], right[name])) if name != "python" else left[name] == right[name] for name in left)
+    return all(all(map(torch.equal, left[name], right[name])) if name != "python"
+               else left[name] == right[name]
+               for name in left)
 
 
 def plain_run(network, **options):
@@ -196,15 +211,18 @@ def compiled_run(model, **options):
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
-@pytest.mark.parametrize(("compiler", "says"), [(same, "is compiled"), (failing, "(RuntimeError: no compiler)"),
-                                                (wrong_way, "away from plain torch)"), (fails_later, "later")])
+@pytest.mark.parametrize(("compiler", "says"),
+                         [(same, "is compiled"), (failing, "(RuntimeError: no compiler)"),
+                          (wrong_way, "away from plain torch)"), (fails_later, "later")])
 def test_whatever_the_comparison_finds_the_run_is_the_plain_one_to_the_bit(compiler, says, mode, monkeypatch):
     network = Network(dropout=0.3).train()
     expected = plain_run(network, mode=mode)
     model, lines = compiled_by(monkeypatch, compiler, network)
     assert equal(compiled_run(model, mode=mode), expected)
-    assert says in "".join(lines) and all(line.startswith("torch.compile: ") and "\n" not in line for line in lines)
-    both = {"eval": 2, "train": 1}[mode]  # an attack that moves BatchNorm's statistics or draws dropout has no compiled step
+    assert (says in "".join(lines)
+            and all(line.startswith("torch.compile: ") and "\n" not in line for line in lines))
+    # an attack that moves BatchNorm's statistics or draws dropout has no compiled step
+    both = {"eval": 2, "train": 1}[mode]
     assert len(used(lines)) == (0 if compiler in (failing, wrong_way) else both)
     assert ("it draws random numbers or moves statistics" in "".join(lines)) == (mode == "train")
 
@@ -284,7 +302,8 @@ def test_distance_is_relative_and_never_mistakes_a_value_that_is_none():
     one, two = torch.tensor([1.0, -1.0]), torch.tensor([1.0, 1.0])
     assert distance([one], [one]) == 0 and distance([torch.zeros(2)], [torch.zeros(2)]) == 0
     assert distance([one, one], [one, two]) == 0.5
-    assert all(distance(*pair) == float("inf") for pair in (([one], [one * torch.nan]), ([one * torch.nan], [one]), ([0 * one], [one])))
+    assert all(distance(*pair) == float("inf")
+               for pair in (([one], [one * torch.nan]), ([one * torch.nan], [one]), ([0 * one], [one])))
 
 
 def test_untouched_puts_random_states_and_statistics_back():
@@ -295,7 +314,8 @@ def test_untouched_puts_random_states_and_statistics_back():
         assert not touched()
         network.train()(x)
         assert touched()
-    assert torch.equal(state, torch.get_rng_state()) and all(map(torch.equal, before.values(), network.state_dict().values()))
+    assert (torch.equal(state, torch.get_rng_state())
+            and all(map(torch.equal, before.values(), network.state_dict().values())))
 
 
 def test_untouched_puts_back_a_statistic_that_a_network_replaces():
@@ -315,13 +335,16 @@ def test_untouched_puts_back_a_statistic_that_a_network_replaces():
     assert network.state_dict()["0.calls"].item() == 0
 
 
-@pytest.mark.skipif(shutil.which("gcc") is None and shutil.which("g++") is None, reason="no compiler for torch.compile's CPU code")
+@pytest.mark.skipif(shutil.which("gcc") is None and shutil.which("g++") is None,
+                    reason="no compiler for torch.compile's CPU code")
 def test_the_compilers_own_step_is_used_and_attacks_as_the_plain_one():
     lines, (x, y) = [], batch()
     model = TrainingPrecision(Network().train(), torch.float32, Compilation(False, lines.append))
     options = {"epsilon": 0.1, "step_size": 0.03, "num_steps": 4, "start": "clean"}
-    torch.testing.assert_close(pgd(model, x, y, **options), pgd(model.module, x, y, **options), rtol=0, atol=1e-6)
-    if "ATEN_CPU_CAPABILITY" in os.environ:  # torch's compiler may then fail, or give numbers that are far off: either is noticed
+    torch.testing.assert_close(pgd(model, x, y, **options), pgd(model.module, x, y, **options),
+                               rtol=0, atol=1e-6)
+    # torch's compiler may then fail, or give numbers that are far off: either is noticed
+    if "ATEN_CPU_CAPABILITY" in os.environ:
         assert len(lines) == 1
     else:
         assert len(lines) == 1 and lines[0].startswith("torch.compile: the attack's step is compiled, ")

@@ -1,4 +1,5 @@
-"""Fused frozen convolutions: the same values and gradients as the modules, in every form, and never a stale weight."""
+"""Fused frozen convolutions: the same values and gradients as the modules, in every form,
+and never a stale weight."""
 import contextlib
 import copy
 
@@ -46,14 +47,16 @@ def value_and_gradients(function, x, add):
 
 @pytest.mark.parametrize("relu", (True, False))
 @pytest.mark.parametrize("added", (True, False))
-@pytest.mark.parametrize("shape", ((True, False, 1, 3), (True, True, 2, 3), (False, True, 1, 3), (False, False, 2, 1)))
+@pytest.mark.parametrize("shape",
+                         ((True, False, 1, 3), (True, True, 2, 3), (False, True, 1, 3), (False, False, 2, 1)))
 def test_value_and_gradients_are_those_of_the_modules(shape, added, relu):
     norm, bias, stride, kernel = shape
     conv, batch_norm = layers(stride=stride, bias=bias, norm=norm, kernel=kernel)
     x = torch.randn(5, 8, 10, 10)
     add = torch.randn_like(conv(x)) if added else None
     folded = {}
-    ours = value_and_gradients(lambda x, add: conv_norm_relu(x, conv, batch_norm, add, relu, folded=folded), x, add)
+    ours = value_and_gradients(lambda x, add: conv_norm_relu(x, conv, batch_norm, add, relu, folded=folded),
+                               x, add)
     expected = value_and_gradients(lambda x, add: plain(x, conv, batch_norm, add, relu), x, add)
     assert conv in folded
     for mine, theirs in zip(ours, expected):
@@ -61,8 +64,10 @@ def test_value_and_gradients_are_those_of_the_modules(shape, added, relu):
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-@pytest.mark.parametrize("shape", ((1, 5, 2, 28, 28), (3, 3, 1, 32, 32), (6, 5, 0, 14, 14), (4, 3, 0, 10, 8), (2, 5, 4, 7, 12),
-                                   (1, 5, 2, 8, 4), (9, 3, 1, 8, 8), (8, 3, 1, 8, 6), (1, 3, 1, 9, 10)))
+@pytest.mark.parametrize("shape",
+                         ((1, 5, 2, 28, 28), (3, 3, 1, 32, 32), (6, 5, 0, 14, 14), (4, 3, 0, 10, 8),
+                          (2, 5, 4, 7, 12), (1, 5, 2, 8, 4), (9, 3, 1, 8, 8), (8, 3, 1, 8, 6),
+                          (1, 3, 1, 9, 10)))
 def test_the_input_gradient_of_few_channels_is_the_librarys(shape, dtype, monkeypatch):
     channels, kernel, padding, height, width = shape
     torch.manual_seed(0)
@@ -72,12 +77,15 @@ def test_the_input_gradient_of_few_channels_is_the_librarys(shape, dtype, monkey
     monkeypatch.setattr(fused.F, "conv2d", lambda *args: tiled.append(1) or convolve(*args))
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         _, ours = value_and_gradients(lambda x, _: conv_norm_relu(x, conv, relu=False), x, None)
-        _, theirs = value_and_gradients(lambda x, _: convolve(x, conv.weight, conv.bias, padding=padding), x, None)
-    rows, columns = {1: (4, 4)}.get(channels, (2, 2)) if dtype == torch.float32 else (1, 4 if channels < 5 else 2)
+        _, theirs = value_and_gradients(lambda x, _: convolve(x, conv.weight, conv.bias, padding=padding), x,
+                                        None)
+    rows, columns = ({1: (4, 4)}.get(channels, (2, 2)) if dtype == torch.float32
+                     else (1, 4 if channels < 5 else 2))
     fits = channels < 9 and height % rows == 0 and width % columns == 0 and width > columns
     fused_here = dtype == torch.float32 or fused.BF16  # else the convolution stays a module, as its only call
     assert len(tiled) == (fits if fused_here else 1) and ours.shape == x.shape
-    torch.testing.assert_close(ours, theirs, **({"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.05}))
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.05}
+    torch.testing.assert_close(ours, theirs, **tolerance)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
@@ -96,7 +104,8 @@ def test_the_attack_on_small_cnn_is_the_same_bit_for_bit(size, dtype):
 
 @pytest.mark.parametrize("place", ("cpu", "elsewhere"))
 @pytest.mark.parametrize("name", ("resnet18", "wide_resnet"))
-def test_residual_networks_with_folded_norms_give_the_logits_and_gradients_of_their_modules(name, place, monkeypatch):
+def test_residual_networks_with_folded_norms_give_the_logits_and_gradients_of_their_modules(
+        name, place, monkeypatch):
     torch.manual_seed(0)
     network = build_model("resnet18", 7, 3) if name == "resnet18" else WideResNet(10, 1, 7, 3)
     with torch.no_grad():
@@ -142,7 +151,9 @@ def change_by_a_step(conv, norm):
     conv.requires_grad_(False)
 
 
-@pytest.mark.parametrize("change", (change_in_place, change_a_statistic, change_by_loading, change_the_data, change_by_a_step))
+@pytest.mark.parametrize("change",
+                         (change_in_place, change_a_statistic, change_by_loading, change_the_data,
+                          change_by_a_step))
 def test_a_changed_parameter_is_never_answered_with_the_old_one(change):
     conv, norm = layers()
     x = torch.randn(2, 8, 6, 6)
@@ -220,7 +231,8 @@ def test_a_model_keeps_its_state_dict_its_copies_and_its_trainability():
     with frozen(model):
         twin = copy.deepcopy(model)
         assert torch.equal(twin(torch.ones(1, 1, 28, 28)), model(torch.ones(1, 1, 28, 28)))
-    assert list(model.state_dict()) == names and all(parameter.requires_grad for parameter in model.parameters())
+    assert (list(model.state_dict()) == names
+            and all(parameter.requires_grad for parameter in model.parameters()))
 
 
 def test_the_gradient_may_be_differentiated_again():
@@ -234,5 +246,6 @@ def test_the_gradient_may_be_differentiated_again():
     gradient, x = slope(x)
     ours, = torch.autograd.grad(gradient.sum(), x)
     y = x.detach().clone().requires_grad_()
-    expected, = torch.autograd.grad(torch.autograd.grad(plain(y, conv, norm).pow(2).sum(), y, create_graph=True)[0].sum(), y)
+    once, = torch.autograd.grad(plain(y, conv, norm).pow(2).sum(), y, create_graph=True)
+    expected, = torch.autograd.grad(once.sum(), y)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)

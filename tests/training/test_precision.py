@@ -14,8 +14,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(("amx", "avx512_bf16", "library", "narrow", "wide"), [
-    (True, True, True, "bf16", "bf16"), (False, True, True, "float32", "bf16"), (False, False, True, "float32", "float32"),
-    (True, True, False, "float32", "float32")])
+    (True, True, True, "bf16", "bf16"), (False, True, True, "float32", "bf16"),
+    (False, False, True, "float32", "float32"), (True, True, False, "float32", "float32")])
 def test_auto_takes_bfloat16_where_it_is_faster(amx, avx512_bf16, library, narrow, wide, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16, raising=False)
@@ -23,7 +23,8 @@ def test_auto_takes_bfloat16_where_it_is_faster(amx, avx512_bf16, library, narro
     types = {"bf16": torch.bfloat16, "float32": torch.float32}
     assert choose_dtype("auto", CPU, build_model("lenet", 10, 1)) == types[narrow]
     assert choose_dtype("auto", CPU, build_model("small_cnn", 10, 1)) == types[wide]
-    assert [choose_dtype(name, CPU, build_model("lenet", 10, 1)) for name in types] == list(types.values())  # what is named is taken
+    # what is named is taken
+    assert [choose_dtype(name, CPU, build_model("lenet", 10, 1)) for name in types] == list(types.values())
 
 
 TRAIN_FOUR = """
@@ -52,5 +53,6 @@ def test_every_network_trains_in_both_precisions_whatever_the_library_has(onednn
 def test_without_bfloat16_in_the_library_auto_is_float32():
     program = ("import torch; from harness.device import choose_dtype; from models import build_model\n"
                "print(choose_dtype('auto', torch.device('cpu'), build_model('small_cnn', 10, 1)))")
-    done = subprocess.run(["env", "ONEDNN_MAX_CPU_ISA=AVX2", sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(["env", "ONEDNN_MAX_CPU_ISA=AVX2", sys.executable, "-c", program],
+                          capture_output=True, text=True, cwd=ROOT)
     assert done.stdout == "torch.float32\n", done.stderr

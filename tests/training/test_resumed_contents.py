@@ -1,4 +1,5 @@
-"""--resume compares what a run was made of: changed images or code are refused, moved ones go on to the same bits."""
+"""--resume compares what a run was made of: changed images or code are refused,
+moved ones go on to the same bits."""
 import json
 import shutil
 from pathlib import Path
@@ -15,7 +16,8 @@ NET = """import torch
 def Net(num_classes, in_channels):
     return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(in_channels * 1024, num_classes))
 """
-FLAGS = (*TINY[4:8], "--epochs", 1, "--val_size", 4, "--batch_size", 4, "--crop_padding", 0, "--model", "net.py:Net")
+FLAGS = (*TINY[4:8], "--epochs", 1, "--val_size", 4, "--batch_size", 4, "--crop_padding", 0,
+         "--model", "net.py:Net")
 
 
 @pytest.fixture
@@ -42,11 +44,13 @@ def swap(folder):
     (folder / "train/other").rename(folder / "train/light")
 
 
-@pytest.mark.parametrize("change", [repaint, add, swap, lambda folder: (folder / "train/light/3.png").unlink()])
+@pytest.mark.parametrize("change",
+                         [repaint, add, swap, lambda folder: (folder / "train/light/3.png").unlink()])
 def test_changed_images_are_refused_and_the_run_is_left_as_it_was(change, run, colour_folder):
     before = {path: path.read_bytes() for path in Path("run").iterdir()}
     change(colour_folder)
-    with pytest.raises(UserError, match="the training images or their labels have changed since this run began"):
+    with pytest.raises(UserError,
+                       match="the training images or their labels have changed since this run began"):
         run()
     assert before == {path: path.read_bytes() for path in Path("run").iterdir()}
 
@@ -71,7 +75,8 @@ def test_what_has_moved_goes_on_to_the_same_bits(run, script, colour_folder):
     assert json.loads(Path("run/config.json").read_text())["model"] == "elsewhere/theirs.py:Net"
 
 
-@pytest.mark.parametrize(("flag", "value"), [("--model", "lenet"), ("--model", "net.py:Other"), ("--dataset", "mnist")])
+@pytest.mark.parametrize(("flag", "value"),
+                         [("--model", "lenet"), ("--model", "net.py:Other"), ("--dataset", "mnist")])
 def test_another_network_or_data_set_is_refused(flag, value, run):
     with pytest.raises(UserError, match=f"leave out {flag}"):
         run(flag, value)

@@ -1,4 +1,5 @@
-"""harness/training/trial.py: what a network must do is seen before anything is written, and seeing leaves no trace."""
+"""harness/training/trial.py: what a network must do is seen before anything is written,
+and seeing leaves no trace."""
 import copy
 import random
 import re
@@ -46,18 +47,23 @@ def fail(x):
     ({"after": lambda z: {"logits": z, "maps": z}}, "gives a dict with logits, maps, not"),
     ({"after": lambda z: None}, "gives a NoneType"), ({"after": lambda z: [z]}, "gives a list"),
     ({"after": lambda z: z.detach().numpy()}, "gives a ndarray"),
-    ({"after": lambda z: z[:, :, None, None]}, r"shape \(4, 10, 1, 1\)"), ({"after": lambda z: z[:, 0]}, r"shape \(4,\)"),
-    ({"after": lambda z: z[:1]}, r"shape \(1, 10\)"), ({"after": lambda z: z.argmax(1, keepdim=True)}, "torch.int64"),
+    ({"after": lambda z: z[:, :, None, None]}, r"shape \(4, 10, 1, 1\)"),
+    ({"after": lambda z: z[:, 0]}, r"shape \(4,\)"),
+    ({"after": lambda z: z[:1]}, r"shape \(1, 10\)"),
+    ({"after": lambda z: z.argmax(1, keepdim=True)}, "torch.int64"),
     ({"num_classes": 7}, "gives 7 outputs where the data set has 10 classes"),
-    ({"after": lambda z: z / 0}, "not finite"), ({"after": lambda z: z.where(z > z.mean(), torch.inf)}, "not finite"),
-    ({"before": lambda x: x.sub_(0.5)}, "changes its input in place"), ({"before": in_place}, "changes its input in place"),
+    ({"after": lambda z: z / 0}, "not finite"),
+    ({"after": lambda z: z.where(z > z.mean(), torch.inf)}, "not finite"),
+    ({"before": lambda x: x.sub_(0.5)}, "changes its input in place"),
+    ({"before": in_place}, "changes its input in place"),
     ({"before": lambda x: x.data.mul_(2)}, "changes its input in place"),
     ({"after": lambda z: z.detach()}, "no gradient"), ({"before": lambda x: x.detach()}, "no gradient"),
     ({"before": torch.no_grad()(lambda x: x * 2)}, "no gradient"),
     ({"before": lambda x: torch.from_numpy(x.detach().numpy() * 2)}, "no gradient"),
     ({"before": lambda x: torch.from_numpy(x.numpy())}, "with a gradient for them"),
     ({"before": lambda x: (x * 255).byte().float()}, "no gradient"),
-    ({"before": fail}, "KeyError: 'weights'"), ({"before": lambda x: x[:, :, :2, :2]}, "does not take images of 3x32x32"),
+    ({"before": fail}, "KeyError: 'weights'"),
+    ({"before": lambda x: x[:, :, :2, :2]}, "does not take images of 3x32x32"),
     ({"flatten": lambda x: x.reshape(len(x), 9)}, "does not take images of 3x32x32 .RuntimeError")])
 def test_what_a_network_does_wrong_is_one_line(change, says):
     with pytest.raises(UserError, match=says) as refused:
@@ -115,7 +121,8 @@ def test_a_trial_leaves_no_trace(training):
     trial = trial_pass(network, IMAGES, 10, report=lambda line: None)
     assert trial.unused == ("unused.weight", "unused.bias")
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
-    assert (network.count, network.cache, network.training, network.conv[1].training) == (0, {}, training, False)
+    assert ((network.count, network.cache, network.training, network.conv[1].training)
+            == (0, {}, training, False))
     assert all(parameter.grad is None for parameter in network.parameters())
     assert torch.equal(torch.get_rng_state(), random_states[0]) and random.getstate() == random_states[1]
     assert np.array_equal(np.random.get_state()[1], random_states[2])
@@ -146,13 +153,14 @@ def test_training_evaluation_and_curves_try_before_they_write(script, capsys):
     Path("net.py").write_text(OWN)
     script("train_at_mnist", *TINY, "--model", "net.py:Net", "--out_dir", "run")
     assert capsys.readouterr().out.count("note: the network stays contiguous") == 1
-    script("eval_mnist", "--checkpoint", "run/last.pt", "--arch", "net.py:Net", "--num_examples", 20, "--num_restarts", 1,
-           "--num_steps", 2, "--alphas", 1)
+    script("eval_mnist", "--checkpoint", "run/last.pt", "--arch", "net.py:Net", "--num_examples", 20,
+           "--num_restarts", 1, "--num_steps", 2, "--alphas", 1)
     assert "stays contiguous" in capsys.readouterr().out
     with pytest.raises(UserError, match="gives a tuple"):
         script("train_at_mnist", *TINY, "--model", "net.py:Two", "--out_dir", "two")
     with pytest.raises(UserError, match="gives a tuple"):
         script("eval_mnist", "--checkpoint", "run/last.pt", "--arch", "net.py:Two", "--out", "two.json")
     with pytest.raises(UserError, match="gives a tuple"):
-        script("generate_robustness_curves", "--model", "run/last.pt", "--arch", "net.py:Two", "--n_points", 4, "--out", "two")
+        script("generate_robustness_curves", "--model", "run/last.pt", "--arch", "net.py:Two",
+               "--n_points", 4, "--out", "two")
     assert not list(Path().glob("two*"))
