@@ -1,11 +1,12 @@
-"""What the tests share: a script run inside this process, a script run as its user would, and tiny data sets."""
+"""What the tests share: a script run in this process, a script run as its user would, and tiny data sets."""
 import importlib
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch starts: on tiny tensors more threads only wait for one another
+# before torch starts: on tiny tensors more threads only wait for one another
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ from harness.config import parse_config
 from tests import forks
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = ("--dataset", "digits", "--val_size", "40", "--num_steps", "2", "--val_num_steps", "2", "--max_batches", "2", "--epochs", "1")
+TINY = ("--dataset", "digits", "--val_size", "40", "--num_steps", "2", "--val_num_steps", "2",
+        "--max_batches", "2", "--epochs", "1")
 
 
 @pytest.fixture
@@ -35,7 +37,7 @@ def script(tmp_path, monkeypatch):
 def shell(tmp_path):
     """Run a script as its user would, in an empty folder; gives the finished process with its output as text.
 
-    With a `launcher`, or options of `subprocess.run`, in an interpreter of its own; else in a fork of this one.
+    With a `launcher`, or options of `subprocess.run`, in an interpreter of its own; else in a fork.
     """
 
     def run(name, *args, launcher=None, **options):

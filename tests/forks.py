@@ -1,4 +1,4 @@
-"""Scripts as their user starts them, in forks of an interpreter that has loaded torch: no import for each of them."""
+"""Scripts as their user starts them, in forks of an interpreter that has loaded what they import."""
 import importlib
 import multiprocessing
 import os
@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-LOADED = ("train_at_mnist", "generate_robustness_curves", "torch._dynamo", "matplotlib.pyplot", "sklearn.datasets",
-          "sklearn.model_selection")
+LOADED = ("train_at_mnist", "generate_robustness_curves", "torch._dynamo", "matplotlib.pyplot",
+          "sklearn.datasets", "sklearn.model_selection")
 FORK = multiprocessing.get_context("fork")
 
 
@@ -58,7 +58,8 @@ def run(name, *words, cwd):
     """A script run to its end, as `subprocess.run` gives it, with its output as text."""
     process, = start(name, words, cwd=cwd)
     process.join(240)
-    done = subprocess.CompletedProcess([name, *words], process.exitcode, said(process, "stdout", cwd), said(process, "stderr", cwd))
+    output, errors = (said(process, kind, cwd) for kind in ("stdout", "stderr"))
+    done = subprocess.CompletedProcess([name, *words], process.exitcode, output, errors)
     for kind in ("stdout", "stderr"):
         Path(cwd, f"{kind}-{process.pid}").unlink()
     return done

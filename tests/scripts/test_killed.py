@@ -1,4 +1,7 @@
-"""Killed at random moments and gone on with, a training, an evaluation and a curve give the same bits; a signal says how."""
+"""Killed at random moments and gone on with, a training, an evaluation and a curve give the same bits.
+
+A signal that ends one says how to go on.
+"""
 import json
 import os
 import random
@@ -13,20 +16,22 @@ from conftest import TINY
 
 from tests.forks import said, start
 
-TRAIN = ("--dataset", "digits", "--epochs", 4, "--num_steps", 2, "--val_num_steps", 2, "--val_size", 40, "--batch_size", 128)
-EVAL = ("--checkpoint", "run/last.pt", "--num_examples", 24, "--num_restarts", 2, "--num_steps", 20, "--batch_size", 4,
-        "--alphas", 1, "--attacks", "fgsm", "cw")
-CURVE = ("compute", "--model", "run/last.pt", "--n_points", 24, "--budget", "fast", "--batch_size", 2, "--no-plot")
+TRAIN = ("--dataset", "digits", "--epochs", 4, "--num_steps", 2, "--val_num_steps", 2, "--val_size", 40,
+         "--batch_size", 128)
+EVAL = ("--checkpoint", "run/last.pt", "--num_examples", 24, "--num_restarts", 2, "--num_steps", 20,
+        "--batch_size", 4, "--alphas", 1, "--attacks", "fgsm", "cw")
+CURVE = ("compute", "--model", "run/last.pt", "--n_points", 24, "--budget", "fast", "--batch_size", 2,
+         "--no-plot")
 
 
 MOST = 5  # kills; the last start ends by itself
 
 
 def killed_until_done(name, words, going_on, seconds, seed):
-    """Start, kill after a random time, go on, and so on until it ends by itself; returns the number of kills."""
+    """Start, kill after a random time, go on, until it ends by itself; returns the number of kills."""
     moments = random.Random(seed)
     for kills in range(MOST + 1):
-        begun = Path("killed", "config.json") if name != "eval_mnist" else Path("killed.record", "config.json")
+        begun = Path("killed.record" if name == "eval_mnist" else "killed", "config.json")
         process, = start(f"{name}.py", going_on if begun.exists() else words)
         process.join(moments.uniform(0.02, seconds) if kills < MOST else 120)
         if not process.is_alive():
@@ -41,15 +46,19 @@ def killed_until_done(name, words, going_on, seconds, seed):
 
 
 def same_arrays(first, second):
-    return first.keys() == second.keys() and all(np.array_equal(first[name], second[name], equal_nan=first[name].dtype.kind == "f")
-                                                 for name in first if name != "about")
+    def same(name):
+        return np.array_equal(first[name], second[name], equal_nan=first[name].dtype.kind == "f")
+
+    return first.keys() == second.keys() and all(same(name) for name in first if name != "about")
 
 
 @pytest.mark.slow
 def test_a_training_killed_at_random_moments_gives_the_same_weights(script, seed=0, least=3):
     script("train_at_mnist", *TRAIN, "--out_dir", "whole")
-    assert killed_until_done("train_at_mnist", (*TRAIN, "--out_dir", "killed"), ("--resume", "killed"), 2.0, seed) >= least
-    whole, killed = (torch.load(f"{name}/last.pt", weights_only=True)["model"] for name in ("whole", "killed"))
+    again = (*TRAIN, "--out_dir", "killed")
+    assert killed_until_done("train_at_mnist", again, ("--resume", "killed"), 2.0, seed) >= least
+    whole, killed = (torch.load(f"{name}/last.pt", weights_only=True)["model"]
+                     for name in ("whole", "killed"))
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
     assert not list(Path("killed").glob("*.tmp")) or least
 
@@ -68,15 +77,18 @@ def test_a_curve_killed_at_random_moments_has_the_same_distances(script, seed=0,
     script("train_at_mnist", *TINY, "--out_dir", "run")
     script("generate_robustness_curves", "--command", *CURVE, "--out", "whole")
     again = (*CURVE, "--out", "killed")
-    assert killed_until_done("generate_robustness_curves", again, ("compute", "--resume", "killed"), 1.0, seed) >= least
+    going_on = ("compute", "--resume", "killed")
+    assert killed_until_done("generate_robustness_curves", again, going_on, 1.0, seed) >= least
     assert same_arrays(dict(np.load("whole/distances.npz")), dict(np.load("killed/distances.npz")))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 @pytest.mark.parametrize(("name", "words", "says"), [
-    ("train_at_mnist", ("--recipe", "digits", "--out_dir", "out"), "go on with: python train_at_mnist.py --resume out"),
-    ("eval_mnist", (*EVAL, "--num_steps", 2000, "--out", "out.json"), "go on with: python eval_mnist.py --resume out.record"),
+    ("train_at_mnist", ("--recipe", "digits", "--out_dir", "out"),
+     "go on with: python train_at_mnist.py --resume out"),
+    ("eval_mnist", (*EVAL, "--num_steps", 2000, "--out", "out.json"),
+     "go on with: python eval_mnist.py --resume out.record"),
     ("generate_robustness_curves", (*CURVE, "--n_points", 360, "--out", "out"),
      "go on with: python generate_robustness_curves.py compute --resume out")])
 def test_a_signal_says_how_to_go_on(name, words, says, number, script):
@@ -91,4 +103,5 @@ def test_a_signal_says_how_to_go_on(name, words, says, number, script):
     process.join(60)
     told = said(process)
     assert process.exitcode == 128 + number and says in told and "Traceback" not in told
-    assert json.loads(Path(wanted).parent.joinpath("config.json" if "record" not in wanted else "about.json").read_text())
+    settings = "about.json" if name == "eval_mnist" else "config.json"
+    assert json.loads((Path(wanted).parent / settings).read_text())

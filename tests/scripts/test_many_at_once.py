@@ -29,13 +29,15 @@ def test_pairs_of_runs_have_a_folder_each(tmp_path, monkeypatch):
     assert sorted(seeds) == list(range(12))
     for folder, seed in zip(folders, seeds):
         assert [checkpoint.read(folder / f"{name}.pt")["seed"] for name in ("last", "best")] == [seed, seed]
-        assert {path.name for path in folder.iterdir()} == {"config.json", "log.csv", "log.png", "last.pt", "best.pt"}
+        names = {path.name for path in folder.iterdir()}
+        assert names == {"config.json", "log.csv", "log.png", "last.pt", "best.pt"}
 
 
 @pytest.mark.slow
 def test_pairs_of_evaluations_have_a_result_each(run):
     for pair in range(5):
-        codes = at_once("eval_mnist.py", *(("--checkpoint", run, *QUICK, "--seed", 2 * pair + k) for k in (0, 1)))
+        commands = (("--checkpoint", run, *QUICK, "--seed", 2 * pair + k) for k in (0, 1))
+        codes = at_once("eval_mnist.py", *commands)
         assert codes == [0, 0], [path.read_text() for path in Path().glob("stderr-*")]
     results = {path: json.loads(path.read_text()) for path in Path("run").glob("eval_last*.json")}
     assert sorted(result["seed"] for result in results.values()) == list(range(10))
@@ -47,9 +49,11 @@ def test_pairs_of_evaluations_have_a_result_each(run):
 @pytest.mark.slow
 def test_the_same_evaluation_twice_at_once_gives_two_results_and_shards_one(run):
     assert at_once("eval_mnist.py", ("--checkpoint", run, *QUICK), ("--checkpoint", run, *QUICK)) == [0, 0]
-    first, second = (json.loads(Path(f"run/{name}.json").read_text()) for name in ("eval_last", "eval_last-2"))
+    first, second = (json.loads(Path(f"run/{name}.json").read_text())
+                     for name in ("eval_last", "eval_last-2"))
     assert first["A_rob"] == second["A_rob"]
-    shards = (("--checkpoint", run, *QUICK, "--batch_size", 2, "--out", "shared.json", "--shard", f"{k}/2") for k in (0, 1))
+    shared = ("--checkpoint", run, *QUICK, "--batch_size", 2, "--out", "shared.json")
+    shards = ((*shared, "--shard", f"{k}/2") for k in (0, 1))
     assert at_once("eval_mnist.py", *shards) == [0, 0]
     assert json.loads(Path("shared.json").read_text())["A_rob"] == first["A_rob"]
 
@@ -59,7 +63,8 @@ def test_one_place_named_by_two_is_one_of_theirs_and_the_other_is_told(run):
     codes = at_once("train_at_mnist.py", *((*TINY, "--seed", k, "--out_dir", "named") for k in (3, 4)))
     assert sorted(codes) == [0, 2]
     assert checkpoint.read(Path("named/last.pt"))["seed"] == 3 + codes.index(0)
-    codes = at_once("eval_mnist.py", *(("--checkpoint", run, *QUICK, "--seed", k, "--out", "named.json") for k in (3, 4)))
+    commands = (("--checkpoint", run, *QUICK, "--seed", k, "--out", "named.json") for k in (3, 4))
+    codes = at_once("eval_mnist.py", *commands)
     assert sorted(codes) == [0, 2]
     assert json.loads(Path("named.json").read_text())["seed"] == 3 + codes.index(0)
     told = [path.read_text() for path in Path().glob("stderr-*") if "error" in path.read_text()]
