@@ -137,7 +137,8 @@ def test_a_run_made_to_die_is_named_while_it_runs_at_its_end_and_wherever_its_nu
 
     script("tables", "--paths", "dead.json")
     said = capsys.readouterr().out
-    assert " (1) †" in said and "† dead.json is at chance, no better than a guess: A_nat and A_rob" in said
+    assert (" (1) †" in said
+            and "† dead.json is at chance, no better than a guess: A_nat and A_rob" in said)
 
 
 def test_the_best_checkpoint_of_a_run_that_never_left_chance_is_named_too(script, capsys):

@@ -190,8 +190,8 @@ def test_a_file_deep_in_a_package_is_a_member_of_it(tmp_path):
 
 
 @pytest.mark.parametrize("file", (
-    "my-net.py", "my net.py", "net.v2.py", "nétwörk.py", "models.py", "random.py", "torch.py", "v1.2/net.py",
-    "a-b/net.py", "models/net.py", "__init__.py"))
+    "my-net.py", "my net.py", "net.v2.py", "nétwörk.py", "models.py", "random.py", "torch.py",
+    "v1.2/net.py", "a-b/net.py", "models/net.py", "__init__.py"))
 @pytest.mark.parametrize("package", (True, False), ids=("package", "folder"))
 def test_a_file_of_any_name_is_loaded(tmp_path, file, package):
     place = (tmp_path / "inner" / file).parent
