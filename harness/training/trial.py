@@ -67,6 +67,9 @@ def _tried(network: nn.Module, x: Tensor, num_classes: int, dtype: torch.dtype) 
     if gradients[0] is None:
         raise UserError("no gradient of the network's outputs reaches the images, and every attack here "
                         "follows one: a detach(), no_grad(), rounding or numpy stands in its forward pass")
+    if network.training and not gradients[0].any() and (logits != logits[:1]).any():
+        raise UserError("the gradient of the network's outputs is zero at every image, so adversarial "
+                        "training would learn nothing: rounding stands in its forward pass")
     unused = [name for name, gradient in zip(parameters, gradients[1:]) if gradient is None]
     return Trial(logits.shape[1], tuple(unused))
 

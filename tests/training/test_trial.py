@@ -71,6 +71,17 @@ def test_what_a_network_does_wrong_is_one_line(change, says):
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("before", [lambda x: torch.round(x * 15) / 15, lambda x: (x > 0.5).float() + 0 * x,
+                                    lambda x: x.floor() + x.sign()])
+def test_a_gradient_of_zero_is_refused_in_training_and_left_to_the_verdict_in_evaluation(before):
+    with pytest.raises(UserError, match="zero at every image"):
+        trial_pass(Net(before=before).train(), IMAGES, 10)
+    assert trial_pass(Net(before=before).eval(), IMAGES, 10).num_outputs == 10
+    zero = Net().train()
+    nn.init.zeros_(zero.fc.weight)
+    assert trial_pass(zero, IMAGES, 10).num_outputs == 10  # as residual networks begin
+
+
 def strided(x):
     return torch.as_strided(x.clone(memory_format=torch.preserve_format), (len(x), 36), (36, 1))
 
