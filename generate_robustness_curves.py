@@ -61,7 +61,7 @@ from harness.errors import UserError
 from harness.evaluation.capacity import fitting_batch_size
 from harness.evaluation.predictions import BatchInvariant
 from harness.evaluation.report import dumps
-from harness.folder import write_text
+from harness.folder import check_free, write_text
 from losses.margin import margin_weights
 from models import build_model
 
@@ -269,6 +269,8 @@ def main(cfg: Config) -> None:
         raise UserError(f"--resume goes on with compute, and {cfg.resume} is of {cfg.command}: run "
                         f"{cfg.command} anew, into another --out "
                         "(exact goes on with the proofs in --results)")
+    if cfg.out and not cfg.resume:
+        check_free(Path(cfg.out), "--out")
     COMMANDS[cfg.command](cfg)
 
 

@@ -51,12 +51,19 @@ def _images_of(folder: Path) -> dict[str, list[Path]]:
     """Class -> its image files, both sorted.  Raises UserError for a class without one."""
     if not folder.is_dir():
         return {}
-    known, found = suffixes(), {}
+    known = suffixes()
+    found: dict[str, list[Path]] = {}
+    others: list[Path] = []
     for place in sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."):
-        files = sorted(path for path in place.iterdir() if path.is_file() and path.name[0] != ".")
-        found[place.name] = [path for path in files if path.suffix.lower() in known]
-        if not found[place.name]:
-            what = f"{len(files)} files, such as {files[0].name}" if files else "nothing"
+        inside = sorted(path for path in place.iterdir() if path.name[0] != ".")
+        images = [path for path in inside if path.is_file() and path.suffix.lower() in known]
+        if not images:
+            what = f"{len(inside)} files, such as {inside[0].name}" if inside else "nothing"
             raise UserError(f"the class {place} has no image: it holds {what}; remove the folder, or add "
                             "images")
+        found[place.name] = images
+        others += sorted(set(inside) - set(images))
+    if others:
+        print(f"note: {len(others):,} files and folders in {folder} are no images and left out, such as "
+              f"{others[0]}")
     return found

@@ -63,7 +63,8 @@ def describe(subject: Subject, ball: Ball, cfg: EvalConfig, num_examples: int, d
         "classes": list(subject.classes),
         "alphas": list(cfg.alphas), "threat_model": threat_model, "checkpoint": str(subject.path),
         "checkpoint_sha256": subject.sha256, "epoch": subject.contents["epoch"] if own else None,
-        "architecture": subject.arch or own["name"], "seed": cfg.seed, "batch_size": cfg.batch_size,
+        "architecture": subject.arch or (own["name"] if own else subject.path.suffix),
+        "seed": cfg.seed, "batch_size": cfg.batch_size,
         "training": subject.contents.get("config") if own else None, "command": command_line(),
         "date": time.strftime("%Y-%m-%d"), "seconds": round(seconds, 1), "environment": environment(device)}
 

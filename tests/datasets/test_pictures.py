@@ -117,6 +117,14 @@ def test_a_class_without_an_image_is_named(files, says, pets):
         load_dataset(str(pets), "data")
 
 
+def test_what_is_left_out_of_a_class_is_said_in_one_line(pets, capsys):
+    (pets / "train" / "ant" / "more").mkdir()
+    (pets / "train" / "bee" / "notes.txt").write_text("text")
+    assert len(load_dataset(str(pets), "data").train) == 30
+    said = capsys.readouterr().out
+    assert said.count("note: ") == 1 and "2 files and folders in" in said and "ant/more" in said
+
+
 @pytest.mark.parametrize("suffix", [".tif", ".gif", ".TIFF", ".jfif", ".webp", ".pnm", ".tga"])
 def test_every_kind_of_file_that_pillow_reads_is_an_image(suffix, pets):
     Image.new("RGB", (8, 8)).save(pets / "test" / "ant" / f"more{suffix}")

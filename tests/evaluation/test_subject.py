@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import TINY
 from PIL import Image
+from scipy.io import savemat
 
 from harness.datasets.class_names import match_classes
 from harness.datasets.split import Split
@@ -119,6 +120,20 @@ def test_arrays_in_a_file_are_trained_on_and_measured(script):
     assert own["num_examples"] == 20 and own["A_rob"] == some["A_rob"] and own["image_order"] == "of the file"
     with pytest.raises(UserError, match=r"npz:some\.npz has images to measure on alone"):
         script("train_at_mnist", "--dataset", "npz:some.npz", *TINY[2:])
+
+
+def test_a_network_and_images_in_mat_files_are_evaluated(script):
+    random = np.random.default_rng(0)
+    layers = {"U": random.normal(size=(784, 6)), "W": random.normal(size=(6, 10)), "bU": np.zeros((1, 6)),
+              "bW": np.zeros((1, 10))}
+    savemat("net.mat", layers)
+    savemat("set.mat", {"images": random.integers(0, 256, (12, 28, 28), dtype=np.uint8),
+                        "labels": np.arange(12) % 10})
+    for dataset in ("digits", "mat:set.mat"):
+        name = f"{dataset[:3]}.json"
+        script("eval_mnist", "--checkpoint", "net.mat", "--dataset", dataset, "--num_examples", 12,
+               "--out", name, *QUICK)
+        assert json.loads(Path(name).read_text())["architecture"] == ".mat"
 
 
 @pytest.mark.parametrize(("arrays", "says"), [
