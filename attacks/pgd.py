@@ -83,6 +83,7 @@ def steps(model: nn.Module, *, x: Tensor, target: object, epsilon: float | Tenso
     project = projection(x, epsilon, norm)  # with bounds that are the same for every step
 
     def advance(x_adv: Tensor) -> tuple[Tensor, Tensor]:
+        """The next x_adv, and the logits of this one."""
         x_adv.requires_grad_()
         logits_adv = model(x_adv)
         losses = loss_fn(logits_adv, target)  # [B]

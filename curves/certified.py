@@ -52,6 +52,7 @@ def affine_layers(model: nn.Module, shape: Sequence[int]) -> Layers:
 def _callable(node: torch.fx.Node, before: torch.fx.Node, model: nn.Module) -> Callable[[Tensor], Tensor]:
     """The operation of a node as a function of the value of the node before it."""
     def run(value: Tensor) -> Tensor:
+        """The node's value where that of the node before it is `value`."""
         def fill(one: torch.fx.Node) -> Tensor:
             return value if one is before else reduce(getattr, one.target.split("."), model)
 

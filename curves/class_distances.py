@@ -124,6 +124,7 @@ def _pairs(flat: Tensor, bytewise: bool) -> Callable[[str, int, int], np.ndarray
     squares = (wide**2).sum(dim=1)
 
     def block_of(norm: str, first: int, last: int) -> np.ndarray:
+        """The distances of the points from `first` up to `last` from all before `last`."""
         if norm == "l2":
             block = squares[first:last, None] + squares[:last] - 2 * (wide[first:last] @ wide[:last].T)
         elif bytewise:

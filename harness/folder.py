@@ -94,7 +94,7 @@ def held(folder: Path, shared: bool = False) -> Iterator[None]:
                 raise
             except OSError:  # a network drive without locks
                 pass
-            if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
+            if not _is_still(path, file.fileno()):
                 continue  # the one who held it has removed the file since it was opened
             try:
                 yield
@@ -102,6 +102,14 @@ def held(folder: Path, shared: bool = False) -> Iterator[None]:
                 if not shared:
                     path.unlink(missing_ok=True)
             return
+
+
+def _is_still(path: Path, descriptor: int) -> bool:
+    """Whether an open file is the one that has this name."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 @contextmanager

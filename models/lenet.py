@@ -19,6 +19,7 @@ class LeNet(nn.Module):
         self.fc3 = nn.Linear(84, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The logits [B, K] of images [B, C, H, W] in [0, 1]."""
         x = F.max_pool2d(F.relu(self.conv1(x)), 2)
         x = F.max_pool2d(F.relu(self.conv2(x)), 2)
         x = F.adaptive_avg_pool2d(x, 5).flatten(1)

@@ -186,6 +186,7 @@ def claim(job: Job, cfg: EvalConfig, files: list[tuple[str, Path]], name: str, a
         moved = Path(cfg.resume) if cfg.resume and not cfg.resume.endswith(".json") else None
 
         def is_mine(out: Path) -> bool:
+            """Hold the record beside `out`, where this evaluation may write to it."""
             folder = moved or out.with_suffix(".record")
             before = read_about(folder / name)
             if before is not None and not cfg.out and not is_same(before, about):

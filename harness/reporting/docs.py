@@ -29,6 +29,7 @@ def fill(text: str) -> tuple[str, list[str]]:
     stale = []
 
     def table(block: re.Match[str]) -> str:
+        """The block with its table made again."""
         name, old = block.groups()
         if name not in TABLES:
             raise UserError(f"there is no table {name!r}; there are {', '.join(TABLES)}")

@@ -110,6 +110,7 @@ class Compilation:
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
         def differentiate(run: Callable[[Tensor], Tensor], images: Tensor) -> tuple[list[Tensor], ...]:
+            """The logits of a pass, and its gradients."""
             batch = images.detach().requires_grad_(x.requires_grad)
             inputs = [batch] * x.requires_grad
             with untouched(model, x.device):

@@ -41,6 +41,7 @@ class FirstLayer(nn.Module):
         caught: list[Tensor] = []
 
         def catch(layer: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+            """A hook that keeps the layer's first output, and cuts it off where that is wanted."""
             if caught:
                 return None  # a layer that is called again
             features = _wide(output.detach() if cut else output)

@@ -8,7 +8,6 @@ from harness import distributed
 from harness.config import parse_config
 from harness.errors import UserError
 from harness.evaluation.options import EvalConfig
-from harness.training.options import RunOptions
 
 
 @pytest.mark.parametrize(("variables", "expected"), [
@@ -66,11 +65,6 @@ def test_what_is_wrong_in_a_command_is_said_before_data_is_read(flags, says, scr
     with pytest.raises(UserError, match=says):
         script("train_at_mnist", *TINY, *flags)
     assert not Path("runs").exists()
-
-
-def test_run_options_and_evaluations_know_the_same_folders():
-    assert ({"data_dir", "resume", "device"}
-            <= set(RunOptions.__dataclass_fields__) & set(EvalConfig.__dataclass_fields__))
 
 
 def test_an_evaluation_needs_its_architecture_before_its_data(script, monkeypatch):

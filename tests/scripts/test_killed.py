@@ -60,7 +60,6 @@ def test_a_training_killed_at_random_moments_gives_the_same_weights(script, seed
     whole, killed = (torch.load(f"{name}/last.pt", weights_only=True)["model"]
                      for name in ("whole", "killed"))
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
-    assert not list(Path("killed").glob("*.tmp")) or least
 
 
 @pytest.mark.slow
