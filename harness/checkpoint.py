@@ -16,8 +16,7 @@ from harness.folder import whole_file
 
 FORMAT = 1
 OWN = {"name", "num_classes", "in_channels", "mean", "std"}  # the architecture entry of our own checkpoints
-WRAPPERS = ("model", "state_dict", "net", "model_state_dict")  # keys under which the field stores parameters
-PREFIXES = ("module.", "_orig_mod.", "model.", "net.")  # DataParallel, torch.compile, wrapping modules
+WRAPPERS = ("model", "state_dict", "net", "model_state_dict")  # the customary keys: they win over others
 LISTED = "(list)"  # the key of what was saved as a list or tuple
 DEPTH = 3          # wrappers in wrappers, at most
 SPOILT = "is damaged or cut off: copy or download it again"
@@ -146,8 +145,7 @@ def parameters_of(contents: dict, path: str | Path) -> tuple[dict[str, Tensor], 
     """The parameters in a checkpoint's contents, under their names there, and notes on the rest."""
     found, notes = contents, []
     for _ in range(DEPTH):
-        key = next((key for key in (LISTED, *WRAPPERS) if _holds_parameters(found.get(key))), None)
-        if key is None:
+        if (key := _wrapper(found, path)) is None:
             break
         found = found[key]
         if key != LISTED:
@@ -162,6 +160,19 @@ def parameters_of(contents: dict, path: str | Path) -> tuple[dict[str, Tensor], 
     if others := [str(name) for name in found if name not in named]:
         notes.append(f"left out, as no tensors: {_some(others)}")
     return named, notes
+
+
+def _wrapper(contents: dict, path: str | Path) -> str | None:
+    """The key that the parameters stand under, None where they stand bare or nowhere."""
+    if known := [key for key in (LISTED, *WRAPPERS) if _holds_parameters(contents.get(key))]:
+        return known[0]
+    if any(_is_parameter(name, value) and "." in name for name, value in contents.items()):
+        return None
+    found = [key for key, value in contents.items() if isinstance(key, str) and _holds_parameters(value)]
+    if len(found) > 1:
+        raise UserError(f"{path} holds several state dicts ({_some(found)}): save the one that is meant "
+                        "alone (torch.save) and name that file")
+    return found[0] if found else None
 
 
 def _is_parameter(name: object, value: object) -> bool:
@@ -216,9 +227,10 @@ def load_model(path: str | Path, arch: str | None = None, num_classes: int = 10,
     """The network in a checkpoint, in eval mode on the CPU.
 
     Our own checkpoints name their architecture; for any other, `arch` is a name `build` knows or
-    `file.py:callable`, built with `num_classes` and `in_channels`. Parameters may stand bare or under
-    WRAPPERS, and in a list that holds one state dict. Their names are tried as they are; if they do not fit
-    the network, without the PREFIXES that all of them begin with. Parameters that the network has no place
+    `file.py:callable`, built with `num_classes` and `in_channels`. Parameters may stand bare, under WRAPPERS
+    or the one key that holds any, and in a list that holds one state dict. Their names are tried as they are;
+    if they do not fit the network, without the `module.`, `encoder.`, ... that all of them begin with.
+    Parameters that the network has no place
     for are left out and reported when they form whole unused blocks, and all of them with `ignore_extra`;
     anything missing or of another shape is an error. build: (name, num_classes, in_channels, mean, std) ->
     module, `models.build_model` or another.
@@ -257,7 +269,10 @@ def model_from(contents: dict, path: str | Path, arch: str | None = None, num_cl
 def _spellings(parameters: dict[str, Tensor]) -> Iterator[tuple[dict[str, Tensor], list[str]]]:
     """The parameters as they are named, then without what wraps a network; each with what was taken off."""
     found = [(parameters, [])]
-    while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in parameters)), None):
+    while len(heads := {"".join(name.partition(".")[:2]) for name in parameters}) == 1:
+        prefix = heads.pop()
+        if not prefix.endswith("."):
+            break
         parameters = {name.removeprefix(prefix): value for name, value in parameters.items()}
         found.append((parameters, [*found[-1][1], f"prefix '{prefix}' stripped"]))
     yield from found

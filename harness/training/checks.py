@@ -1,4 +1,5 @@
 """What can be wrong in the command of a training, said before any data is read or downloaded."""
+import ast
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from harness.device import choose_device
 from harness.errors import UserError
 from harness.folder import check_free
 from harness.training.options import RunOptions
+
+DEFINES_MORE = ("*", "globals", "vars", "setattr", "__getattr__")  # in a file whose names reading cannot tell
 
 
 def check_command(cfg: RunOptions, build_model: Callable[..., nn.Module]) -> None:
@@ -24,13 +27,27 @@ def check_command(cfg: RunOptions, build_model: Callable[..., nn.Module]) -> Non
 
 
 def check_network(name: str, build_model: Callable[..., nn.Module]) -> None:
-    """Raise UserError for an unknown network, and for a network's file that is not there; run no file."""
+    """Raise UserError for an unknown network, and for a file in which there can be none; run no file."""
     if ".py:" in name:
-        if not Path(name.rpartition(":")[0]).is_file():
-            raise UserError(f"model '{name}': there is no file {name.rpartition(':')[0]}")
+        file, _, attribute = name.rpartition(":")
+        if not Path(file).is_file():
+            raise UserError(f"model '{name}': there is no file {file}")
+        if not _names(Path(file)) & {attribute, *DEFINES_MORE}:
+            raise UserError(f"model '{name}': {file} defines no callable '{attribute}'")
         return
     try:
         with torch.device("meta"):
             build_model(name, 10, 3)
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def _names(path: Path) -> set[str]:
+    """The names in a program; raises UserError for a file that is no Python."""
+    try:
+        tree = ast.parse(path.read_bytes(), path.name)
+    except (SyntaxError, ValueError) as error:  # ValueError: bytes that are no text
+        place = f", line {error.lineno}," if isinstance(error, SyntaxError) and error.lineno else ""
+        raise UserError(f"{path}{place} is not Python: {getattr(error, 'msg', error)}") from None
+    words = (getattr(node, field, None) for node in ast.walk(tree) for field in ("id", "name", "asname"))
+    return {word for word in words if isinstance(word, str)}

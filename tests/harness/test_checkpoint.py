@@ -291,20 +291,18 @@ def test_whatever_is_no_dict_is_refused_with_what_it_is(tmp_path, contents):
 
 @pytest.mark.parametrize("contents", (
     {}, {"epoch": 3, "accuracy": 0.5}, {"state_dict": {}}, {"model": {"w": 1.0}},
-    {0: torch.ones(2), 1: torch.ones(3)}, {"state_dict": []}, {"net": [{}, 3]},
-    {"epoch": 3, "loss": torch.ones(()), "weights": {"w": torch.ones(2)}}),
-    ids=("empty", "numbers", "empty state dict", "no tensors", "no names", "empty list", "list of nothing",
-         "another key"))
+    {0: torch.ones(2), 1: torch.ones(3)}, {"state_dict": []}, {"net": [{}, 3]}),
+    ids=("empty", "numbers", "empty state dict", "no tensors", "no names", "empty list", "list of nothing"))
 def test_a_checkpoint_without_named_parameters_is_refused(tmp_path, contents):
     assert "theirs.pt" in refusal(load_model, stored(tmp_path, contents), "lenet", 10, 1)
 
 
 # Everyone's parameters
 
-@pytest.mark.parametrize("wrapper", (None, "state_dict", "model", "net", "model_state_dict"))
+@pytest.mark.parametrize("wrapper", (None, "state_dict", "model", "net", "model_state_dict", "params", "ema"))
 @pytest.mark.parametrize("prefix", (
     "", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model.", "net.", "module.model.",
-    "model.module.", "net.model._orig_mod.", "model.model."))
+    "model.module.", "net.model._orig_mod.", "model.model.", "encoder.", "module.backbone."))
 def test_parameters_are_found_under_every_wrapper_and_prefix(tmp_path, lenet, wrapper, prefix):
     parameters = {prefix + name: value for name, value in lenet.state_dict().items()}
     path, notes = stored(tmp_path, {wrapper: parameters, "epoch": 7} if wrapper else parameters), []
@@ -325,6 +323,21 @@ class Around(nn.Module):
 OWN_NAMES = (("module",), ("_orig_mod",), ("model",), ("net",), ("module", "model"), ("model", "module"),
              ("net", "net"))
 every_own_name = pytest.mark.parametrize("names", OWN_NAMES, ids=".".join)
+
+
+@pytest.mark.parametrize("keys, chosen", (
+    (("weights", "step"), "weights"), (("generator", "discriminator"), None), (("ema", "model"), "model"),
+    (("state_dict", "teacher", "student"), "state_dict"), (("teacher", "student"), None)), ids=str)
+def test_of_several_state_dicts_the_customary_one_is_taken_or_none(tmp_path, lenet, keys, chosen):
+    contents = {key: torch.tensor(3) if key == "step" else lenet.state_dict() for key in keys}
+    contents["optimizer"] = {"state": {0: {"momentum_buffer": torch.ones(2)}}, "param_groups": []}
+    path, notes = stored(tmp_path, contents), []
+    if chosen:
+        load_model(path, "lenet", 10, 1, report=notes.append)
+        assert f"parameters under '{chosen}'" in notes[0]
+    else:
+        message = refusal(load_model, path, "lenet", 10, 1)
+        assert f"holds several state dicts ({', '.join(keys)})" in message
 
 
 @every_own_name

@@ -8,6 +8,8 @@ from harness import distributed
 from harness.config import parse_config
 from harness.errors import UserError
 from harness.evaluation.options import EvalConfig
+from harness.training.checks import check_network
+from models import build_model
 
 
 @pytest.mark.parametrize(("variables", "expected"), [
@@ -53,6 +55,9 @@ def test_a_tilde_is_the_users_folder_in_every_path(words, monkeypatch):
 @pytest.mark.parametrize(("flags", "says"), [
     (("--model", "lenett"), "unknown model 'lenett'"),
     (("--model", "none.py:Net"), r"there is no file none\.py"),
+    (("--model", "net.py:Nett"), r"net\.py defines no callable 'Nett'"),
+    (("--model", "broken.py:Net"), r"broken\.py, line 2, is not Python"),
+    (("--model", "binary.py:Net"), r"binary\.py.* is not Python"),
     (("--device", "warp"), "--device warp is not available"),
     (("--out_dir", "taken"), "taken already holds something"),
     (("--model", "lenett", "--seeds", 1, 2), "unknown model 'lenett'")])
@@ -61,21 +66,34 @@ def test_what_is_wrong_in_a_command_is_said_before_data_is_read(flags, says, scr
 
     Path("taken").mkdir()
     Path("taken/mine.txt").write_text("")
+    Path("net.py").write_text("from torch import nn as Net\n")
+    Path("broken.py").write_text("class Net:\n    def\n")
+    Path("binary.py").write_bytes(b"\xff\x00Net")
     monkeypatch.setattr(train_at_mnist, "load_dataset", lambda *_: pytest.fail("the data was read"))
     with pytest.raises(UserError, match=says):
         script("train_at_mnist", *TINY, *flags)
     assert not Path("runs").exists()
 
 
+@pytest.mark.parametrize("text", ("class Net: ...", "def Net(): ...", "Net = 3", "import torch as Net",
+                                  "from torch.nn import Net", "from torch.nn import *", "Net, other = 1, 2",
+                                  "if True:\n    class Net: ...", "globals()['N' + 'et'] = 3",
+                                  "def __getattr__(name): ...", "with open('x') as Net: ...",
+                                  "for Net in (1, 2): ...", "(Net := 3)"))
+def test_a_network_that_a_file_may_define_is_not_denied_before_the_file_runs(text, tmp_path):
+    (tmp_path / "net.py").write_text(text)
+    check_network(f"{tmp_path}/net.py:Net", build_model)
+
+
 def test_an_evaluation_needs_its_architecture_before_its_data(script, monkeypatch):
     import torch
 
-    from models import build_model
 
     torch.save(build_model("lenet", 10, 1).state_dict(), "theirs.pt")
     monkeypatch.setattr("curves.points.load_dataset", lambda *_: pytest.fail("the data was read"))
     for flags, says in (((), "does not name its architecture"),
                         (("--arch", "lenett"), "unknown model 'lenett'"),
-                        (("--arch", "net.py:Net"), r"there is no file net\.py")):
+                        (("--arch", "net.py:Net"), r"there is no file net\.py"),
+                        (("--arch", f"{__file__}:Net"), "defines no callable 'Net'")):
         with pytest.raises(UserError, match=says):
             script("eval_mnist", "--checkpoint", "theirs.pt", *flags)
