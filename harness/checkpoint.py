@@ -162,6 +162,11 @@ def parameters_of(contents: dict, path: str | Path) -> tuple[dict[str, Tensor], 
     return named, notes
 
 
+def last_length(parameters: dict[str, Tensor]) -> int:
+    """The length of the last parameter: in nearly every network the number of its outputs."""
+    return next((len(value) for value in reversed(parameters.values()) if value.dim()), 0)
+
+
 def _wrapper(contents: dict, path: str | Path) -> str | None:
     """The key that the parameters stand under, None where they stand bare or nowhere."""
     if known := [key for key in (LISTED, *WRAPPERS) if _holds_parameters(contents.get(key))]:

@@ -5,13 +5,21 @@ A flag wins over the checkpoint, and the checkpoint over the default.
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from torch import nn
 
-from harness.checkpoint import architecture_of, model_from, own_architecture, read
+from harness.checkpoint import (
+    architecture_of,
+    last_length,
+    model_from,
+    own_architecture,
+    parameters_of,
+    read,
+)
 from harness.datasets import arrays
 from harness.datasets.batches import image_order, load_dataset
 from harness.datasets.class_names import match_classes
@@ -141,9 +149,15 @@ def open_subject(name: str, path: Path, build: Callable[..., nn.Module], *, arch
     if own and own["in_channels"] != channels:
         raise UserError(f"{path} takes {own['in_channels']}-channel images, but {dataset} has "
                         f"{channels}-channel images: name a --dataset that fits")
-    model = reader(path) if reader else model_from(
-        contents, path, arch, num_classes, channels, build=build, report=print, ignore_extra=ignore_extra)
     published = image_order(dataset) == "published"
+    fill = partial(model_from, contents, path, arch, in_channels=channels, build=build, report=print,
+                   ignore_extra=ignore_extra)
+    if reader:
+        model = reader(path)
+    elif own or published:
+        model = fill(num_classes)
+    else:
+        model = _with_outputs(fill, num_classes, last_length(parameters_of(contents, path)[0]))
     trial = trial_pass(model.eval(), split.images, num_classes if published else 1)
     if classes and (own or not published):
         split, classes = _matched(split, classes, contents, dataset, trial.num_outputs)
@@ -151,6 +165,18 @@ def open_subject(name: str, path: Path, build: Callable[..., nn.Module], *, arch
         raise UserError(f"the network gives {trial.num_outputs} outputs, and {dataset} has labels up to "
                         f"{int(split.labels.max())}")
     return Subject(name, path, contents, model, split, classes, dataset, data_dir, arch)
+
+
+def _with_outputs(fill: Callable[[int], nn.Module], num_classes: int, num_outputs: int) -> nn.Module:
+    """The network with an output for each class of the images, or else with as many as its file has."""
+    try:
+        return fill(num_classes)
+    except UserError:
+        if num_outputs <= num_classes:
+            raise
+        with suppress(UserError):
+            return fill(num_outputs)
+        raise
 
 
 def _matched(split: Split, classes: tuple[str, ...], contents: dict, dataset: str,

@@ -89,6 +89,20 @@ def test_a_folder_of_other_classes_is_measured_by_name_or_refused(animals, scrip
     assert not list(Path().glob("dog*"))
 
 
+def test_anyones_network_of_more_classes_than_a_folder_is_matched_by_number(animals, script, capsys):
+    torch.save({"ema": build_model("lenet", 7, 3).state_dict()}, "theirs.pt")
+    words = ("--checkpoint", "theirs.pt", "--arch", "lenet", "--dataset", animals)
+    with pytest.raises(UserError, match="classes ant, bee, cow, the network 7 outputs"):
+        result_of(script, *words, "--out", "named.json")
+    for name, number in zip(ANIMALS, (6, 0, 3)):
+        for split in ("train", "test"):
+            (animals / split / name).rename(animals / split / str(number))
+    assert len(result_of(script, *words, "--out", "numbered.json")["class_accuracy"]["A_nat"]) == 7
+    assert "classes matched by number: 0 = 0, 3 = 3, 6 = 6" in capsys.readouterr().out
+    with pytest.raises(UserError, match="does not fit --arch small_cnn: it lacks"):
+        result_of(script, *words[:3], "small_cnn", *words[4:], "--out", "other.json")
+
+
 def test_the_first_images_of_a_folder_are_the_same_for_every_command_and_named_by_their_place(
         animals, script):
     torch.save(build_model("lenet", 3, 3).state_dict(), "net.pt")
