@@ -106,7 +106,7 @@ class Config:
     batch_size: int | None = None        # points at a time, changes distances by rounding; default: what fits
     seed: int = 0                        # seed of random starts, resamples and orders
     out: str | None = None               # folder to write; default: runs/generate_robustness_curves/<time>
-    resume: str | None = None            # compute: folder of the computation to continue
+    resume: str | None = None            # compute, exact: folder of the computation to continue
     device: str = "auto"                 # auto, cpu, or an accelerator by its name in torch
 
     @property
@@ -168,7 +168,8 @@ def compute(cfg: Config) -> None:
         for subject, points in zip(subjects, chosen):
             own = folder / subject.name if len(files) > 1 else folder
             about = about_of(subject, cfg.split, points) | {"budget": cfg.budget, "seed": cfg.seed}
-            results = store.begin(own, about, points, cfg.chosen_norms, cfg.adversaries, bool(cfg.resume))
+            fresh = store.Results.empty(about, points, cfg.chosen_norms, cfg.adversaries)
+            results = store.begin(own, fresh, bool(cfg.resume))
             model, points = subject.model.to(device), points.to(device)
             batch_size = cfg.batch_size or fitting_batch_size(model, points, copies)
             others = predicted(model, subject.split[slice(0, cfg.num_starts)].to(device), batch_size)
@@ -215,16 +216,19 @@ def exact(cfg: Config) -> None:
                         "--adversaries)")
     subjects = [reopen(results.about, build_model) for results in several]
     networks = [chain(subject.model, subject.split) for subject in subjects]
-    folder, started = store.claim(cfg, SCRIPT), time.monotonic()
-    for results, subject, layers in zip(several, subjects, networks):
-        results.about |= {"rel_gap": cfg.rel_gap, "time_limit": cfg.time_limit}
-        own = folder / results.name if len(several) > 1 else folder
-        points = pick(subject.split, results.columns["index"])
-        proofs.prove(results, layers, points, own, cfg.rel_gap, cfg.time_limit)
-        closed, left = (len(results.rows(status)) for status in (store.EXACT, store.OPEN))
-        print(f"{results.name}: {closed:,} points exact within {cfg.rel_gap:g}, {left:,} open after "
-              f"{cfg.time_limit:g} s")
-    output.curves(several, folder, cfg.look, output.facts(started))
+    folder, started, proved = store.claim(cfg, SCRIPT), time.monotonic(), []
+    with store.working(folder, f"{SCRIPT}.py exact"):
+        for results, subject, layers in zip(several, subjects, networks):
+            own = folder / results.name if len(several) > 1 else folder
+            results = store.begin(own, results, bool(cfg.resume))
+            results.about |= {"rel_gap": cfg.rel_gap, "time_limit": cfg.time_limit}
+            points = pick(subject.split, results.columns["index"])
+            proofs.prove(results, layers, points, own, cfg.rel_gap, cfg.time_limit)
+            closed, left = (len(results.rows(status)) for status in (store.EXACT, store.OPEN))
+            print(f"{results.name}: {closed:,} points exact within {cfg.rel_gap:g}, {left:,} open after "
+                  f"{cfg.time_limit:g} s")
+            proved.append(results)
+    output.curves(proved, folder, cfg.look, output.facts(started))
 
 
 def surface(cfg: Config) -> None:
@@ -265,10 +269,9 @@ COMMANDS = {"compute": compute, "compare": compare, "exact": exact, "distances":
 def main(cfg: Config) -> None:
     if empty := [name for name in ("norms", "epsilons", "alphas") if not getattr(cfg, name)]:
         raise UserError(f"--{empty[0]} names nothing")
-    if cfg.resume and cfg.command != "compute":
-        raise UserError(f"--resume goes on with compute, and {cfg.resume} is of {cfg.command}: run "
-                        f"{cfg.command} anew, into another --out "
-                        "(exact goes on with the proofs in --results)")
+    if cfg.resume and cfg.command not in ("compute", "exact"):
+        raise UserError(f"--resume goes on with compute and exact, and {cfg.resume} is of {cfg.command}: run "
+                        f"{cfg.command} anew, into another --out")
     if cfg.out and not cfg.resume:
         check_free(Path(cfg.out), "--out")
     COMMANDS[cfg.command](cfg)

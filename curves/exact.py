@@ -5,11 +5,8 @@ From an adversary on, two steps take turns: a linear program moves it as close a
 allows; then, for each class that linear bounds cannot exclude, an integer program looks for another one that
 is closer by a little, or proves that there is none.
 """
-import sys
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,9 +81,9 @@ def exact_distances(model: nn.Module | Layers, x: Tensor, y: Tensor, x_adv: Tens
 
 def prove(results: Results, layers: Layers, points: Split, folder: Path, rel_gap: float,
           time_limit: float) -> None:
-    """Enter the bracket of every point that was attacked, from its stored adversary on, and save."""
+    """Enter the bracket of every point attacked and not tried yet, from its stored adversary, and save."""
     bar = tqdm(results.rows(OK), desc=results.name, unit="point", disable=None)
-    with bar, _going_on(folder), saving(results, folder) as saved:
+    with bar, saving(results, folder) as saved:
         for row in bar:
             one = points[slice(row, row + 1)]
             x_adv = torch.from_numpy(results.columns["x_adv_linf"][row:row + 1])
@@ -94,17 +91,6 @@ def prove(results: Results, layers: Layers, points: Split, folder: Path, rel_gap
                                      time_limit=time_limit)
             results.put_proof(row, found)
             saved()
-
-
-@contextmanager
-def _going_on(folder: Path) -> Iterator[None]:
-    """When a signal ends the work, say where the proofs are and how to go on from them."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit):
-        print(f"\nstopped; the proofs so far are in {folder}: go on with exact --results {folder} "
-              "--out ANOTHER", file=sys.stderr)
-        raise
 
 
 def _exact_distance(layers: Layers, x: Tensor, y: int, x_adv: Tensor, rel_gap: float,

@@ -1,4 +1,5 @@
 """Distances from the adversarial examples that an attack hands over: nothing counts before it is checked."""
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -98,6 +99,10 @@ def measure_pending(results: Results, model: nn.Module, points: Split, attack: A
     `affine_layers` reads it, where lower bounds are wanted.
     """
     pending = results.rows(PENDING)
+    if layers and len(pending):
+        seconds = certificate_seconds(layers, points[slice(0, 1)], results.norms)
+        print(f"{results.name}: certificates take up to {seconds:.2g} s a point, for {len(pending):,} points "
+              f"{seconds * len(pending) / 60:.1f} minutes", flush=True)
     if points.images.device.type == "cpu":
         batch_size = min(batch_size, SAVED_TOGETHER_CERTIFIED if layers else SAVED_TOGETHER)
     bar = tqdm(total=len(results), initial=len(results) - len(pending), desc=results.name, unit="point",
@@ -115,6 +120,14 @@ def measure_pending(results: Results, model: nn.Module, points: Split, attack: A
             results.put(rows, found)
             saved()
             bar.update(len(rows))
+
+
+def certificate_seconds(layers: Layers, point: Split, norms: tuple[str, ...]) -> float:
+    """How long the lower bounds of one point take in all norms, wherever they end."""
+    x, started = to_unit(point.images), time.monotonic()
+    for norm in norms:
+        certified_distances(layers, x, point.labels, torch.ones(1), norm=norm)
+    return time.monotonic() - started
 
 
 def look_at(model: nn.Module, points: Split) -> str:

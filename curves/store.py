@@ -208,19 +208,23 @@ def working(folder: Path, command: str) -> Iterator[None]:
         raise UserError(f"another process works in {folder} at this moment") from None
 
 
-def begin(folder: Path, about: dict, points: Split, norms: tuple[str, ...], adversaries: bool,
-          resume: bool) -> Results:
-    """All points pending, or what `folder` holds when resuming.  Raises UserError where that is of others."""
-    fresh = Results.empty(about, points, norms, adversaries)
+def begin(folder: Path, fresh: Results, resume: bool) -> Results:
+    """The results to begin with: `fresh`, or what `folder` holds of the same points when resuming.
+
+    Files may have moved since. Raises UserError where the folder's results are of other contents.
+    """
     if not resume or not (folder / FILE).exists():
         return fresh
     results = read(folder)
-    other = [key for key in ("sha256", "data", "images_sha256", "budget", "seed")
-             if results.about.get(key, about[key]) != about[key]]
+    before, now = results.about, fresh.about
+    data = "images_sha256" if "images_sha256" in before else "data"
+    other = [key for key in ("sha256", data, "budget", "seed") if before.get(key) != now.get(key)]
     same = all(np.array_equal(results.columns[name], fresh.columns[name]) for name in ("index", "label"))
-    if other or not same or set(results.norms) != set(norms):
+    if other or not same or results.norms != fresh.norms:
         raise UserError(f"{folder / FILE} is of other {', '.join(other) or 'points or norms'}: it cannot be "
                         "gone on with")
+    places = ("model", "arch", "dataset", "data_dir", "data")
+    results.about |= {key: now[key] for key in places if key in now}
     return results
 
 

@@ -191,12 +191,16 @@ def _parse(cls: type[C], argv: list[str] | None,
 
 
 def _is_moved(name: str, before: Any, now: Any) -> bool:
-    """Whether a file or folder may have got another name; what is in it is compared where it is read."""
+    """Whether a file or folder may be at another place; what is in it is compared where it is read."""
+    if isinstance(before, tuple) and name == "model":
+        return [Path(file).name for file in before] == [Path(file).name for file in now]
+    if name == "dataset":
+        return Path(now).is_dir()
     if not (isinstance(before, str) and isinstance(now, str)):
         return False
     if name in ("model", "arch"):
         return ".py:" in before and ".py:" in now and before.rpartition(":")[2] == now.rpartition(":")[2]
-    return name in ("checkpoint", "extra_data") or (name == "dataset" and Path(now).is_dir())
+    return name in ("checkpoint", "extra_data")
 
 
 def _home(value: Any) -> Any:

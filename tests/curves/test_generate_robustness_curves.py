@@ -3,6 +3,8 @@ in the published system's file format."""
 import csv
 import importlib
 import json
+import re
+import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -12,10 +14,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TINY
-from scipy.io import savemat
+from PIL import Image
+from scipy.io import loadmat, savemat
 
 from attacks.bim import bim_bisection
-from curves import mat
+from curves import exact, mat
 from curves import store as curve_store
 from curves.published import spelling
 from harness.config import parse_config
@@ -228,9 +231,38 @@ def test_proofs_close_the_bracket(run, tiny, tmp_path, capsys):
     low, high = after.lower("linf")[right], after.upper("linf")[right]
     assert ((high <= before.upper("linf")[right]).all() and (low >= before.lower("linf")[right]).all()
             and (high / low <= 1.0011).all())
-    assert "exact within 0.001, 0 open" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "exact within 0.001, 0 open" in said
+    assert re.search(r"certificates take up to [\d.e-]+ s a point, for 6 points [\d.]+ minutes", said)
     rows = list(csv.DictReader((tmp_path / "proved/curves.csv").read_text().splitlines()))
     assert all(float(row["R"]) <= float(row["R_certified"]) + 1e-12 for row in rows)
+
+
+@pytest.mark.filterwarnings("ignore:highspy")
+def test_proofs_go_on_where_they_were_stopped(run, tiny, monkeypatch, capsys):
+    run("--dataset", "digits", "--n_points", 6, "--model", tiny, "--norms", "inf", "--adversaries",
+        "--out", "bracket", "--budget", "fast", "--no-plot")
+    tried, real = [], exact.exact_distances
+
+    def stops(layers, x, *args, **options):
+        tried.append(x)
+        if len(tried) == 3:
+            raise KeyboardInterrupt
+        return real(layers, x, *args, **options)
+
+    monkeypatch.setattr(exact, "exact_distances", stops)
+    with pytest.raises(KeyboardInterrupt):
+        run("exact", "--results", "bracket", "--out", "proved", "--no-plot")
+    assert "go on with: python generate_robustness_curves.py exact --resume proved" in capsys.readouterr().err
+    run("exact", "--resume", "proved")
+    right = int((curve_store.read(Path("bracket")).columns["status"] == "ok").sum())
+    assert len(tried) == right + 1 >= 5  # the one stopped in the middle twice
+    assert f"{right} points exact within" in capsys.readouterr().out
+    with pytest.raises(UserError, match="is of other budget"):
+        stored = curve_store.read(Path("bracket"))
+        stored.about["budget"] = "strong"
+        stored.save(Path("bracket"))
+        run("exact", "--resume", "proved")
 
 
 def test_proofs_need_adversaries_and_a_chain_of_layers(run, measured, network, colour_folder, tmp_path):
@@ -343,6 +375,36 @@ def test_a_damaged_or_foreign_resume_is_refused(run, network, tmp_path):
         run("--resume", "one")
 
 
+def test_a_computation_goes_on_with_files_that_have_moved(run, tiny, colour_folder, script, tmp_path):
+    options = ("--n_points", 4, "--norms", "inf", "--no-plot", *QUICK)
+    shutil.copy(tiny, "first.mat")
+    run("--dataset", "digits", "--model", "first.mat", "--out", "one", *options)
+    moved = Path("elsewhere/first.mat")
+    moved.parent.mkdir()
+    Path("first.mat").rename(moved)
+    with pytest.raises(UserError, match="there is no model"):
+        run("--resume", "one")
+    run("--resume", "one", "--model", moved)
+    run("surface", "--results", "one", "--epsilons", 0.1, "--num_steps", 1, "--no-plot")
+    arrays = loadmat(moved)
+    savemat(moved, {name: arrays[name] + 1 for name in ("U", "W", "bU", "bW")})
+    with pytest.raises(UserError, match="is of other sha256"):
+        run("--resume", "one", "--model", moved)
+    with pytest.raises(UserError, match="leave out --model"):
+        run("--resume", "one", "--model", "other.mat")
+
+    script("train_at_cifar10", "--dataset", colour_folder, *TINY[2:], "--model", "lenet", "--val_size", 4,
+           "--batch_size", 8, "--out_dir", "at")
+    run("--model", "at", "--out", "two", *options)
+    colour_folder.rename("moved")
+    run("--resume", "two", "--dataset", "moved")
+    assert curve_store.read(Path("two")).about["dataset"] == "moved"
+    for file in Path("moved").rglob("*.png"):
+        Image.new("RGB", (32, 32), "pink").save(file)
+    with pytest.raises(UserError, match="is of other images_sha256"):
+        run("--resume", "two", "--dataset", "moved")
+
+
 def test_a_changed_model_is_not_the_one_measured(run, measured, network, tmp_path):
     stored = curve_store.read(tmp_path / "one")
     stored.about["model"] = str(tmp_path / "one/config.json")
@@ -353,7 +415,7 @@ def test_a_changed_model_is_not_the_one_measured(run, measured, network, tmp_pat
 
 def test_only_a_computation_is_resumed(run, measured):
     run("figures", "--results", "one", "--out", "drawn", "--format", "png")
-    with pytest.raises(UserError, match="--resume goes on with compute, and drawn is of figures"):
+    with pytest.raises(UserError, match="--resume goes on with compute and exact, and drawn is of figures"):
         run("figures", "--resume", "drawn")
 
 
