@@ -143,10 +143,13 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 
 @contextmanager
 def resumable(folder: Path, command: str, quiet: bool = False) -> Iterator[None]:
-    """When a signal ends the work in `folder`, say (unless `quiet`) how to continue: `COMMAND --resume`."""
+    """When a signal or a full disk ends the work in `folder`, say how to continue: `COMMAND --resume`.
+
+    quiet: say nothing.
+    """
     try:
         yield
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit, OSError):
         if not quiet:
             words = f"python {command} --resume {shlex.quote(str(folder))}"
             print(f"\nstopped; go on with: {words}", file=sys.stderr)

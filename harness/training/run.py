@@ -65,7 +65,8 @@ class Run(Steps):
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (KeyboardInterrupt, SystemExit)) and hasattr(self, "files") and self.rank == 0:
+        ended = isinstance(error, (KeyboardInterrupt, SystemExit, OSError))
+        if ended and hasattr(self, "files") and self.rank == 0:
             print(f"\nstopped after {self.epoch} of {self.cfg.epochs} epochs; "
                   f"go on with: {self.files.resume_command}", file=sys.stderr)
         if kind is None:

@@ -3,6 +3,7 @@ evaluation, and refusals."""
 import ast
 import contextlib
 import csv
+import errno
 import importlib
 import inspect
 import json
@@ -441,18 +442,30 @@ def test_unknown_names_are_refused_before_anything_is_written(flags, says, scrip
     assert not Path("runs").exists()
 
 
-@pytest.mark.slow
-def test_a_full_disk_fails_the_run_and_keeps_the_last_checkpoint(shell, tmp_path):
-    import resource
+@pytest.mark.parametrize(("room", "name", "words", "says"), [
+    (1, "train_at_mnist", (*TINY, "--epochs", 2, "--out_dir", "new"), "train_at_mnist.py --resume new"),
+    (1, "train_at_mnist", ("--resume", "run", "--epochs", 2), "train_at_mnist.py --resume run"),
+    (2, "eval_mnist", ("--checkpoint", "run", "--num_steps", 1, "--num_restarts", 1, "--num_examples", 8,
+                       "--out", "new.json"), "eval_mnist.py --resume new.record"),
+    (1, "generate_robustness_curves", ("--command", "compute", "--model", "run", "--n_points", 4, "--budget",
+                                       "original", "--no-plot", "--out", "new"),
+     "generate_robustness_curves.py compute --resume new")])
+def test_a_full_disk_keeps_what_was_saved_and_says_how_to_go_on(room, name, words, says, script, monkeypatch,
+                                                                capsys):
+    def full(descriptor):
+        written.append(descriptor)
+        if len(written) > room:
+            raise OSError(errno.ENOSPC, "No space left on device")
 
-    assert shell("train_at_mnist.py", *TINY, "--out_dir", "run").returncode == 0
-    before = (tmp_path / "run/last.pt").read_bytes()
-    done = shell("train_at_mnist.py", "--resume", "run", "--epochs", 2,
-                 preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
-    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
-    assert "train_at_mnist.py: error: " in done.stderr and "intact" in done.stderr
-    assert (tmp_path / "run/last.pt").read_bytes() == before
-    assert not list((tmp_path / "run").glob("*.tmp"))
+    script("train_at_mnist", *TINY, "--out_dir", "run")
+    before, written = Path("run/last.pt").read_bytes(), []
+    with monkeypatch.context() as patch:
+        patch.setattr("harness.folder.os.fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            script(name, *words)
+    assert f"go on with: python {says}" in capsys.readouterr().err
+    assert Path("run/last.pt").read_bytes() == before and not list(Path().rglob("*.tmp"))
+    script(name, *says.split()[-2:])
 
 
 def test_colour_images_train_and_evaluate(script, colour_folder):
