@@ -3,6 +3,7 @@ import importlib
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 # before torch starts: on tiny tensors more threads only wait for one another
@@ -31,6 +32,13 @@ def script(tmp_path, monkeypatch):
         module.main(parse_config(module.Config, recipes=getattr(module, "RECIPES", None)))
 
     return run
+
+
+@pytest.fixture
+def torchrun(tmp_path, monkeypatch):
+    """Run a script in an empty folder in two processes, as torchrun does; gives the finished process."""
+    monkeypatch.chdir(tmp_path)
+    return partial(forks.torchrun, cwd=tmp_path)
 
 
 @pytest.fixture

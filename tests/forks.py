@@ -1,8 +1,10 @@
 """Scripts as their user starts them, in forks of an interpreter that has loaded what they import."""
 import importlib
 import multiprocessing
+import multiprocessing.connection
 import os
 import runpy
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +17,9 @@ LOADED = ("train_at_mnist", "generate_robustness_curves", "torch._dynamo", "matp
 FORK = multiprocessing.get_context("fork")
 
 
-def _run(barrier, name, words, cwd):
+def _run(barrier, name, words, cwd, variables):
     os.chdir(cwd)
+    os.environ.update(variables)
     for number, kind in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{kind}-{os.getpid()}", os.O_WRONLY | os.O_CREAT, 0o600), number)
     sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
@@ -30,12 +33,17 @@ def _run(barrier, name, words, cwd):
         sys.stderr.flush()
 
 
-def start(name, *commands, cwd="."):
-    """Processes of one script, one a command, that begin at the same moment in the folder `cwd`."""
+def start(name, *commands, cwd=".", variables=()):
+    """Processes of one script, one a command, that begin at the same moment in the folder `cwd`.
+
+    variables: a dict for each command, of what it finds in its environment besides.
+    """
     for module in LOADED:
         importlib.import_module(module)
     barrier = FORK.Barrier(len(commands))
-    processes = [FORK.Process(target=_run, args=(barrier, name, words, cwd)) for words in commands]
+    variables = variables or [{} for _ in commands]
+    processes = [FORK.Process(target=_run, args=(barrier, name, words, cwd, own))
+                 for words, own in zip(commands, variables)]
     for process in processes:
         process.start()
     return processes
@@ -52,6 +60,34 @@ def at_once(name, *commands):
     for process in processes:
         process.join(120)
     return [process.exitcode for process in processes]
+
+
+def torchrun(name, *words, cwd, count=2):
+    """A script in `count` processes with the environment of torchrun, to the end of all or of one that fails.
+
+    Gives what `subprocess.run` gives, the output and errors of all processes together.
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    known = {"WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": port,
+             "TORCHELASTIC_RUN_ID": "test"}
+    variables = [known | {"RANK": str(k), "LOCAL_RANK": str(k)} for k in range(count)]
+    processes = start(name, *[words] * count, cwd=cwd, variables=variables)
+    waiting = list(processes)
+    while waiting:
+        multiprocessing.connection.wait([process.sentinel for process in waiting], 240)
+        ended = [process for process in waiting if not process.is_alive()]
+        waiting = [process for process in waiting if process not in ended]
+        if not ended or any(process.exitcode for process in ended):
+            for process in waiting:
+                process.kill()
+                process.join()
+            break
+    output, errors = ("".join(said(process, kind, cwd) for process in processes)
+                      for kind in ("stdout", "stderr"))
+    codes = [process.exitcode for process in processes]
+    return subprocess.CompletedProcess([name, *words], max(codes, key=abs), output, errors)
 
 
 def run(name, *words, cwd):

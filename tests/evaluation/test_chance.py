@@ -183,10 +183,9 @@ def test_a_run_that_collapses_in_its_last_epochs_fails_too(script, capsys):
 
 
 @pytest.mark.slow
-def test_under_torchrun_a_collapsed_run_keeps_its_last_epoch(shell, tmp_path):
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+def test_under_torchrun_a_collapsed_run_keeps_its_last_epoch(shell, torchrun, tmp_path):
     flags = (*DIES, "--epochs", 12, "--lr", 0, "--stop_on_collapse", "--device", "cpu")
-    done = shell("train_at_mnist.py", *flags, "--out_dir", "two", launcher=torchrun)
+    done = torchrun("train_at_mnist.py", *flags, "--out_dir", "two")
     assert done.returncode != 0 and "last.pt and best.pt in two are at chance" in done.stderr
     alone = shell("train_at_mnist.py", *flags, "--out_dir", "one")
     assert alone.returncode == 1

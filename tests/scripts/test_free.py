@@ -1,6 +1,5 @@
 """train_free.py: Algorithm 1 written out, what the checkpoint remembers,
 schedules, many processes, refusals."""
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,6 @@ from models import build_model
 
 PLAIN = (*TINY[:4], *TINY[6:], "--model", "lenet", "--crop_padding", 0, "--no-flip", "--precision", "float32",
          "--schedule", "steps", "--lr", 0.05, "--epsilon", 0.2)  # TINY without --num_steps
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--")
 
 
 def saved(folder):
@@ -99,11 +97,11 @@ def test_a_checkpoint_without_one_of_its_parts_does_not_continue_the_run(script,
 
 
 @pytest.mark.slow
-def test_many_processes_give_the_weights_and_the_perturbation_of_one(script, shell, tmp_path):
+def test_many_processes_give_the_weights_and_the_perturbation_of_one(script, torchrun, tmp_path):
     # 65: an uneven split
     flags = (*PLAIN, "--max_batches", 3, "--batch_size", 65, "--num_replays", 2, "--lr", 0.01)
     script("train_free", *flags, "--out_dir", "one")
-    done = shell("train_free.py", *flags, "--out_dir", "two", launcher=TORCHRUN)
+    done = torchrun("train_free.py", *flags, "--out_dir", "two")
     assert done.returncode == 0, done.stderr
     one, two = saved(tmp_path / "one"), saved(tmp_path / "two")
     assert max(float((one["model"][name] - two["model"][name]).abs().max()) for name in one["model"]) <= 1e-5

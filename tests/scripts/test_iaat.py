@@ -25,7 +25,6 @@ from models import build_model
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/iaat_eps.json").read_text())
 PLAIN = (*TINY, "--model", "lenet", "--crop_padding", 0, "--no-flip", "--precision", "float32",
          "--epsilon", 0.2, "--gamma", 0.05, "--step_size", 0.02, "--lr", 0.05)
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--")
 
 
 def radii(folder):
@@ -130,11 +129,11 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(shell, script, tmp_
 
 
 @pytest.mark.slow
-def test_many_processes_give_the_weights_and_radii_of_one(script, shell, tmp_path):
+def test_many_processes_give_the_weights_and_radii_of_one(script, torchrun, tmp_path):
     # 65: an uneven split
     flags = (*PLAIN, "--burn_in_epochs", 1, "--max_batches", 3, "--epochs", 2, "--batch_size", 65)
     script("train_iaat", *flags, "--out_dir", "one")
-    done = shell("train_iaat.py", *flags, "--out_dir", "two", launcher=TORCHRUN)
+    done = torchrun("train_iaat.py", *flags, "--out_dir", "two")
     assert done.returncode == 0, done.stderr
     one, two = weights(tmp_path / "one/last.pt"), weights(tmp_path / "two/last.pt")
     assert max(float((one[name] - two[name]).abs().max()) for name in one) <= 1e-5

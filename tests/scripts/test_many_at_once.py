@@ -1,9 +1,11 @@
 """Runs, evaluations and curves that begin at the same moment: each ends whole, in a folder of its own."""
 import json
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import TINY
 
 from harness import checkpoint
@@ -87,3 +89,49 @@ def test_pairs_of_curves_have_a_folder_each(run):
     seeds = [json.loads((folder / "config.json").read_text())["seed"] for folder in folders]
     abouts = [json.loads((folder / "summary.json").read_text()) for folder in folders]
     assert sorted(seeds) == list(range(4)) and len(abouts) == 4
+
+
+UNUSED = """
+import torch
+class Net(torch.nn.Module):
+    def __init__(self, num_classes=10):
+        super().__init__()
+        self.used, self.spare = torch.nn.Linear(784, num_classes), torch.nn.Linear(784, 3)
+    def forward(self, x):
+        return self.used(x.flatten(1))
+"""
+LATE = """
+import os, time, torch
+class Net(torch.nn.Module):
+    waited = False
+    def __init__(self):
+        super().__init__()
+        self.fc = torch.nn.Linear(784, 10)
+    def forward(self, x):
+        if not Net.waited and os.environ["RANK"] == "1" and os.path.exists("result.record/config.json"):
+            Net.waited = True
+            time.sleep(16)
+        return self.fc(x.flatten(1))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["train_at_mnist", "train_trades_mnist"])
+def test_processes_that_share_a_batch_may_leave_parameters_unused(name, torchrun):
+    Path("net.py").write_text(UNUSED)
+    done = torchrun(f"{name}.py", *TINY, "--model", "net.py:Net", "--out_dir", "two")
+    assert done.returncode == 0, done.stderr
+    assert (done.stdout + done.stderr).count("2 parameters are not used in a pass") == 1
+
+
+@pytest.mark.slow
+def test_no_process_of_an_evaluation_waits_for_a_late_one(torchrun, monkeypatch):
+    monkeypatch.setattr("torch.distributed.distributed_c10d.default_pg_timeout", timedelta(seconds=8))
+    Path("net.py").write_text(LATE)
+    torch.manual_seed(0)
+    torch.save({"fc.weight": torch.randn(10, 784), "fc.bias": torch.zeros(10)}, "net.pt")
+    words = ("--checkpoint", "net.pt", "--arch", "net.py:Net", "--dataset", "digits", "--num_examples", 16,
+             "--num_steps", 2, "--num_restarts", 1, "--alphas", 1, "--out", "result.json")
+    done = torchrun("eval_mnist.py", *words)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(Path("result.json").read_text())["num_examples"] == 16

@@ -3,7 +3,6 @@ and the printed settings."""
 import csv
 import json
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -142,11 +141,9 @@ def test_seeds_train_one_after_the_other_and_go_on_where_they_stopped(shell, scr
 
 
 @pytest.mark.slow
-def test_seeds_train_under_torchrun(shell, script):
-    done = shell("train_vir.py", *QUICK, "--recipe", "at", "--precision", "float32", "--seeds", 5, 6,
-                 "--out_dir", "all",
-                 launcher=(sys.executable, "-m", "torch.distributed.run", "--standalone",
-                           "--nproc_per_node", "2", "--"))
+def test_seeds_train_under_torchrun(torchrun, script):
+    done = torchrun("train_vir.py", *QUICK, "--recipe", "at", "--precision", "float32", "--seeds", 5, 6,
+                    "--out_dir", "all")
     assert done.returncode == 0, done.stderr
     script("train_vir", *QUICK, "--recipe", "at", "--precision", "float32", "--seed", 6, "--out_dir", "alone")
     left, right = weights("all/seed6/last.pt"), weights("alone/last.pt")
@@ -220,13 +217,12 @@ def test_generated_images_join_every_batch(script, colour_folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ("gairat", "mail-at"))
-def test_torchrun_normalises_the_weights_over_the_batch_of_all_processes(recipe, shell, tmp_path):
+def test_torchrun_normalises_the_weights_over_the_batch_of_all_processes(recipe, shell, torchrun, tmp_path):
     # 65: an uneven split
     flags = (*QUICK, "--recipe", recipe, "--mail_norm", "batch", "--burn_in_epochs", 0, "--max_batches", 3,
              "--batch_size", 65, "--precision", "float32", "--epsilon_warmup_epochs", 0)
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     assert shell("train_vir.py", *flags, "--out_dir", "one").returncode == 0
-    done = shell("train_vir.py", *flags, "--out_dir", "two", launcher=torchrun)
+    done = torchrun("train_vir.py", *flags, "--out_dir", "two")
     assert done.returncode == 0, done.stderr
     one, two = weights(tmp_path / "one/last.pt"), weights(tmp_path / "two/last.pt")
     assert max(float((one[name] - two[name]).abs().max()) for name in one) <= 1e-5

@@ -1,7 +1,6 @@
 """train_yopo.py: the inner loop against the released code, Algorithm 1 written out,
 the first layer, many processes, refusals."""
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -27,7 +26,6 @@ from models import MODELS, build_model
 
 PLAIN = (*TINY, "--model", "lenet", "--crop_padding", 0, "--no-flip", "--precision", "float32", "--lr", 0.1,
          "--batch_size", 32, "--epsilon", 0.2, "--step_size", 0.1)
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--")
 OWN = """
 import torch
 class Linear(torch.nn.Sequential):
@@ -235,10 +233,10 @@ def test_a_resumed_run_equals_the_undisturbed_one(script):
 
 
 @pytest.mark.slow
-def test_many_processes_give_the_weights_of_one(script, shell, tmp_path):
+def test_many_processes_give_the_weights_of_one(script, torchrun, tmp_path):
     flags = (*PLAIN, "--max_batches", 3, "--batch_size", 65)  # 65: an uneven split
     script("train_yopo", *flags, "--out_dir", "one")
-    done = shell("train_yopo.py", *flags, "--out_dir", "two", launcher=TORCHRUN)
+    done = torchrun("train_yopo.py", *flags, "--out_dir", "two")
     assert done.returncode == 0, done.stderr
     one, two = weights(tmp_path / "one/last.pt"), weights(tmp_path / "two/last.pt")
     assert max(float((one[name] - two[name]).abs().max()) for name in one) <= 1e-5

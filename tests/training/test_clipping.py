@@ -1,7 +1,6 @@
 """Clipped gradients and the warm-up of the learning rate: what a step does, in every script,
 in one process and in two."""
 import csv
-import sys
 from pathlib import Path
 
 import pytest
@@ -71,12 +70,11 @@ def test_a_run_with_both_is_resumed_to_the_same_bits(script):
 
 
 @pytest.mark.slow
-def test_two_processes_cut_the_gradient_of_the_whole_batch(shell, tmp_path):
+def test_two_processes_cut_the_gradient_of_the_whole_batch(shell, torchrun, tmp_path):
     flags = (*TINY, "--max_batches", 4, "--batch_size", 65, "--precision", "float32",
              "--epsilon_warmup_epochs", 0, "--lr", 1, "--max_grad_norm", 0.02, "--lr_warmup_epochs", 2)
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     assert shell("train_at_mnist.py", *flags, "--out_dir", "one").returncode == 0
-    done = shell("train_at_mnist.py", *flags, "--out_dir", "two", launcher=torchrun)
+    done = torchrun("train_at_mnist.py", *flags, "--out_dir", "two")
     assert done.returncode == 0, done.stderr
     assert float((parameters(tmp_path / "one") - parameters(tmp_path / "two")).abs().max()) <= 1e-5
     rows = [next(csv.DictReader((tmp_path / name / "log.csv").read_text().splitlines()))
