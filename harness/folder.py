@@ -145,12 +145,12 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 def resumable(folder: Path, command: str, quiet: bool = False) -> Iterator[None]:
     """When a signal or a full disk ends the work in `folder`, say how to continue: `COMMAND --resume`.
 
-    quiet: say nothing.
+    Nothing is said with `quiet`, and as long as there is no config.json to continue from.
     """
     try:
         yield
     except (KeyboardInterrupt, SystemExit, OSError):
-        if not quiet:
+        if not quiet and (folder / "config.json").exists():
             words = f"python {command} --resume {shlex.quote(str(folder))}"
             print(f"\nstopped; go on with: {words}", file=sys.stderr)
         raise

@@ -4,6 +4,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -20,6 +21,7 @@ FORK = multiprocessing.get_context("fork")
 def _run(barrier, name, words, cwd, variables):
     os.chdir(cwd)
     os.environ.update(variables)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup around the tests has it ignored
     for number, kind in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{kind}-{os.getpid()}", os.O_WRONLY | os.O_CREAT, 0o600), number)
     sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115

@@ -86,14 +86,13 @@ def _evaluate(cfg: EvalConfig, protocol: Protocol, open_file: Callable[..., Subj
         about = about_of(subject, ball, cfg, test)
         if out is None:                                 # nothing is written before a network fits its images
             out, folder = claim(job, cfg, files, name, about, holding)
+            script = Path(command_line().split()[1]).name
+            holding.enter_context(resumable(folder, script, quiet=job.rank > 0))
         if job.rank == 0:
             print(f"evaluating {path} on {len(test):,} test images of {subject.dataset}", flush=True)
         record = AttackRecord(folder / name, about, len(test), cfg.save_adversaries)
-        if not results:
-            if job.rank == 0:
-                write_config(cfg, files[0][1], out, folder)
-            script = Path(command_line().split()[1]).name
-            holding.enter_context(resumable(folder, script, quiet=job.rank > 0))
+        if not results and job.rank == 0:
+            write_config(cfg, files[0][1], out, folder)
         task = Task(BatchInvariant(model), test, ball.epsilon, ball.norm, settings.batch_size)
         results[name], examples[name] = measure(job, record, task, attacks_of(cfg, job.columns, ball), cfg)
         seconds = time.monotonic() - started
