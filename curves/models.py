@@ -13,6 +13,7 @@ from harness.datasets.batches import image_order
 from harness.datasets.split import Split
 from harness.errors import UserError
 from harness.evaluation.subject import Subject, open_subject, sha256
+from harness.folder import readable
 
 
 def names_of(paths: tuple[str, ...]) -> dict[str, Path]:
@@ -27,9 +28,10 @@ def names_of(paths: tuple[str, ...]) -> dict[str, Path]:
     for file in (path / "last.pt" if path.is_dir() else path for path in map(Path, paths)):
         if not file.is_file():
             raise UserError(f"there is no model {file}")
-        name = file.resolve().parent.name if file.stem == "last" else file.stem
+        folder = readable(file.resolve().parent.name)
+        name = folder if file.stem == "last" else readable(file.stem)
         if name in names or file.stem == "best":
-            name = f"{file.resolve().parent.name}-{file.stem}"
+            name = f"{folder}-{name}"
         if name in names:
             raise UserError(f"two models are called {name}: name each once, in folders or files of different "
                             "names")

@@ -3,6 +3,7 @@ import argparse
 import dataclasses
 import difflib
 import inspect
+import io
 import json
 import math
 import os
@@ -67,6 +68,8 @@ def run_script(main: Callable[[C], object], cls: type[C], recipes: dict[str, C] 
     """
     name = Path(sys.argv[0]).name
     _end_well_at_signals()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names that are not UTF-8, terminals that know ASCII alone
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         config, given, recipe = _parse(cls, None, recipes)
         if getattr(config, "dry_run", False):

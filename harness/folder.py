@@ -141,6 +141,11 @@ def write_csv(path: Path, rows: list[dict]) -> None:
     write_text(path, "".join(",".join(line) + "\n" for line in cells))
 
 
+def readable(name: str) -> str:
+    """A file's name as text that can be drawn and written: bytes that are not UTF-8 become \\xNN."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
 @contextmanager
 def resumable(folder: Path, command: str, quiet: bool = False) -> Iterator[None]:
     """When a signal or a full disk ends the work in `folder`, say how to continue: `COMMAND --resume`.

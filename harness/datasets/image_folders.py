@@ -7,6 +7,7 @@ from harness.datasets.files import cached, listing
 from harness.datasets.pictures import decode, suffixes
 from harness.datasets.split import split_of
 from harness.errors import UserError
+from harness.folder import readable
 
 READING = "2"  # of how images are read: a cache of another reading is made again
 
@@ -61,7 +62,7 @@ def _images_of(folder: Path) -> dict[str, list[Path]]:
             what = f"{len(inside)} files, such as {inside[0].name}" if inside else "nothing"
             raise UserError(f"the class {place} has no image: it holds {what}; remove the folder, or add "
                             "images")
-        found[place.name] = images
+        found[readable(place.name)] = images
         others += sorted(set(inside) - set(images))
     if others:
         print(f"note: {len(others):,} files and folders in {folder} are no images and left out, such as "

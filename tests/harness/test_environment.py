@@ -1,8 +1,12 @@
 """What a shell, a cluster or a notebook leaves in the environment and on the command line."""
+import json
+import os
+import sys
 from pathlib import Path
 
 import pytest
 from conftest import TINY
+from PIL import Image
 
 from harness import distributed
 from harness.config import parse_config
@@ -97,3 +101,23 @@ def test_an_evaluation_needs_its_architecture_before_its_data(script, monkeypatc
                         (("--arch", f"{__file__}:Net"), "defines no callable 'Net'")):
         with pytest.raises(UserError, match=says):
             script("eval_mnist", "--checkpoint", "theirs.pt", *flags)
+
+
+@pytest.mark.skipif(os.name == "nt" or sys.platform == "darwin", reason="there a name is always Unicode")
+def test_names_that_are_not_utf_8_are_names(script, tmp_path):
+    odd = os.fsdecode(b"d\xe9")
+    for split, count in (("train", 8), ("test", 3)):
+        for name in ("a", odd):
+            (tmp_path / odd / split / name).mkdir(parents=True)
+            for k in range(count):
+                image = os.fsdecode(b"\xfa%d.png" % k)
+                Image.new("L", (28, 28), 20 * k + 9).save(tmp_path / odd / split / name / image)
+    script("train_at_mnist", "--dataset", odd, *TINY[2:], "--model", "lenet", "--val_size", 4,
+           "--batch_size", 4, "--out_dir", f"run{odd}")
+    script("eval_mnist", "--checkpoint", f"run{odd}/last.pt", "--num_restarts", 1, "--num_steps", 1,
+           "--alphas", 1)
+    result, = Path(f"run{odd}").glob("eval*.json")
+    assert json.loads(result.read_text())["classes"] == ["a", r"d\xe9"]
+    script("generate_robustness_curves", "--model", f"run{odd}", "--n_points", 2, "--norms", "inf",
+           "--budget", "original", "--format", "png", "--out", f"curve{odd}")
+    assert Path(f"curve{odd}/curves.png").exists()
