@@ -6,8 +6,10 @@ import sys
 from functools import partial
 from pathlib import Path
 
-# before torch starts: on tiny tensors more threads only wait for one another
+# Before torch starts. On tiny tensors more threads only wait for one another. The tests are of the CPU, bit for
+# bit, and start scripts in forks, which a GPU in use does not survive: `python -m harness.accept` is for GPUs.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import numpy as np
 import pytest
