@@ -6,8 +6,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
-# Before torch starts. On tiny tensors more threads only wait for one another. The tests are of the CPU, bit for
-# bit, and start scripts in forks, which a GPU in use does not survive: `python -m harness.accept` is for GPUs.
+# Before torch starts. On tiny tensors more threads only wait for one another. The tests are of the CPU, bit
+# for bit, and start scripts in forks, which a GPU in use does not survive.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 

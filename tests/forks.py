@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LOADED = ("train_at_mnist", "generate_robustness_curves", "torch._dynamo", "matplotlib.pyplot",
           "sklearn.datasets", "sklearn.model_selection")
 FORK = multiprocessing.get_context("fork")
-# The first backward pass starts a thread for each device that is known by then, and threads end with a fork: it
-# comes before anything registers one, as torch.export does.
+# The first backward pass starts a thread for each device that is known by then, and threads end with a fork:
+# it comes before anything registers one, as torch.export does.
 torch.ones(1, requires_grad=True).sum().backward()
 
 
