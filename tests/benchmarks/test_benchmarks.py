@@ -188,15 +188,14 @@ def test_vir_is_timed_with_its_weights_switched_on():
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(),
                     reason="the memory of a process is read from Linux's /proc")
-@pytest.mark.parametrize("form", ("ours", "published"))
-def test_the_memory_is_that_of_network_gradients_momentum_and_a_batch(form):
+def test_the_memory_is_that_of_network_gradients_momentum_and_a_batch():
     """At 2 images a wide network is nearly all of it: weights, gradients, momentum; more images take more."""
     parameters = 4 * sum(parameter.numel() for parameter in build_model("resnet18").parameters()) / 1e6
-    few, many = (train_step.peak_mb(form, "resnet18", "at",
+    few, many = (train_step.peak_mb("ours", "resnet18", "at",
                                     replace(toy("--memory"), batch_size=size, num_steps=1))
-                                    for size in (2, 32))
+                                    for size in (2, 48))
     assert 3 * parameters <= few <= 7 * parameters
-    assert many > few + 32 * 2 * 64 * 32 * 32 * 2 / 1e6  # the first block's maps in bfloat16, at least
+    assert many > few + 32 * 2 * 64 * 32 * 32 * 2 / 1e6  # two maps of 32 images in bfloat16, at least
 
 
 def test_a_killed_measurement_of_memory_is_told_in_one_line(monkeypatch):

@@ -210,9 +210,9 @@ def children_of(process):
 
 
 @pytest.mark.slow
-def test_a_killed_worker_ends_the_run_and_leaves_one_that_goes_on(shell, tmp_path):
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    command = [*torchrun, str(ROOT / "train_at_mnist.py"), "--recipe", "digits", "--num_steps", "2",
+def test_a_killed_worker_ends_the_run_and_leaves_one_that_goes_on(torchrun, tmp_path):
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    command = [*launcher, str(ROOT / "train_at_mnist.py"), "--recipe", "digits", "--num_steps", "2",
                "--epochs", "4", "--out_dir", "run"]
     launcher = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
                                 text=True)
@@ -224,7 +224,7 @@ def test_a_killed_worker_ends_the_run_and_leaves_one_that_goes_on(shell, tmp_pat
     assert launcher.returncode != 0 and "SIGKILL" in errors
     before = torch.load(tmp_path / "run/last.pt", weights_only=True)
     assert before["epoch"] < 4
-    done = shell("train_at_mnist.py", "--resume", "run", launcher=torchrun)
+    done = torchrun("train_at_mnist.py", "--resume", "run")
     assert done.returncode == 0, done.stderr
     after = torch.load(tmp_path / "run/last.pt", weights_only=True)
     assert after["epoch"] == 4 and after["log"][:before["epoch"]] == before["log"]
