@@ -12,6 +12,7 @@ import signal
 import sys
 import types
 import typing
+import warnings
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -70,6 +71,7 @@ def run_script(main: Callable[[C], object], cls: type[C], recipes: dict[str, C] 
     _end_well_at_signals()
     if isinstance(sys.stdout, io.TextIOWrapper):  # names that are not UTF-8, terminals that know ASCII alone
         sys.stdout.reconfigure(errors="backslashreplace")
+    warnings.formatwarning = lambda message, *_, **__: f"note: {' '.join(str(message).split())}\n"
     try:
         config, given, recipe = _parse(cls, None, recipes)
         if getattr(config, "dry_run", False):
