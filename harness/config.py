@@ -44,7 +44,7 @@ LIMITS = {
     "lr_scales": (0, math.inf), "gairat_lambda": (-math.inf, math.inf), "mail_slope": (0, math.inf),
     "mail_bias": (-1, 1), "num_replays": (1, math.inf), "num_passes": (1, math.inf),
     "num_spsa_examples": (1, math.inf), "kl_budgets": (0, math.inf), "mean_budgets": (0, math.inf),
-    "orders": (1, math.inf),
+    "orders": (1, 64),
 }
 
 
