@@ -524,8 +524,8 @@ def test_budgets_have_their_columns_and_older_results_are_read_beside_them(write
     text = printed()
     head, = lines(text, "A_sa_kl 0.05", "A_sa_kl 0.2", "worst case KL 0.2")
     assert head.index("A_sa 2") < head.index("A_sa_kl 0.05") < head.index("A_sa_kl 0.2")
-    old, = lines(text, "30.00 ± - (1)")
-    new, = lines(text, "45.00 ± - (1)")
+    old, = lines(text, "AT", "resnet18")
+    new, = lines(text, "VIR-AT", "resnet18")
     assert (old[head.index("A_sa 2")], old[head.index("A_sa_kl 0.2")]) == ("30.00 ± - (1)", "-")
     assert [new[head.index(name)] for name in ("A_sa_kl 0.05", "A_sa_kl 0.2", "worst case KL 0.2")] == [
         "45.00 ± - (1)", "38.00 ± - (1)", "33.00 ± - (1)"]
