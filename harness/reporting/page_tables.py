@@ -215,6 +215,19 @@ def curves() -> str:
     return markdown(head, rows, left=1)
 
 
+def mean_budget() -> str:
+    """The mean budgets that leave 90 and 50 % of the points right, for p = 1, 2 and infinity."""
+    left = load("curves/budget/summary.json")["mean_budget_that_leaves"]
+    shown = [(norm, share, order) for norm in ("linf", "l2") for share in ("0.9", "0.5")
+             for order in ("1", "2", "inf")]
+    rows = [[label, *(number(left[name][norm][order][share], 3) for norm, share, order in shown)]
+            for name, label in CURVES.items()]
+    norms = {"linf": "l_inf", "l2": "l_2"}
+    heads = [f"{norms[norm]}, {100 * float(share):g} %, p = {order}" if order == "1" else f"p = {order}"
+             for norm, share, order in shown]
+    return markdown(["network", *heads], rows, left=1)
+
+
 # ---- stability ---------------------------------------------------------------------------------------------
 
 def stability_table(rows: list[dict]) -> str:
@@ -325,5 +338,5 @@ def recipes() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {table.__name__: table for table in (
-    mnist, family, fast, full, strong, attacks, curves, stability, train_step, gains, precisions,
+    mnist, family, fast, full, strong, attacks, curves, mean_budget, stability, train_step, gains, precisions,
     expectation, memory, evaluation, recipes)}
