@@ -16,6 +16,7 @@ examples' own A_sa_kl.
 import argparse
 import json
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,9 +35,10 @@ ALPHAS = (1.0, 1.5, 2.0)
 BUDGETS = (0.05, 0.2, 0.5)
 MARGINS = np.concatenate([np.linspace(-1, 0, 121)[:-1], np.linspace(0, 1, 241)[1:]])  # [M]
 RIGHT = MARGINS > 0
-LEVELS = np.geomspace(math.exp(-1), math.e, 120)  # of Z(1), which lies between these
+LEVELS = np.geomspace(math.exp(-1), math.e, 41)  # of Z(1), which lies between these
 LARGEST = 1e3  # alpha; margins of the grid are then apart by more than e^8
-KEPT = 20    # levels that are possible, of which the extremes are looked for
+PLACES = ("A_rob", "worst_case")  # the examples of A_rob, or the worst case under strong attacks
+KEPT = 9     # levels that are possible, of which the extremes are looked for
 ROUNDS = 6   # of the linearisation, at most
 DIRECTIONS = [sign * values for values in (MARGINS, *(np.exp(-a * MARGINS) for a in (0.3, 0.6, 2.5)))
               for sign in (1, -1)]
@@ -79,32 +81,51 @@ def _conditions(known: Known, level: float, guess: float) -> tuple[np.ndarray, n
 
 
 def _solve(known: Known, level: float, guess: float,
-           direction: np.ndarray) -> tuple[np.ndarray | None, float]:
-    """The distribution [M] that is lowest in a direction, None where there is none, and its Z(1.5)."""
+           direction: np.ndarray | None = None) -> tuple[float, float, np.ndarray]:
+    """(violation, Z(1.5), mu) of the distribution that is lowest in a direction, of those that violate least.
+
+    The violation is by how many tolerances the conditions are missed, 0 where mu agrees with all; with a
+    direction mu must agree, and the violation is inf where none does.
+    """
     for _ in range(ROUNDS):
         matrix, sides, slack = _conditions(known, level, guess)
-        bounds = np.concatenate([sides + slack, slack - sides])
-        found = linprog(np.append(direction, 0), A_ub=np.vstack([matrix, -matrix]), b_ub=bounds,
-                        method="highs-ds")
+        missed = -slack if direction is None else np.zeros_like(slack)
+        cost = np.zeros(len(MARGINS)) if direction is None else direction
+        found = linprog(np.concatenate([cost, [0, direction is None]]), bounds=(0, None), method="highs-ds",
+                        A_ub=np.column_stack([np.vstack([matrix, -matrix]), np.tile(missed, 2)]),
+                        b_ub=np.concatenate([sides + slack, slack - sides]))
         if found.status != 0:
-            return None, guess
-        guess, before = found.x[-1], guess
+            return math.inf, guess, MARGINS
+        *mu, middle, violation = found.x
+        guess, before = middle, guess
         if abs(guess - before) < 1e-6 * guess:
-            return found.x[:-1], guess
-    return None, guess
+            return violation, guess, np.array(mu)
+    return math.inf, guess, MARGINS
 
 
 def _possible(known: Known) -> list[tuple[float, float]]:
-    """The levels Z(1) at which there is a distribution, with its Z(1.5)."""
-    found = []
-    for level in LEVELS:
-        for stretch in (1.0, 1.1, 1.25, 0.9):
-            distribution, middle = _solve(known, level, stretch * level**1.5, np.zeros_like(MARGINS))
-            if distribution is not None:
-                found.append((level, middle))
-                break
-    chosen = np.unique(np.linspace(0, len(found) - 1, min(KEPT, len(found))).astype(int)) if found else []
-    return [found[k] for k in chosen]
+    """Levels Z(1), from the smallest to the largest at which there is a distribution, with its Z(1.5)."""
+    def look(level: float) -> tuple[float, float]:
+        return _solve(known, level, level**1.5)[:2]
+
+    violations = [look(level)[0] for level in LEVELS]
+    at = int(np.argmin(violations))
+    low, high = LEVELS[max(at - 1, 0)], LEVELS[min(at + 1, len(LEVELS) - 1)]
+    best, left, right = LEVELS[at], low, high
+    while look(best)[0] > 1e-9 and right - left > 1e-7:  # the violation falls and rises once
+        third, other = left + (right - left) / 3, right - (right - left) / 3
+        left, right = (left, other) if look(third)[0] < look(other)[0] else (third, right)
+        best = (left + right) / 2
+    if look(best)[0] > 1e-9:
+        return []
+    ends = []
+    for beyond in (LEVELS[0], LEVELS[-1]):
+        inside, outside = best, beyond
+        while abs(outside - inside) > 1e-4:
+            middle = (inside + outside) / 2
+            inside, outside = (middle, outside) if look(middle)[0] <= 1e-9 else (inside, middle)
+        ends.append(inside)
+    return [(level, look(level)[1]) for level in np.linspace(*ends, KEPT)]
 
 
 def accuracy_of(distribution: np.ndarray, budget: float) -> float:
@@ -127,9 +148,9 @@ def recover(known: Known, budgets: tuple[float, ...] = BUDGETS) -> dict[str, lis
     found: dict[str, list[float]] = {str(budget): [] for budget in budgets}
     for level, middle in _possible(known):
         for direction in DIRECTIONS:
-            distribution, _ = _solve(known, level, middle, direction)
-            for budget in budgets if distribution is not None else ():
-                found[str(budget)].append(100 * accuracy_of(np.maximum(distribution, 0), budget))
+            violation, _, mu = _solve(known, level, middle, direction)
+            for budget in budgets if violation == 0 else ():
+                found[str(budget)].append(100 * accuracy_of(np.maximum(mu, 0), budget))
     return {budget: [round(min(values), 2), round(max(values), 2)]
             for budget, values in found.items() if values} or None
 
@@ -149,20 +170,21 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")
     parser.add_argument("paths", nargs="+", metavar="PATH", help="result files, or folders with eval*.json")
+    parser.add_argument("--at", nargs="+", choices=PLACES, default=PLACES, help="at which examples")
     parser.add_argument("--out", required=True, metavar="FILE", help="JSON file to write, never over another")
     options = parser.parse_args()
     try:
         out, rows = output_path(options.out, Path(options.out), whole_run=False), []
         for file in tqdm(find_files(options.paths), unit="result", disable=None):
-            rows += _rows(file)
+            rows += _rows(file, options.at)
             facts = {"command": command_line(), "environment": environment(torch.device("cpu"))}
             write_text(out, dumps(facts | {"rows": rows}))
     except UserError as error:
         parser.error(str(error))
 
 
-def _rows(file: Path) -> list[dict]:
-    """The rows of one result file; says which it leaves out."""
+def _rows(file: Path, places: Collection[str]) -> list[dict]:
+    """The rows of one result file at these places; says which file it leaves out."""
     try:
         figures = figures_of(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, KeyError, TypeError) as error:
@@ -170,7 +192,7 @@ def _rows(file: Path) -> list[dict]:
         print(f"{file}: {reason}: left out")
         return []
     rows = []
-    for place, known in figures.items():
+    for place, known in ((place, figures[place]) for place in places if place in figures):
         found = recover(known)
         print(f"{file} {place}: {'no distribution agrees' if found is None else found}", flush=True)
         rows.append({"file": file.as_posix(), "at": place, "A_sa_kl": found})

@@ -72,6 +72,8 @@ def test_the_command_takes_each_place_of_a_result_and_leaves_out_what_has_too_li
     rows = json.loads(Path("out.json").read_text())["rows"]
     assert [(row["file"], row["at"], row["A_sa_kl"]["0.2"][0]) for row in rows] == [
         ("eval.json", "A_rob", pytest.approx(result["A_rob"])), ("eval.json", "worst_case", 50.0)]
+    run(monkeypatch, "eval.json", "--at", "worst_case", "--out", "worst.json")
+    assert [row["at"] for row in json.loads(Path("worst.json").read_text())["rows"]] == ["worst_case"]
     assert "eval-2.json: no A_sa at alpha 1, 1.5 and 2" in capsys.readouterr().out
     for words in (("eval.json", "--out", "out.json"), ("none.json", "--out", "new.json")):
         with pytest.raises(SystemExit) as ended:
