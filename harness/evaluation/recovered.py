@@ -29,7 +29,8 @@ from harness.device import command_line, environment
 from harness.errors import UserError
 from harness.evaluation.report import dumps, output_path
 from harness.folder import write_text
-from harness.reporting.tables import find_files
+from harness.reporting.strengths import draw_strengths
+from harness.reporting.tables import find_files, group, read_results
 
 ALPHAS = (1.0, 1.5, 2.0)
 BUDGETS = (0.05, 0.2, 0.5)
@@ -172,6 +173,7 @@ def main() -> None:
     parser.add_argument("paths", nargs="+", metavar="PATH", help="result files, or folders with eval*.json")
     parser.add_argument("--at", nargs="+", choices=PLACES, default=PLACES, help="at which examples")
     parser.add_argument("--out", required=True, metavar="FILE", help="JSON file to write, never over another")
+    parser.add_argument("--figure", metavar="FILE", help="PNG file: A_sa of all at equal alpha and budget")
     options = parser.parse_args()
     try:
         out, rows = output_path(options.out, Path(options.out), whole_run=False), []
@@ -179,6 +181,8 @@ def main() -> None:
             rows += _rows(file, options.at)
             facts = {"command": command_line(), "environment": environment(torch.device("cpu"))}
             write_text(out, dumps(facts | {"rows": rows}))
+        if options.figure:
+            draw(rows, output_path(options.figure, Path(options.figure), whole_run=False))
     except UserError as error:
         parser.error(str(error))
 
@@ -197,6 +201,16 @@ def _rows(file: Path, places: Collection[str]) -> list[dict]:
         print(f"{file} {place}: {'no distribution agrees' if found is None else found}", flush=True)
         rows.append({"file": file.as_posix(), "at": place, "A_sa_kl": found})
     return rows
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """A_sa at A_rob's examples against alpha and budget, of the middles of what was recovered."""
+    found = {row["file"]: row["A_sa_kl"] for row in rows if row["at"] == "A_rob" and row["A_sa_kl"]}
+    results, _ = read_results(map(Path, found), "last")
+    for result in results:
+        result.measured.update({f"A_sa_kl {float(budget):g}": (sum(ends) / 2, {})
+                                for budget, ends in found[result.file.as_posix()].items()})
+    draw_strengths(group(results)[0], path)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 from harness.evaluation import recovered
 from harness.evaluation.budget import accuracy_at_budget
@@ -79,3 +80,11 @@ def test_the_command_takes_each_place_of_a_result_and_leaves_out_what_has_too_li
         with pytest.raises(SystemExit) as ended:
             run(monkeypatch, *words)
         assert ended.value.code == 2
+
+
+def test_what_was_recovered_is_drawn_beside_a_sa_at_equal_alpha(tmp_path):
+    files = [ROOT / f"results/vir/{name}/seed0/eval.json" for name in ("at", "gairat")]
+    rows = [{"file": file.as_posix(), "at": "A_rob", "A_sa_kl": {"0.05": [83.0, 85.0], "0.2": [70.0, 71.0]}}
+            for file in files]
+    recovered.draw([*rows, {"file": "none.json", "at": "A_rob", "A_sa_kl": None}], tmp_path / "drawn.png")
+    assert (tmp_path / "drawn.png").stat().st_size > 10_000
