@@ -44,7 +44,7 @@ def quick(name, flags, colour_folder):
     colour = "cifar10" in name
     data = ("--dataset", colour_folder) if colour else ("--dataset", "digits")
     if name == "tables.py":
-        return ("--paths", ROOT / "results/mnist")
+        return ("--paths", ROOT / "results/mnist", ROOT / "results/budget")
     if name == "eval_recheck.py":
         return ()
     if name.startswith("eval"):
@@ -304,6 +304,11 @@ def test_the_figures_about_mean_budgets_are_those_of_their_files():
             assert max(last) < 0.01 if order == "2" else last == [0.0]
     behind = [100 * max(a - b for (_, a), (_, b) in zip(models["vir-recipe-at"], models["vir-at"]))
               for models in (curves["linf", "1"], curves["linf", "2"])]
+    first_order = load("curves/budget/first_order.json")["rows"]
+    assert all(row["first_order"] > row["ours"] and row["nearer"] == 0 for row in first_order)
+    linf, l2 = ([row["first_order"] for row in first_order if row["norm"] == norm] for norm in ("linf", "l2"))
+    assert_says("curves", "{:.1f}, {:.1f}, {:.1f}, {:.1f} and {:.1f} % in l_inf".format(*linf),
+                f"at least {min(l2):.1f} % in l_2")
     left = load("curves/budget/summary.json")["mean_budget_that_leaves"]
     gairat, at = (left[name]["linf"]["1"]["0.9"] for name in ("gairat", "at"))
     assert_says("curves", f"at most {behind[0]:.1f} points behind AT by VIR's recipe in l_inf at p = 1, and "
