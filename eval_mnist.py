@@ -8,6 +8,7 @@ Zeng et al., "Are Adversarial Examples Created Equal?", AAAI 2021, Eq. 17-19.
                    w_i = exp(-alpha * margin_i): an attacker who picks vulnerable examples more often
     A_tr(alpha)    the same weighting at the examples of an attack that maximises w_i CE_i: an attacker who
                    also aims at them
+    A_sa_kl(rho)   A_sa at the alpha that spends a KL divergence of rho nats: attackers of equal strength
 
     python eval_mnist.py                                                 # the newest run in runs/
     python eval_mnist.py --checkpoint runs/train_at_mnist/TIME/best.pt   # one file

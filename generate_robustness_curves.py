@@ -12,12 +12,14 @@ compare     models at the same points: crossings, bands, McNemar's tests, one no
 exact       l_inf distances of small ReLU networks with proof, from adversaries (compute --adversaries)
 distances   how far apart the classes of a data set are, in exact integers
 surface     robust accuracy over size and the preference for small margins (Zeng et al., AAAI 2021)
+budget      accuracy when the mean distance of the points is limited, not each one's (Wasserstein)
 figures     draw again from stored results, with --paper the figures of the paper too
 
     python generate_robustness_curves.py --dataset mnist --model_path model.mat --nn_type cnn --norms 2 1 inf
     python generate_robustness_curves.py compute --model runs/at runs/trades --n_points 1000 --out runs/curves
     python generate_robustness_curves.py compare --results runs/curves
     python generate_robustness_curves.py surface --results runs/curves
+    python generate_robustness_curves.py budget --results runs/curves --orders 1 2
     python generate_robustness_curves.py exact --results runs/curves --time_limit 60
     python generate_robustness_curves.py distances --dataset mnist
     python generate_robustness_curves.py figures --results runs/curves --paper
@@ -38,6 +40,7 @@ from attacks.bim import bim_bisection
 from attacks.noise import example_keys
 from attacks.pgd import cross_entropy, pgd
 from attacks.pool import BUDGETS, minimal_distances
+from curves import budget as budgets
 from curves import exact as proofs
 from curves import output, published, store
 from curves import surface as surfaces
@@ -66,7 +69,7 @@ from losses.margin import margin_weights
 from models import build_model
 
 SCRIPT = "generate_robustness_curves"
-Command = Literal["compute", "compare", "exact", "distances", "surface", "figures"]
+Command = Literal["compute", "compare", "exact", "distances", "surface", "budget", "figures"]
 
 
 @dataclass(frozen=True)
@@ -88,16 +91,18 @@ class Config:
     certify: Literal["none", "crown"] = "none"  # lower bounds: CROWN, for chains of affine maps and ReLUs
     rel_gap: float = 1e-4                # exact: a point is closed when upper / lower <= 1 + rel_gap
     time_limit: float = 60.0             # exact: seconds per point; one not closed by then is open
-    results: tuple[str, ...] = ()        # compare, exact, surface, figures: folders that compute wrote
+    results: tuple[str, ...] = ()        # compare, exact, surface, budget, figures: what compute wrote
     thresholds_linf: tuple[float, ...] = (0.01, 0.03, 0.1, 0.2, 0.3)  # l_inf sizes tested, pixels in [0, 1]
     thresholds_l2: tuple[float, ...] = (0.5, 1.0, 2.0, 3.0)  # l_2 sizes, pixels in [0, 1]
     thresholds_l1: tuple[float, ...] = (2.0, 5.0, 10.0, 20.0)  # l_1 sizes, pixels in [0, 1]
     confidence: float = 0.95             # confidence level of bands and intervals
     band: Literal["dkw", "cp"] = "dkw"   # simultaneous (DKW) or point-wise (Clopper-Pearson)
-    num_resamples: int = 2000            # compare: resamples of the paired bootstrap
+    num_resamples: int = 2000            # compare, budget: resamples of the bootstrap
     epsilons: tuple[float, ...] = tuple(k / 40 for k in range(17))  # surface: l_inf sizes, pixels in [0, 1]
     alphas: tuple[float, ...] = (0.0, 0.5, 1.0, 1.5, 2.0)  # surface: attacker's preference for small margins
     num_steps: int = 40                  # surface: PGD steps
+    orders: tuple[float, ...] = (1.0, 2.0)  # budget: p of the mean (mean_i d_i^p)^(1/p); p = inf is added
+    mean_budgets: tuple[float, ...] = ()  # budget: means, pixels in [0, 1]; none: up to the largest distance
     units: Literal["raw", "255"] = "raw"  # units of the axes: pixels in [0, 1] or grey levels
     save: bool = True                    # write the published system's JSON too
     plot: bool = True                    # draw the figures
@@ -252,6 +257,14 @@ def surface(cfg: Config) -> None:
     output.surface(found, epsilons, np.array(cfg.alphas), folder, cfg.look, output.facts(started, device))
 
 
+def budget(cfg: Config) -> None:
+    """Accuracy under a mean budget, at the points that all models were measured at."""
+    several = store.common_points(store.find(cfg.results))
+    folder, started = store.claim(cfg, SCRIPT), time.monotonic()
+    budgets.write(several, cfg.mean_budgets, cfg.orders, folder, cfg.look, cfg.num_resamples, cfg.seed,
+                  partial(output.facts, started))
+
+
 def figures(cfg: Config) -> None:
     """Draw stored results again, into --out or their own folder."""
     several = store.find(cfg.results)
@@ -263,7 +276,7 @@ def figures(cfg: Config) -> None:
 
 
 COMMANDS = {"compute": compute, "compare": compare, "exact": exact, "distances": distances,
-            "surface": surface, "figures": figures}
+            "surface": surface, "budget": budget, "figures": figures}
 
 
 def main(cfg: Config) -> None:

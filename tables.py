@@ -10,6 +10,7 @@ differs is said below the table. The papers' numbers and settings are in results
     python tables.py results/mnist runs/vir                  # files, or folders searched for eval*.json
     python tables.py --table vir_table1                      # one of the papers' tables
     python tables.py --checkpoint_kind best --out tables.md  # best.pt instead of last.pt; to a file as well
+    python tables.py results/mnist --figure sa.png           # A_sa against alpha and against the KL budget
 """
 import sys
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from harness.errors import UserError
 from harness.evaluation.report import output_path
 from harness.folder import write_text
 from harness.reporting.papers import paper_section, paper_tables
+from harness.reporting.strengths import draw_strengths
 from harness.reporting.tables import Result, all_results, find_files, group, read_results
 
 
@@ -30,6 +32,7 @@ class Config:
     table: str | None = None     # one of the papers' tables; default: all that a result fits, and all results
     checkpoint_kind: Literal["last", "best", "last_ema", "best_ema"] = "last"  # which one of a run counts
     out: str | None = None       # Markdown file to write too, never over another
+    figure: str | None = None    # PNG file for A_sa against the attacker's strength, never over another
 
 
 def read(cfg: Config) -> tuple[list[Result], list[str]]:
@@ -52,7 +55,10 @@ def main(cfg: Config) -> None:
     if cfg.table and cfg.table not in papers:
         known = ", ".join(papers)
         raise UserError(f"--table {cfg.table}: there is no such table; choose one of {known}")
-    out = output_path(cfg.out, Path(cfg.out), whole_run=False) if cfg.out else None
+    if cfg.figure and not cfg.figure.endswith(".png"):
+        raise UserError(f"--figure {cfg.figure}: name a file that ends in .png")
+    out, figure = (output_path(path, Path(path), whole_run=False) if path else None
+                   for path in (cfg.out, cfg.figure))
     results, notes = read(cfg)
     rows, more = group(results)
     notes += more
@@ -68,6 +74,8 @@ def main(cfg: Config) -> None:
     print(text)
     if out:
         write_text(out, text + "\n")
+    if figure:
+        draw_strengths(rows, figure)
 
 
 def with_flag(words: list[str]) -> list[str]:

@@ -45,7 +45,8 @@ LIMITS = {
     "thresholds_linf": (0, math.inf), "thresholds_l2": (0, math.inf), "thresholds_l1": (0, math.inf),
     "lr_scales": (0, math.inf), "gairat_lambda": (-math.inf, math.inf), "mail_slope": (0, math.inf),
     "mail_bias": (-1, 1), "num_replays": (1, math.inf), "num_passes": (1, math.inf),
-    "num_spsa_examples": (1, math.inf),
+    "num_spsa_examples": (1, math.inf), "kl_budgets": (0, math.inf), "mean_budgets": (0, math.inf),
+    "orders": (1, 64),
 }
 
 
@@ -167,8 +168,9 @@ def parse_config(cls: type[C], argv: list[str] | None = None, recipes: dict[str,
 
     A field's trailing comment is its help. Floats accept `8/255`; a tuple takes several values; a Literal
     lists its choices. `--recipe NAME` picks an entry of `recipes`. With `--resume DIR` the values are those
-    of DIR/config.json, and a flag that would change them is refused. Raises UserError for whatever does not
-    fit.
+    of DIR/config.json, and a flag that would change them is refused, unless it changes nothing of what was
+    done so far (MAY_CHANGE_ON_RESUME, or the class's own `may_change_on_resume`). Raises UserError for
+    whatever does not fit.
     """
     return _parse(cls, argv, recipes)[0]
 
@@ -185,7 +187,8 @@ def _parse(cls: type[C], argv: list[str] | None,
         if recipe:
             raise UserError("--resume continues a run with its own recipe: leave --recipe out")
         base = _resumed(cls, Path(given["resume"]))
-        fixed = [name for name in given if name not in MAY_CHANGE_ON_RESUME]
+        free = {*MAY_CHANGE_ON_RESUME, *getattr(cls, "may_change_on_resume", ())}
+        fixed = [name for name in given if name not in free]
         changed = [f"--{name}" for name in fixed if given[name] != getattr(base, name)
                    and not _is_moved(name, getattr(base, name), given[name])]
         if changed:

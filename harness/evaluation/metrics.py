@@ -84,6 +84,15 @@ def wilson_interval(accuracy: float, count: float) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def interval(accuracy: float, variance: float, effective_size: float) -> tuple[float, float]:
+    """Wilson's 95 % interval from the number of trials, A (1 - A) / variance, that gives this variance.
+
+    Where the variance is 0, as where all or none are correct, from the effective size.
+    """
+    trials = accuracy * (1 - accuracy) / variance if variance > 0 else effective_size
+    return wilson_interval(accuracy, trials)
+
+
 def weighted_accuracy(correct: Tensor, margin: Tensor, alpha: float) -> dict[str, object]:
     """Accuracy under an attacker who prefers small margins (Zeng et al., AAAI 2021, Eq. 17-19).
 
@@ -107,5 +116,5 @@ def weighted_accuracy(correct: Tensor, margin: Tensor, alpha: float) -> dict[str
     accuracy = float((weights * correct).sum() / total)
     effective = float(total**2 / (weights**2).sum())
     variance = float((weights**2 * (correct - accuracy) ** 2).sum() / total**2)
-    trials = accuracy * (1 - accuracy) / variance if variance > 0 else effective
-    return {"accuracy": accuracy, "ci95": wilson_interval(accuracy, trials), "effective_size": effective}
+    ci95 = interval(accuracy, variance, effective)
+    return {"accuracy": accuracy, "ci95": ci95, "effective_size": effective}

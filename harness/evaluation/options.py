@@ -7,6 +7,7 @@ from typing import Literal
 class EvalConfig:
     """The flags that eval_mnist.py and eval_cifar10.py share."""
 
+    may_change_on_resume = ("kl_budgets", "out")  # no attack depends on them
     checkpoint: str | None = None    # file, or run folder (its last.pt and best.pt); default: the newest run
     arch: str | None = None          # network of a foreign checkpoint: a model's name, or file.py:callable
     ignore_extra: bool = False       # leave out parameters of the checkpoint that the network lacks
@@ -17,6 +18,7 @@ class EvalConfig:
     num_restarts: int = 10           # random starts an image; the one of largest cross-entropy counts
     start: Literal["uniform", "gaussian", "clean"] = "uniform"  # where PGD starts
     alphas: tuple[float, ...] = (1.0, 1.5, 2.0)  # preferences for small margins, in A_sa and A_tr
+    kl_budgets: tuple[float, ...] = (0.05, 0.2, 0.5)  # of the attacker's KL divergence, in nats, for A_sa_kl
     attacks: tuple[str, ...] = ()    # strong attacks too: names, vir or all; an unknown name lists them
     norm: Literal["linf", "l2"] = "linf"  # norm of the ball; l2 needs its own --epsilon
     num_examples: int | None = None  # evaluate the first so many test images; default: all

@@ -220,7 +220,7 @@ def measure(job: Job, record: AttackRecord, task: Task, attacks: dict[str, Attac
         run(record, task, attacks, job.columns, job.shard, bar)
     if not _is_whole(job, record, task.split.labels.cpu(), attacks):
         return {}, {}
-    return result_of(record, task, attacks, job.columns, cfg.alphas, cfg.seed)
+    return result_of(record, task, attacks, job.columns, cfg.alphas, cfg.kl_budgets, cfg.seed)
 
 
 def _is_whole(job: Job, record: AttackRecord, y: Tensor, attacks: dict[str, Attack]) -> bool:

@@ -61,8 +61,9 @@ def describe(subject: Subject, ball: Ball, cfg: EvalConfig, num_examples: int, d
     return {
         "num_examples": num_examples, "dataset": subject.dataset, "image_order": image_order(subject.dataset),
         "classes": list(subject.classes),
-        "alphas": list(cfg.alphas), "threat_model": threat_model, "checkpoint": str(subject.path),
-        "checkpoint_sha256": subject.sha256, "epoch": subject.contents["epoch"] if own else None,
+        "alphas": list(cfg.alphas), "kl_budgets": list(cfg.kl_budgets), "threat_model": threat_model,
+        "checkpoint": str(subject.path), "checkpoint_sha256": subject.sha256,
+        "epoch": subject.contents["epoch"] if own else None,
         "architecture": subject.arch or (own["name"] if own else subject.path.suffix),
         "seed": cfg.seed, "batch_size": cfg.batch_size,
         "training": subject.contents.get("config") if own else None, "command": command_line(),
@@ -110,6 +111,8 @@ def print_table(results: dict[str, dict]) -> None:
               f"[{c['min_pixel']:.4g}, {c['max_pixel']:.4g}], {c['non_finite']} non-finite: "
               f"{'ok' if c['ok'] else 'BROKEN'}")
     for name, result in results.items():
+        print(f"worst mean cross-entropy {name}: {losses_in_words(result)}")
+    for name, result in results.items():
         if result["at_chance"]:
             print(f"AT CHANCE {name}: {chance_in_words(result)}")
     for name, result in results.items():
@@ -124,13 +127,14 @@ def print_table(results: dict[str, dict]) -> None:
 def _print_pair(pair: dict[str, dict]) -> None:
     """The accuracies of one or two checkpoints in a column each."""
     one = next(iter(pair.values()))
-    weighted = [(metric, alpha) for metric in ("A_sa", "A_tr") for alpha in one[metric]]
+    weighted = [(metric, strength) for metric in ("A_sa", "A_tr", "A_sa_kl") for strength in one[metric]]
     epochs = [f" (epoch {result['epoch']})" if result["epoch"] else "" for result in pair.values()]
     heads = [name + epoch for name, epoch in zip(pair, epochs)]
     print(" " * 16 + "".join(f"{head:<40}" for head in heads).rstrip())
-    for metric, alpha in [("A_nat", None), ("A_rob", None), *weighted]:
-        label = metric if alpha is None else f"{metric}  alpha {alpha}"
-        cells = [_cell(result, metric, alpha) for result in pair.values()]
+    for metric, strength in [("A_nat", None), ("A_rob", None), *weighted]:
+        kind = "KL" if metric == "A_sa_kl" else "alpha"
+        label = metric if strength is None else f"{metric.removesuffix('_kl')}  {kind} {strength}"
+        cells = [_cell(result, metric, strength) for result in pair.values()]
         print(f"{label:<16}" + "".join(f"{cell:<40}" for cell in cells).rstrip())
 
 
@@ -156,14 +160,28 @@ def _print_attacks(name: str, result: dict) -> None:
         figures = f"{attack:<20}{facts['accuracy']:6.2f} %  [{low:.2f}, {high:.2f}]"
         seconds = f"{facts['seconds']:>10.1f}" if "seconds" in facts else ""
         print(f"{figures:<49}{facts['num_examples']:>7,}{seconds}")
-    for alpha, value in result["worst_case"]["A_sa"].items():
-        print(f"A_sa, A_tr at the worst case, alpha {alpha}: {value:.2f} %")
+    worst = result["worst_case"]
+    for kind, metric in (("alpha", "A_sa"), ("KL", "A_sa_kl")):
+        for strength, value in worst[metric].items():
+            print(f"A_sa, A_tr at the worst case, {kind} {strength}: {value:.2f} %")
+    print(f"worst mean cross-entropy there: {losses_in_words(worst)}")
 
 
-def _cell(result: dict, metric: str, alpha: str | None) -> str:
+def _cell(result: dict, metric: str, strength: str | None) -> str:
     value, ci95 = result[metric], result["ci95"][metric]
-    if alpha is None:
+    if strength is None:
         return f"{value:6.2f} %  [{ci95[0]:.2f}, {ci95[1]:.2f}]"
-    low, high = ci95[alpha]
-    size = result["effective_size"][metric][alpha]
-    return f"{value[alpha]:6.2f} %  [{low:.2f}, {high:.2f}], n_eff {size:,.0f}"
+    low, high = ci95[strength]
+    shown = f"n_eff {result['effective_size'][metric][strength]:,.0f}"
+    if metric == "A_sa_kl":
+        alpha = result["alpha_of_kl"][strength]
+        shown = f"alpha {'inf' if alpha is None else format(alpha, '.3g')}"
+    return f"{value[strength]:6.2f} %  [{low:.2f}, {high:.2f}], {shown}"
+
+
+def losses_in_words(result: dict) -> str:
+    """The cross-entropy's worst means, within each KL budget and over each share of the examples."""
+    budgets = [f"at KL {budget} {value:.3f}" for budget, value in result["loss_kl"].items()]
+    shares = [f"of the worst {100 * float(share):g} % {value:.3f}"
+              for share, value in result["loss_cvar"].items()]
+    return ", ".join([*budgets, *shares])

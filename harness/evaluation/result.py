@@ -12,16 +12,18 @@ from harness.evaluation.worst_case import columns_of, summary_of, worst_case
 
 
 def result_of(record: AttackRecord, task: Task, attacks: dict[str, Attack], columns: Columns,
-              alphas: tuple[float, ...], seed: int) -> tuple[dict, dict[str, Tensor]]:
+              alphas: tuple[float, ...], budgets: tuple[float, ...],
+              seed: int) -> tuple[dict, dict[str, Tensor]]:
     """The figures of a whole record, whether to believe them, and the per-example results behind them."""
     rows, y, num_classes = record.rows, task.split.labels.cpu(), num_outputs(task.model, task.split)
     trained = {alpha: predictions_of(rows[f"A_tr_{alpha:g}"]) for alpha in dict.fromkeys(alphas)}
     clean, plain = predictions_of(rows["clean"]), predictions_of(rows["A_rob"])
-    result, examples = accuracies(task.split, num_classes, clean, plain, trained)
+    result, examples = accuracies(task.split, num_classes, clean, plain, trained, budgets)
     if columns:
         result["attacks"], standing = columns_of(record, y, attacks, columns)
         worst = worst_case(rows, y)
-        result["worst_case"] = summary_of(worst, y, tuple(trained), num_classes) | {"attacks": list(attacks)}
+        result["worst_case"] = summary_of(worst, y, tuple(trained), budgets, num_classes)
+        result["worst_case"]["attacks"] = list(attacks)
         examples |= {"prediction_worst": worst.prediction, "margin_worst": worst.margin}
         examples |= {f"correct_{name}": stands for name, stands in standing.items()}
     certificate, probed = certify(rows, attacks, task.epsilon), probe(task, record, seed)

@@ -8,6 +8,7 @@ from torch import Tensor
 from attacks.catalogue import Attack
 from harness.evaluation.accuracies import class_accuracy, confusion, percent, proportion
 from harness.evaluation.attack_record import AttackRecord, broken
+from harness.evaluation.budget import at_budgets
 from harness.evaluation.metrics import weighted_accuracy
 from harness.evaluation.predictions import Predictions
 
@@ -43,16 +44,21 @@ def worst_case(rows: dict[str, dict[str, Tensor]], y: Tensor) -> Predictions:
     return Predictions(*(field.gather(0, lowest).squeeze(0) for field in fields))
 
 
-def summary_of(worst: Predictions, y: Tensor, alphas: tuple[float, ...], num_classes: int) -> dict:
-    """Accuracy, A_sa at each alpha, accuracy per class and confusion at the worst case.
+def summary_of(worst: Predictions, y: Tensor, alphas: tuple[float, ...], budgets: tuple[float, ...],
+               num_classes: int) -> dict:
+    """Accuracy, A_sa at each alpha and KL budget, accuracy per class and confusion at the worst case.
 
     A_tr is A_sa here: the adversary of lowest margin is the one that maximises the weighted loss as well.
     """
     correct = worst.prediction == y
     weighted = {str(float(alpha)): weighted_accuracy(correct, worst.margin, alpha) for alpha in alphas}
-    return proportion(correct) | {
-        "A_sa": {alpha: round(100 * found["accuracy"], 4) for alpha, found in weighted.items()},
-        "A_sa_ci95": {alpha: percent(found["ci95"]) for alpha, found in weighted.items()},
-        "effective_size": {alpha: round(found["effective_size"], 1) for alpha, found in weighted.items()},
+    limited, more = at_budgets(worst, y, budgets)
+    found = proportion(correct) | more
+    for metric, measured, size in (("A_sa", weighted, "effective_size"),
+                                   ("A_sa_kl", limited, "A_sa_kl_effective_size")):
+        found[metric] = {name: round(100 * entry["accuracy"], 4) for name, entry in measured.items()}
+        found[f"{metric}_ci95"] = {name: percent(entry["ci95"]) for name, entry in measured.items()}
+        found[size] = {name: round(entry["effective_size"], 1) for name, entry in measured.items()}
+    return found | {
         "class_accuracy": class_accuracy(worst.prediction, y, num_classes),
         "confusion": confusion(worst.prediction, y, num_classes)}

@@ -14,6 +14,7 @@ RESULTS = ROOT / "results"
 # ---- what is written by hand: the order of rows, and their labels ------------------------------------------
 
 ALPHAS = ("1.0", "1.5", "2.0")  # of the attacker
+BUDGETS = ("0.05", "0.2", "0.5")  # of his KL divergence, in nats
 NETWORKS = {"lenet": "LeNet", "small_cnn": "SmallCNN", "resnet18": "ResNet-18", "wrn34_10": "WRN-34-10",
             "wrn28_10": "WRN-28-10"}
 MNIST = {"at": ("AT", "PGD"), "at-alpha0.5": ("AT, alpha 0.5", "PGD+ours"),  # folder -> ours, the paper's
@@ -115,6 +116,55 @@ def family() -> str:
     return markdown(["defense", *metrics()], rows, left=1)
 
 
+def equal_strength(rows: dict[tuple[str, ...], list[str]], head: list[str], source: str = "recovered",
+                   at: str = "A_rob") -> str:
+    """A_sa at equal alpha and at equal KL budgets, over seeds, with ranks; rows: labels -> result files.
+
+    A_sa at a budget is the middle of what results/budget/SOURCE.json says it may be, at A_rob's examples or
+    at the worst case under strong attacks.
+    """
+    found = {row["file"]: row["A_sa_kl"] for row in load(f"budget/{source}.json")["rows"] if row["at"] == at}
+
+    def values(file: str) -> list[float]:
+        """A_rob or the worst case, A_sa at alpha 2 and at BUDGETS."""
+        result = load(file)
+        place = result | {"accuracy": result["A_rob"]} if at == "A_rob" else result[at]
+        middles = [statistics.mean(found[f"results/{file}"][budget]) for budget in BUDGETS]
+        return [place["accuracy"], place["A_sa"]["2.0"], *middles]
+
+    columns = [list(zip(*map(values, files))) for files in rows.values()]
+    means = [[statistics.mean(column) for column in row] for row in columns]
+    places = [[1 + sum(other[k] > row[k] for other in means) for k in (0, 1, 3)] for row in means]
+    lines = [[*labels, *map(spread, row), *map(str, ranks)]
+             for labels, row, ranks in zip(rows, columns, places)]
+    accuracy = at.replace("_case", " case")
+    titles = [accuracy, "A_sa 2", *(f"KL {budget}" for budget in BUDGETS)]
+    return markdown([*head, *titles, f"rank: {accuracy}", "A_sa 2", "KL 0.2"], lines, left=len(head))
+
+
+def equal_budget() -> str:
+    """Attackers of equal strength on the single runs: AT, TRADES, Free AT, YOPO and IAAT."""
+    rows = {(label, NETWORKS[network]): [f"mnist/{network}-{folder}/eval.json"]
+            for network in ("lenet", "small_cnn") for folder, (label, _) in MNIST.items()}
+    rows |= {(label, NETWORKS["lenet"]): [f"{folder}/eval.json"] for folder, label in [*FAST.items()][1:]}
+    return equal_strength(rows, ["defense", "network"])
+
+
+def equal_budget_family() -> str:
+    """Attackers of equal strength on the eight methods of the VIR tables, over their seeds."""
+    rows = {(name.upper(),): [f"vir/{name}/{folder.name}/eval.json"
+                              for folder in sorted((RESULTS / "vir" / name).glob("seed*"))]
+            for name in FAMILY}
+    return equal_strength(rows, ["defense"])
+
+
+def equal_budget_strong() -> str:
+    """Attackers of equal strength in the worst case under strong attacks."""
+    files = sorted((RESULTS / "strong").glob("*.json"))
+    return equal_strength({(file.stem,): [f"strong/{file.name}"] for file in files}, ["result"],
+                          "recovered_strong", "worst_case")
+
+
 def fast() -> str:
     """Free AT, YOPO and IAAT beside AT, with what they cost."""
     costs = {row["result"]: row for row in rows_of("cost")}
@@ -213,6 +263,19 @@ def curves() -> str:
     head = ["network", "wrong unattacked", "R(0.2) l_inf", "R(0.3)", "median", "R(1) l_2", "median",
             "R(2) l_1", "median"]
     return markdown(head, rows, left=1)
+
+
+def mean_budget() -> str:
+    """The mean budgets that leave 90 and 50 % of the points right, for p = 1, 2 and infinity."""
+    left = load("curves/budget/summary.json")["mean_budget_that_leaves"]
+    shown = [(norm, share, order) for norm in ("linf", "l2") for share in ("0.9", "0.5")
+             for order in ("1", "2", "inf")]
+    rows = [[label, *(number(left[name][norm][order][share], 3) for norm, share, order in shown)]
+            for name, label in CURVES.items()]
+    norms = {"linf": "l_inf", "l2": "l_2"}
+    heads = [f"{norms[norm]}, {100 * float(share):g} %, p = {order}" if order == "1" else f"p = {order}"
+             for norm, share, order in shown]
+    return markdown(["network", *heads], rows, left=1)
 
 
 # ---- stability ---------------------------------------------------------------------------------------------
@@ -325,5 +388,5 @@ def recipes() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {table.__name__: table for table in (
-    mnist, family, fast, full, strong, attacks, curves, stability, train_step, gains, precisions,
-    expectation, memory, evaluation, recipes)}
+    mnist, family, equal_budget, equal_budget_family, equal_budget_strong, fast, full, strong, attacks,
+    curves, mean_budget, stability, train_step, gains, precisions, expectation, memory, evaluation, recipes)}

@@ -12,7 +12,8 @@ from harness.errors import UserError
 KINDS = ("last", "best", "last_ema", "best_ema")
 ATTACKS = {"fgsm": "FGSM", "pgd20": "PGD20", "pgd100": "PGD100", "cw": "CW", "fmn100": "FMN100",
            "autoattack": "AA", "mde": "MDE", "square": "Square", "spsa": "SPSA"}
-COLUMNS = ("A_nat", "A_rob", "A_sa", "A_tr", *ATTACKS.values())  # in this order
+COLUMNS = ("A_nat", "A_rob", "A_sa", "A_tr", "A_sa_kl", *ATTACKS.values())  # in this order
+WEIGHTED = ("A_sa", "A_tr", "A_sa_kl")  # each by the attacker's strength: alpha, or the KL budget in nats
 # What trainings that differ in nothing but the seed may differ in, and what only describes the run.
 NO_SETTING = {"seed", "seeds", "out_dir", "resume", "data_dir", "device", "fuse", "attack_view", "compile",
               "graphs", "dry_run", "command", "environment", "stop_on_collapse", "image_shape", "num_classes",
@@ -164,9 +165,9 @@ def _measured(found: dict) -> dict[str, tuple[float, dict]]:
     """Column -> (percent, the attack's own settings) of everything that a result holds."""
     measured: dict[str, tuple[float, dict]] = {
         name: (found[name], {}) for name in ("A_nat", "A_rob") if isinstance(found.get(name), (int, float))}
-    for name in ("A_sa", "A_tr"):
+    for name in WEIGHTED:
         curve = (found.get(name) or {}).items()
-        measured |= {f"{name} {float(alpha):g}": (value, {}) for alpha, value in curve}
+        measured |= {f"{name} {float(strength):g}": (value, {}) for strength, value in curve}
     attacks = {ATTACKS.get(name, name): value for name, value in (found.get("attacks") or {}).items()}
     for name, value in (attacks | {"worst case": found.get("worst_case")}).items():
         facts = (value.get("settings") or {}) | value if isinstance(value, dict) else {"accuracy": value}
@@ -174,6 +175,9 @@ def _measured(found: dict) -> dict[str, tuple[float, dict]]:
         own |= {"attacks": sorted(attacks)} if name == "worst case" else {}
         if isinstance(facts.get("accuracy"), (int, float)):
             measured[name] = facts["accuracy"], own
+        if name == "worst case":
+            measured |= {f"worst case KL {float(budget):g}": (percent, own)
+                         for budget, percent in (facts.get("A_sa_kl") or {}).items()}
     return measured
 
 

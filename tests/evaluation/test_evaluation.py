@@ -82,18 +82,19 @@ def recorded(model, split, attacks, epsilon=1.0, batch_size=16):
 
 
 def evaluate(model, split, *, attack, cross_entropy=cross_entropy, weighted=weighted, alphas=(),
-             num_restarts=1, batch_size=4, epsilon=1.0):
+             budgets=(0.2,), num_restarts=1, batch_size=4, epsilon=1.0):
     """The result, the per-example results and the certificate of an evaluation."""
     attacks = weighted_attacks(attack, cross_entropy, weighted, alphas, num_restarts)
     record, task = recorded(model, split, attacks, epsilon, batch_size)
-    result, examples = result_of(record, task, attacks, {}, alphas, 0)
+    result, examples = result_of(record, task, attacks, {}, alphas, budgets, 0)
     return result, examples, certify(record.rows, attacks, epsilon)
 
 
-def evaluated(model, split, *, batch_size=16, num_restarts=2, alphas=ALPHAS, **options):
+def evaluated(model, split, *, batch_size=16, num_restarts=2, alphas=ALPHAS, budgets=(0.2,), **options):
     options = {"epsilon": EPSILON, "step_size": 0.05, "num_steps": 6} | options
     return evaluate(model, split, attack=partial(pgd_by_index, seed=0, **options), alphas=alphas,
-                    num_restarts=num_restarts, batch_size=batch_size, epsilon=options["epsilon"])
+                    budgets=budgets, num_restarts=num_restarts, batch_size=batch_size,
+                    epsilon=options["epsilon"])
 
 
 def attacked(model, split, attack, num_restarts=1, batch_size=4, epsilon=1.0):
@@ -180,6 +181,32 @@ def test_the_result_is_plain_values_with_an_interval_around_every_accuracy():
     for metric in ("A_sa", "A_tr"):
         assert (list(result[metric]) == list(result["ci95"][metric])
                 == list(result["effective_size"][metric]) == ["0.0", "1.0", "2.0"])
+    assert (list(result["A_sa_kl"]) == list(result["ci95"]["A_sa_kl"])
+            == list(result["effective_size"]["A_sa_kl"]) == list(result["alpha_of_kl"]) == ["0.2"])
+
+
+def test_the_accuracy_at_a_budget_is_a_sa_at_the_alpha_that_is_given_beside_it():
+    split, budgets = linear_split(), (0.0, 0.05, 0.2, 9.0)
+    result, *_ = evaluated(Linear(), split, budgets=budgets)
+    worst = closed_form(split, EPSILON)[1]
+    for budget in ("0.05", "0.2"):
+        alpha = result["alpha_of_kl"][budget]
+        assert result["A_sa_kl"][budget] == pytest.approx(accuracy(worst, alpha), abs=2e-3)
+        low, high = result["ci95"]["A_sa_kl"][budget]
+        assert low < result["A_sa_kl"][budget] < high
+    assert result["A_sa_kl"]["0.0"] == result["A_rob"] and result["alpha_of_kl"]["0.0"] == 0
+    assert result["ci95"]["A_sa_kl"]["0.0"] == result["ci95"]["A_rob"]
+    assert (result["A_sa_kl"]["9.0"], result["alpha_of_kl"]["9.0"]) == (0, None)  # all on the worst example
+
+
+def test_the_losses_worst_means_are_at_the_examples_of_a_rob():
+    result, examples, _ = evaluated(Linear(), linear_split(), budgets=(0.0, 0.2, 9.0))
+    loss = examples["loss_adv"]
+    assert result["loss_kl"]["0.0"] == pytest.approx(float(loss.mean()), abs=1e-6)
+    assert result["loss_kl"]["9.0"] == pytest.approx(float(loss.max()), abs=1e-6)
+    assert result["loss_kl"]["0.0"] < result["loss_kl"]["0.2"] < result["loss_kl"]["9.0"]
+    assert result["loss_cvar"] == {"0.1": pytest.approx(float(loss.topk(6).values.mean()), abs=1e-6),
+                                   "0.01": result["loss_kl"]["9.0"]}
 
 
 def test_an_alpha_given_twice_or_as_a_whole_number_is_attacked_and_named_once():
@@ -487,8 +514,8 @@ def test_weights_are_measured_once_and_their_averages_once():
 
 def test_the_description_names_the_classes_and_what_the_training_was(tmp_path):
     (tmp_path / "last.pt").write_bytes(b"weights")
-    cfg = SimpleNamespace(alphas=(1.0,), num_steps=1, num_restarts=1, start="clean", arch="lenet", seed=0,
-                          batch_size=32)
+    cfg = SimpleNamespace(alphas=(1.0,), kl_budgets=(0.2,), num_steps=1, num_restarts=1, start="clean",
+                          arch="lenet", seed=0, batch_size=32)
 
     def described(**contents):
         subject = subject_of("last", 5, tmp_path / "last.pt", **contents)
@@ -578,7 +605,8 @@ def test_the_table_has_a_column_a_checkpoint_and_stays_narrow(count, capsys):
     assert max(map(len, table)) <= 100
     assert [head for line in table if "epoch" in line for head in line.split("  ") if head.strip()] == [
         f"{name} (epoch {epoch})" for epoch, name in enumerate(names, 7)]
-    for label, pick in (("A_rob ", lambda r: r["A_rob"]), ("A_tr  alpha 1.0", lambda r: r["A_tr"]["1.0"])):
+    for label, pick in (("A_rob ", lambda r: r["A_rob"]), ("A_tr  alpha 1.0", lambda r: r["A_tr"]["1.0"]),
+                        ("A_sa  KL 0.2", lambda r: r["A_sa_kl"]["0.2"])):
         cells = [part for line in table if line.startswith(label)
                  for part in line.removeprefix(label).split("%")[:-1]]
         assert ([float(cell.split()[-1]) for cell in cells]

@@ -17,6 +17,8 @@ from conftest import ROOT
 from harness.datasets.batches import first_examples, load_dataset, to_unit
 from harness.errors import RunError, UserError
 from harness.evaluation import pipeline, recheck
+from harness.evaluation.attack_record import AttackRecord
+from harness.evaluation.budget import accuracy_at_budget
 from harness.evaluation.verdict import Certificate
 from harness.evaluation.worst_case import columns_of, worst_case
 from models import build_model
@@ -83,6 +85,15 @@ def test_the_report(evaluated, capsys):
     assert (worst["accuracy"]
             == pytest.approx(100 * (examples["prediction_worst"] == examples["label"]).mean(), abs=1e-4))
     assert np.array_equal(examples["prediction_worst"] == examples["label"], examples["margin_worst"] > 0)
+    assert set(worst["A_sa_kl"]) == set(result["A_sa_kl"]) == {"0.05", "0.2", "0.5"}
+    margin = torch.from_numpy(examples["margin_worst"])
+    for budget, value in worst["A_sa_kl"].items():
+        expected = accuracy_at_budget(margin > 0, margin, float(budget))
+        assert value == pytest.approx(100 * expected["accuracy"], abs=1e-4)
+        assert worst["alpha_of_kl"][budget] == pytest.approx(expected["alpha"], rel=1e-5)
+        assert worst["A_sa_kl_effective_size"][budget] == pytest.approx(expected["effective_size"], abs=0.05)
+        assert value <= worst["A_sa_kl_ci95"][budget][1] and f"KL {budget}: {value:.2f} %" in printed
+    assert worst["loss_kl"].keys() == worst["A_sa_kl"].keys() and worst["loss_cvar"].keys() == {"0.1", "0.01"}
     rows = list(csv.DictReader(Path("r_attacks.csv").read_text().splitlines()))
     assert [(row["attack"], float(row["accuracy"])) for row in rows] == [
         *((name, a["accuracy"]) for name, a in attacks.items()), ("worst case", worst["accuracy"])]
@@ -97,6 +108,25 @@ def test_the_report(evaluated, capsys):
     torch.save(build_model("lenet", 10, 1).state_dict(), "other.pt")
     assert (recheck.recheck(Path("r.record/net"), Path("other.pt"), "data", build_model)["clean"][1]
             > COUNT // 2)
+
+
+def test_a_finished_record_is_reported_at_other_budgets_without_an_attack(evaluated, script, monkeypatch):
+    first = evaluated("first.json", attacks=())
+    monkeypatch.setattr(AttackRecord, "write", None)  # whatever attacks fails
+    with pytest.raises(UserError, match="name another --out"):
+        script("eval_mnist", "--resume", "first.record", "--kl_budgets", 0.3)
+    script("eval_mnist", "--resume", "first.record", "--kl_budgets", 0.3, "--out", "more.json")
+    before, after = (json.loads(Path(name).read_text()) for name in ("first.json", "more.json"))
+    assert set(after["A_sa_kl"]) == {"0.3"} and after["A_sa"] == before["A_sa"]
+    assert before["A_sa_kl"]["0.5"] <= after["A_sa_kl"]["0.3"] <= before["A_sa_kl"]["0.2"]
+    assert same_exactly(first, dict(np.load("more.npz")))
+    with pytest.raises(UserError, match="leave out --alphas"):
+        script("eval_mnist", "--resume", "first.record", "--alphas", 3, "--out", "other.json")
+
+
+def test_a_budget_below_0_is_refused(evaluated):
+    with pytest.raises(UserError, match="--kl_budgets must be finite and at least 0, not -1"):
+        evaluated("r.json", "--kl_budgets", 0.1, -1)
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ import train_vir
 import train_yopo
 from harness.errors import UserError
 from harness.reporting.papers import paper_tables
+from harness.reporting.strengths import points_of
 from harness.reporting.tables import (
     defense,
     difference,
@@ -512,3 +513,47 @@ def test_a_file_that_is_not_json_is_named_in_one_line(shell, tmp_path):
 def test_leading_words_are_paths():
     assert script_module.with_flag(["a", "b", "--table", "x"]) == ["--paths", "a", "b", "--table", "x"]
     assert script_module.with_flag(["--table", "x"]) == ["--table", "x"] and script_module.with_flag([]) == []
+
+
+# ---- the attacker's strength -------------------------------------------------------------------------------
+
+def test_budgets_have_their_columns_and_older_results_are_read_beside_them(write, printed):
+    write(old=evaluation("a", training(recipe="at"), A_sa={"2.0": 30.0}),
+          new=evaluation("b", training(), A_sa={"2.0": 40.0}, A_sa_kl={"0.05": 45.0, "0.2": 38.0},
+                         worst_case={"accuracy": 41.0, "A_sa_kl": {"0.2": 33.0}}))
+    text = printed()
+    head, = lines(text, "A_sa_kl 0.05", "A_sa_kl 0.2", "worst case KL 0.2")
+    assert head.index("A_sa 2") < head.index("A_sa_kl 0.05") < head.index("A_sa_kl 0.2")
+    old, = lines(text, "AT", "resnet18")
+    new, = lines(text, "VIR-AT", "resnet18")
+    assert (old[head.index("A_sa 2")], old[head.index("A_sa_kl 0.2")]) == ("30.00 ± - (1)", "-")
+    assert [new[head.index(name)] for name in ("A_sa_kl 0.05", "A_sa_kl 0.2", "worst case KL 0.2")] == [
+        "45.00 ± - (1)", "38.00 ± - (1)", "33.00 ± - (1)"]
+
+
+def test_the_strengths_of_a_row_begin_with_a_rob_and_are_means_over_seeds(rows):
+    results = {f"s{seed}": evaluation(str(seed), training(seed=seed), A_rob=50.0 + 2 * seed,
+                                      A_sa_kl={"0.2": 30.0 + 2 * seed, "0.05": 40.0, "10.0": 0.0})
+               for seed in range(2)}
+    made, _ = rows(**results)
+    row, = made
+    strengths, means, deviations = points_of(row, "A_sa_kl")
+    assert strengths == [0.0, 0.05, 0.2, 10.0] and means == [51.0, 40.0, 31.0, 0.0]
+    assert deviations == pytest.approx([2**0.5, 0, 2**0.5, 0])
+    assert points_of(row, "A_sa") == ([0.0], [51.0], [pytest.approx(2**0.5)])
+
+
+def test_the_figure_shows_the_results_that_have_budgets_and_is_never_written_over(write, printed, tmp_path):
+    write(a=evaluation("a", training(), A_sa={"2.0": 30.0}, A_sa_kl={"0.2": 40.0}),
+          b=evaluation("b", training(recipe="at"), A_sa={"2.0": 20.0}, A_sa_kl={"0.2": 41.0}))
+    printed("--figure", tmp_path / "both.png")
+    assert (tmp_path / "both.png").stat().st_size > 10_000
+    for name, says in (("both.png", "exists"), ("both.pdf", "ends in .png")):
+        with pytest.raises(UserError, match=says):
+            printed("--figure", tmp_path / name)
+
+
+def test_without_budgets_there_is_no_figure_and_the_way_to_one_is_named(write, printed, tmp_path):
+    write(a=evaluation("a", training(), A_sa={"2.0": 30.0}))
+    with pytest.raises(UserError, match="none of these results has an A_sa_kl: evaluate"):
+        printed("--figure", tmp_path / "none.png")

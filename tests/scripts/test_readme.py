@@ -44,7 +44,7 @@ def quick(name, flags, colour_folder):
     colour = "cifar10" in name
     data = ("--dataset", colour_folder) if colour else ("--dataset", "digits")
     if name == "tables.py":
-        return ("--paths", ROOT / "results/mnist")
+        return ("--paths", ROOT / "results/mnist", ROOT / "results/budget")
     if name == "eval_recheck.py":
         return ()
     if name.startswith("eval"):
@@ -232,6 +232,89 @@ def test_the_figures_about_the_family_are_those_of_its_files():
     gairat, at = (load(f"vir/{name}/seed0/eval.json")["effective_size"]["A_sa"]["2.0"]
                   for name in ("gairat", "at"))
     assert_says("results", f"{gairat:,.0f} for GAIRAT and {at:,.0f} for AT (seed 0)")
+
+
+def recovered(name="recovered"):
+    """Result file -> middle of its A_sa_kl at 0.2 nats, and the widest range of any at 0.2 and at 0.5."""
+    rows = load(f"budget/{name}.json")["rows"]
+    widest = [max(high - low for low, high in (row["A_sa_kl"][budget] for row in rows))
+              for budget in ("0.2", "0.5")]
+    return {row["file"].removeprefix("results/"): mean(row["A_sa_kl"]["0.2"]) for row in rows}, *widest
+
+
+def test_the_figures_about_attackers_of_equal_strength_are_those_of_their_files():
+    found, at_02, at_05 = recovered()
+    assert at_02 < 0.2 and at_05 < 0.75
+
+    def gain(first, second, folder="vir"):
+        """(at alpha 2, at 0.2 nats): how far the first is ahead of the second, over its seeds."""
+        files = [[file for file in found if file.startswith(f"{folder}/{name}/")] for name in (first, second)]
+        alpha, budget = ([mean(measure(file) for file in group) for group in files]
+                         for measure in (lambda file: load(file)["A_sa"]["2.0"], found.get))
+        return f"{abs(alpha[0] - alpha[1]):.1f}", f"{abs(budget[0] - budget[1]):.1f}", budget[0] > budget[1]
+
+    (gairat, gairat_kl, _), (mail, mail_kl, _), (vir, vir_kl, _) = (
+        gain(name, "at") for name in ("gairat", "mail-at", "vir-at"))
+    (one, one_kl, ahead), (other, other_kl, too) = (
+        gain(name, "trades") for name in ("mail-trades", "vir-trades"))
+    assert not ahead and not too
+    small, lenet = ([gain(f"{net}-{name}", f"{net}-{name.split('-')[0]}", "mnist")
+                     for name in ("at-alpha0.5", "trades-alpha2")] for net in ("small_cnn", "lenet"))
+    assert [row[2] for row in small + lenet] == [True, True, False, False]
+    assert_says("results",
+                f"GAIRAT by {gairat_kl} points instead of {gairat} at alpha 2, MAIL-AT by {mail_kl} instead "
+                f"of {mail}, VIR-AT by {vir_kl} instead of {vir}",
+                f"lead TRADES by {one} and {other} points at alpha 2, and are {one_kl} and {other_kl} behind",
+                f"gain {small[0][0]} points (AT) and {small[1][0]} (TRADES) on SmallCNN at alpha 2, and "
+                f"{small[0][1]} and {small[1][1]} at 0.2 nats",
+                f"gains of {lenet[0][0]} and {lenet[1][0]} become losses of {lenet[0][1]} and {lenet[1][1]}")
+    again = load("budget/gairat/eval.json")["A_sa_kl"]
+    assert_says("results", "{:.1f}, {:.1f} and {:.1f} %".format(*again.values()))
+
+
+def test_the_figures_about_equal_strength_in_the_worst_case_are_those_of_their_files():
+    found, at_02, at_05 = recovered("recovered_strong")
+    assert at_02 < 0.7 and at_05 < 3.05
+    budget = {file.removeprefix("strong/").removesuffix(".json"): value for file, value in found.items()}
+    alpha = {name: load(f"strong/{name}.json")["worst_case"]["A_sa"]["2.0"] for name in budget}
+    place = {name: 1 + sum(other > value for other in budget.values()) for name, value in budget.items()}
+    assert (place["vir_gairat"], place["vir_mail-at"], len(place)) == (12, 16, 17)
+    assert sorted(alpha, key=alpha.get)[-2:] == ["vir_mail-at", "vir_gairat"]
+    gaps = [f"{alpha[name] - alpha['vir_at']:.0f}" for name in ("vir_gairat", "vir_mail-at")]
+    assert_says("results", f"0.2 nats ({budget['vir_gairat']:.1f} %), where AT by the same recipe has "
+                           f"{budget['vir_at']:.1f}", f"sixteenth ({budget['vir_mail-at']:.1f} %)",
+                f"VIR-AT keeps {budget['vir_vir-at'] - budget['vir_at']:.1f} points over AT",
+                f"{gaps[0]} and {gaps[1]} points over AT at alpha 2")
+
+
+def test_the_figures_about_mean_budgets_are_those_of_their_files():
+    with (ROOT / "results/curves/budget/budget.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    curves = {}
+    for row in rows:
+        curves.setdefault((row["norm"], row["p"]), {}).setdefault(row["model"], []).append(
+            (float(row["mean_budget"]), float(row["accuracy"])))
+    for (norm, order), models in curves.items():
+        values = {name: [accuracy for _, accuracy in curve] for name, curve in models.items()}
+        if order != "inf":
+            assert all(at >= other for name in values for at, other in zip(values["at"], values[name]))
+        if norm == "linf" and order != "inf":
+            last = [budget for (budget, gairat), *others in zip(models["gairat"], *values.values())
+                    if gairat > min(others)]
+            assert max(last) < 0.01 if order == "2" else last == [0.0]
+    behind = [100 * max(a - b for (_, a), (_, b) in zip(models["vir-recipe-at"], models["vir-at"]))
+              for models in (curves["linf", "1"], curves["linf", "2"])]
+    first_order = load("curves/budget/first_order.json")["rows"]
+    assert all(row["first_order"] > row["ours"] and row["nearer"] == 0 for row in first_order)
+    linf, l2 = ([row["first_order"] for row in first_order if row["norm"] == norm] for norm in ("linf", "l2"))
+    assert_says("curves", "{:.1f}, {:.1f}, {:.1f}, {:.1f} and {:.1f} % in l_inf".format(*linf),
+                f"at least {min(l2):.1f} % in l_2")
+    left = load("curves/budget/summary.json")["mean_budget_that_leaves"]
+    gairat, at = (left[name]["linf"]["1"]["0.9"] for name in ("gairat", "at"))
+    assert_says("curves", f"at most {behind[0]:.1f} points behind AT by VIR's recipe in l_inf at p = 1, and "
+                          f"{behind[1]:.1f} at p = 2",
+                f"GAIRAT falls to 90 % at a mean budget of {gairat:.3f} (p = 1), half of what AT needs "
+                f"({at:.3f})")
 
 
 def test_the_figures_about_strong_attacks_are_those_of_their_files():
