@@ -76,7 +76,7 @@ def run(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_published_command_line_runs_unchanged(shell, tmp_path, network):
-    done = shell(SCRIPT, "--dataset=digits", "--n_points=3", f"--model_path={network}", "--nn_type=cnn",
+    done = shell(SCRIPT, "--dataset=digits", "--n_points=1", f"--model_path={network}", "--nn_type=cnn",
                  "--norms", "inf", "2", "1", "--save=True", "--plot=True")
     assert done.returncode == 0, done.stderr
     folder, = (tmp_path / "runs/generate_robustness_curves").iterdir()

@@ -24,7 +24,7 @@ CURVE = ("compute", "--model", "run/last.pt", "--n_points", 24, "--budget", "fas
          "--no-plot")
 
 
-MOST = 5  # kills; the last start ends by itself
+MOST = 3  # kills; the last start ends by itself
 
 
 def killed_until_done(name, words, going_on, seconds, seed):
@@ -53,7 +53,7 @@ def same_arrays(first, second):
 
 
 @pytest.mark.slow
-def test_a_training_killed_at_random_moments_gives_the_same_weights(script, seed=0, least=3):
+def test_a_training_killed_at_random_moments_gives_the_same_weights(script, seed=0, least=2):
     script("train_at_mnist", *TRAIN, "--out_dir", "whole")
     again = (*TRAIN, "--out_dir", "killed")
     assert killed_until_done("train_at_mnist", again, ("--resume", "killed"), 2.0, seed) >= least
@@ -63,7 +63,7 @@ def test_a_training_killed_at_random_moments_gives_the_same_weights(script, seed
 
 
 @pytest.mark.slow
-def test_an_evaluation_killed_at_random_moments_gives_the_same_verdicts(script, seed=0, least=3):
+def test_an_evaluation_killed_at_random_moments_gives_the_same_verdicts(script, seed=0, least=2):
     script("train_at_mnist", *TINY, "--out_dir", "run")
     script("eval_mnist", *EVAL, "--out", "whole.json")
     again = (*EVAL, "--out", "killed.json")
@@ -72,7 +72,7 @@ def test_an_evaluation_killed_at_random_moments_gives_the_same_verdicts(script, 
 
 
 @pytest.mark.slow
-def test_a_curve_killed_at_random_moments_has_the_same_distances(script, seed=0, least=3):
+def test_a_curve_killed_at_random_moments_has_the_same_distances(script, seed=0, least=2):
     script("train_at_mnist", *TINY, "--out_dir", "run")
     script("generate_robustness_curves", "--command", *CURVE, "--out", "whole")
     again = (*CURVE, "--out", "killed")

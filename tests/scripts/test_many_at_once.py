@@ -37,12 +37,12 @@ def test_pairs_of_runs_have_a_folder_each(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_pairs_of_evaluations_have_a_result_each(run):
-    for pair in range(5):
+    for pair in range(3):
         commands = (("--checkpoint", run, *QUICK, "--seed", 2 * pair + k) for k in (0, 1))
         codes = at_once("eval_mnist.py", *commands)
         assert codes == [0, 0], [path.read_text() for path in Path().glob("stderr-*")]
     results = {path: json.loads(path.read_text()) for path in Path("run").glob("eval_last*.json")}
-    assert sorted(result["seed"] for result in results.values()) == list(range(10))
+    assert sorted(result["seed"] for result in results.values()) == list(range(6))
     for path, result in results.items():
         about = json.loads((path.with_suffix(".record") / "last/about.json").read_text())
         assert about["seed"] == result["seed"] and len(np.load(path.with_suffix(".npz"))["label"]) == 8
