@@ -177,8 +177,8 @@ def _logits_of(run: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 
 def distance(plain: list[Tensor], other: list[Tensor]) -> float:
     """sum |other - plain| / sum |plain| over all tensors: 0 for equal ones, infinity if not finite."""
-    size = sum(float(tensor.double().abs().sum()) for tensor in plain)
-    difference = sum(float((a.double() - b.double()).abs().sum()) for a, b in zip(other, plain, strict=True))
+    size = sum(float(tensor.float().abs().sum()) for tensor in plain)
+    difference = sum(float((a.float() - b.float()).abs().sum()) for a, b in zip(other, plain, strict=True))
     if difference == 0:
         return 0.0
     return difference / size if 0 < size < math.inf and difference < math.inf else math.inf

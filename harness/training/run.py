@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from harness import distributed
@@ -19,6 +18,7 @@ from harness.device import choose_device, choose_dtype
 from harness.errors import Collapsed, UserError
 from harness.folder import held
 from harness.reporting import figures
+from harness.training.average import Average
 from harness.training.collapse import CollapseWatch, checkpoints_at_chance
 from harness.training.compilation import compilation_of
 from harness.training.first_layer import FirstLayer
@@ -42,7 +42,8 @@ class Run(Steps):
         self.cfg = cfg
         self.data = data
         self.script = Path(str(sys.modules[type(cfg).__module__].__file__)).stem
-        self.rank, self.world_size, self.device = distributed.start(choose_device(cfg.device))
+        self.device = choose_device(cfg.device)
+        self.rank, self.world_size = distributed.start(self.device)
         if data.num_classes < 2:
             raise UserError(f"{data.name} has one class, {data.classes[0]}: there is nothing to tell apart")
         if cfg.batch_size < self.world_size:
@@ -126,9 +127,7 @@ class Run(Steps):
         self.state = {"model": bare(model), "optimizer": optimizer, "scheduler": scheduler}
         self.state |= self.persistent
         if self.cfg.ema_decay:  # begins as a copy after the first step
-            average = get_ema_multi_avg_fn(self.cfg.ema_decay)
-            self.average = AveragedModel(bare(model), multi_avg_fn=average, use_buffers=True)
-            self.state["ema"] = self.average
+            self.state["ema"] = self.average = Average(bare(model), self.cfg.ema_decay)
         if last:
             self.epoch, self.collapse.at_chance_for = self.files.load(last, self.state)
             self.say(f"going on after epoch {self.epoch}")
@@ -136,8 +135,22 @@ class Run(Steps):
             update_config(self.cfg, folder)
             self._stop_if_collapsed()
         first = self.epoch + 1
-        yield from range(first, self.cfg.epochs + 1)
+        for epoch in range(first, self.cfg.epochs + 1):
+            began = time.monotonic()
+            yield epoch
+            if epoch < self.cfg.epochs and self._is_time_up(time.monotonic() - began):
+                self._draw()
+                self.say(f"stopped after {epoch} of {self.cfg.epochs} epochs, as --stop_after_minutes "
+                         f"{self.cfg.stop_after_minutes:g} says; go on with: {self.files.resume_command}")
+                return
         self._finish("finished" if first <= self.cfg.epochs else "already finished")
+
+    def _is_time_up(self, seconds: float) -> bool:
+        """Whether one more epoch that takes so long would end too late; the same in every process."""
+        if not self.cfg.stop_after_minutes:
+            return False
+        late = time.monotonic() - self.started + seconds > 60 * self.cfg.stop_after_minutes
+        return distributed.from_first(late)
 
     def _hold(self, folder: Path) -> None:
         """Keep every other process out of the run's folder, until this run ends."""
@@ -156,9 +169,9 @@ class Run(Steps):
         for rows in self.persistent.values():
             rows.synchronize()
         self.epoch += 1
+        networks = [bare(model), *([self.average.module] if self.average else [])]
+        measured, averaged = self._validate(networks, validate)
         if self.rank == 0:
-            networks = [bare(model), *([self.average.module] if self.average else [])]
-            measured, averaged = self._validate(networks, validate)
             images = min(len(self.train), self.batches_per_epoch * self.cfg.batch_size)
             row = {"epoch": self.epoch, "lr": self.lr, **training}
             row |= {"epochs_at_chance": self.collapse.at_chance_for[-1]}
@@ -176,11 +189,20 @@ class Run(Steps):
 
     def _validate(self, networks: list[nn.Module],
                   validate: Callable[[nn.Module, Split], dict[str, float]]) -> list[dict[str, float]]:
-        """What up to two networks do on the held-out images, in float32."""
+        """What up to two networks do on the held-out images, in float32; every process takes its part.
+
+        They have the first process's buffers from here on, as they have after a stop.
+        """
         if not len(self.val):
             return [{}, {}]
-        found = [validate(TrainingPrecision(network, torch.float32, None, self.cfg.attack_view), self.val)
-                 for network in networks]
+        part = self.val
+        if len(part) >= self.world_size:
+            part = part[slice(self.rank, None, self.world_size)]
+        found = []
+        for network in networks:
+            distributed.share_buffers(network)
+            model = TrainingPrecision(network, torch.float32, None, self.cfg.attack_view)
+            found.append(distributed.percent_of_all(validate(model, part), len(part), self.device))
         return [*found, {}][:2]
 
     def _stop_if_collapsed(self) -> None:

@@ -188,7 +188,7 @@ def test_a_second_run_never_touches_the_first(script):
 def test_torchrun_gives_the_weights_of_one_process(shell, tmp_path):
     # 65: an uneven split
     flags = (*TINY, "--max_batches", 4, "--batch_size", 65, "--precision", "float32",
-             "--epsilon_warmup_epochs", 0)
+             "--epsilon_warmup_epochs", 0, "--val_size", 41, "--ema_decay", 0.5)
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     assert shell("train_at_mnist.py", *flags, "--out_dir", "one").returncode == 0
     done = shell("train_at_mnist.py", *flags, "--out_dir", "two", launcher=torchrun)
@@ -197,7 +197,10 @@ def test_torchrun_gives_the_weights_of_one_process(shell, tmp_path):
     assert max(float((one[name] - two[name]).abs().max()) for name in one) <= 1e-5
     fresh = build_model("lenet", 10, 1).state_dict()
     assert all(float((one[name] - fresh[name]).abs().max()) > 1e-4 for name in one)
-    assert read_log(tmp_path / "one")[0]["train_A_rob"] == read_log(tmp_path / "two")[0]["train_A_rob"]
+    one, two = read_log(tmp_path / "one")[0], read_log(tmp_path / "two")[0]
+    assert one["train_A_rob"] == two["train_A_rob"]
+    for name in ("val_A_nat", "val_A_rob", "val_ema_A_nat", "val_ema_A_rob"):  # each has looked at a part
+        assert abs(float(one[name]) - float(two[name])) <= 100 / 41 + 1e-9  # an image for rounding
 
 
 def children_of(process):
