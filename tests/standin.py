@@ -357,8 +357,10 @@ def main(words: list[str]) -> None:
     importlib.import_module("harness.training.fused").is_plain = lambda tensor: True  # these are fused too
     try:
         with StandinMode():
-            run = runpy.run_module if module else runpy.run_path
-            run(name, run_name="__main__")
+            if module:
+                runpy.run_module(name, run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(name, run_name="__main__")
     finally:
         print(report(), file=sys.stderr)
 
