@@ -20,11 +20,12 @@ ROOT = Path(__file__).resolve().parents[1]
 WIDE = 32  # channels of a convolution from which bfloat16 pays without AMX, see choose_dtype
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str, wide: bool = False) -> torch.device:
     """The device called `name`; `auto` is the GPU where there is one.
 
     Under torchrun it is this process's own GPU, and no other one is touched. Float32 is float32 from here on.
-    Raises UserError for a device that is not there, and for one that cannot do what every command needs.
+    wide: float64 is needed there. Raises UserError for a device that is not there, and for one that cannot do
+    what is needed.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -35,6 +36,8 @@ def choose_device(name: str) -> torch.device:
         torch.empty(1, device=device)
         if device.type not in ("cpu", "cuda"):
             _try_arithmetic(device)
+        if wide:
+            torch.empty(1, dtype=torch.float64, device=device)
     except UserError:
         raise
     except Exception as error:  # of any kind: each accelerator has its own

@@ -169,6 +169,14 @@ def casts_in_a_step(mode):
     return counts[2] - counts[1]
 
 
+def by_command(script, words):
+    """What `python -m tests.standin` says at its end."""
+    standin.forget()
+    with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(io.StringIO()):
+        standin.main([str(standin.ROOT / script), *map(str, words)])
+    return said.getvalue()
+
+
 def is_equal(one, other):
     """Whether two trees of tensors and plain values are the same, bit for bit."""
     if isinstance(one, dict):

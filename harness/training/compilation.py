@@ -54,6 +54,10 @@ class Compilation:
     def __deepcopy__(self, memo: dict) -> "Compilation":
         return self
 
+    def used(self) -> list[str]:
+        """The pieces that are compiled."""
+        return [piece.name for piece in (self.step, self.passes) if piece.kind not in (UNSEEN, None)]
+
     def pgd_step(self, model: nn.Module, steps: Callable, whole_step: Callable, x_adv: Tensor,
                  settings: dict[str, object]) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         """An attack's steps: whole_step compiled, or else `steps`, in which the network's passes may be."""

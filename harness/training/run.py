@@ -20,7 +20,7 @@ from harness.folder import held
 from harness.reporting import figures
 from harness.training.average import Average
 from harness.training.collapse import CollapseWatch, checkpoints_at_chance
-from harness.training.compilation import compilation_of
+from harness.training.compilation import Compilation, compilation_of
 from harness.training.first_layer import FirstLayer
 from harness.training.options import RunOptions
 from harness.training.precision import TrainingPrecision, bare
@@ -57,6 +57,7 @@ class Run(Steps):
         self.architecture: dict[str, object] = {}
         self.persistent: dict[str, PersistentRows] = {}
         self.average = None
+        self.compilation: Compilation | None = None
         self.collapse = CollapseWatch(cfg, data.num_classes)
         self.holding = ExitStack()
         self.started = time.monotonic()
@@ -98,8 +99,8 @@ class Run(Steps):
         if trial.unused and self.world_size > 1:
             self.say(f"note: {len(trial.unused)} parameters are not used in a pass, {trial.unused[0]} first: "
                      "torchrun looks for them in every step")
-        compilation = compilation_of(self.cfg, self.device, self.say)
-        model = TrainingPrecision(model, self.dtype, compilation, self.cfg.attack_view)
+        self.compilation = compilation_of(self.cfg, self.device, self.say)
+        model = TrainingPrecision(model, self.dtype, self.compilation, self.cfg.attack_view)
         return distributed.parallel(model, find_unused=bool(trial.unused))
 
     def first_layer(self, model: nn.Module) -> FirstLayer:
@@ -179,6 +180,7 @@ class Run(Steps):
             row |= {f"val_ema_{name}": value for name, value in averaged.items()}
             row |= {"seconds": round(self.seconds, 2), "images_per_second": round(images / self.seconds, 1)}
             self.files.add_rows(row, weights)
+            self.files.about["compiled"] = self.compilation.used() if self.compilation else []
             scores = {"best": measured.get("A_rob", float(self.epoch)),
                       "best_ema": averaged.get("A_rob", float(self.epoch))}
             self.files.save(self.architecture, self.state, self.average, scores)

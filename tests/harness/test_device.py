@@ -76,6 +76,20 @@ def test_an_accelerator_without_exact_integers_is_refused(monkeypatch):
         device._try_arithmetic(CPU)
 
 
+def test_distances_are_refused_where_there_is_no_float64(monkeypatch):
+    empty = torch.empty
+
+    def without(*size, dtype=None, **options):
+        if dtype == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        return empty(*size, dtype=dtype, **options)
+
+    monkeypatch.setattr(torch, "empty", without)
+    assert device.choose_device("cpu") == CPU
+    with pytest.raises(UserError, match=r"Cannot convert a MPS Tensor to float64 dtype.*: use auto or cpu"):
+        device.choose_device("cpu", wide=True)
+
+
 @pytest.mark.parametrize("name", ["mps", "xpu"])
 def test_torchrun_refuses_what_it_cannot_train_on_together(name, monkeypatch):
     in_torchrun(monkeypatch, 0, 2)

@@ -232,9 +232,12 @@ def test_a_killed_worker_ends_the_run_and_leaves_one_that_goes_on(shell, tmp_pat
     assert after["epoch"] == 4 and after["log"][:before["epoch"]] == before["log"]
 
 
-@pytest.mark.parametrize("name",
-                         ("train_at_mnist", "train_trades_mnist", "train_vir", "train_iaat", "train_free"))
-def test_a_compiled_run_gives_the_weights_of_a_plain_one(name, script, monkeypatch, capsys):
+@pytest.mark.parametrize("words", (
+    ("train_at_mnist",), ("train_trades_mnist",), ("train_vir",), ("train_iaat",), ("train_free",),
+    *(("train_vir", "--base", base, "--weights", kind, "--burn_in_epochs", 0)
+      for base, kind in (("trades", "vir"), ("mart", "gairat"), ("at", "margin"), ("trades", "mail")))))
+def test_a_compiled_run_gives_the_weights_of_a_plain_one(words, script, monkeypatch, capsys):
+    name = words[0]
     calls, counters, compiled = [], {}, torch.compile
 
     def traced(function, **options):  # everything but the compiler: graphs, guards and what they leave out
@@ -247,7 +250,7 @@ def test_a_compiled_run_gives_the_weights_of_a_plain_one(name, script, monkeypat
     tiny = [flag.replace("num_steps", "num_replays") if name == "train_free" and flag == "--num_steps"
             else flag for flag in TINY]
     # fused convolutions round differently
-    flags = (*tiny, "--max_batches", 3, "--model", "lenet", "--no-attack_view")
+    flags = (*words[1:], *tiny, "--max_batches", 3, "--model", "lenet", "--no-attack_view")
     flags += (() if name.startswith(("train_at", "train_trades"))
               else ("--crop_padding", 0, "--batch_size", 128))
     script(name, *flags, "--compile", "--out_dir", "compiled")
@@ -259,6 +262,8 @@ def test_a_compiled_run_gives_the_weights_of_a_plain_one(name, script, monkeypat
     assert "whole_step" not in counters or counters["whole_step"].frame_count == 1
     assert calls == [(piece, {"fallback_random": True}) for piece in pieces]  # no CUDA graphs on a CPU
     assert len(said) == len(pieces) and all("is compiled" in line for line in said)
+    assert len(torch.load("compiled/last.pt")["compiled"]) == len(pieces)
+    assert torch.load("plain/last.pt")["compiled"] == []
     assert same_bits(weights(Path("compiled/last.pt")), weights(Path("plain/last.pt")))
 
 

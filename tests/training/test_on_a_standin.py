@@ -63,3 +63,9 @@ def test_a_step_that_waits_copies_or_mixes_devices_is_caught(name, child, tmp_pa
 @pytest.mark.parametrize("mode", ["eval", "train"])
 def test_an_attack_casts_the_frozen_weights_of_convolutions_once(mode, child):
     assert child(standin_runs.casts_in_a_step, mode) == 3  # images, weight and bias of the linear layer
+
+
+def test_the_command_runs_a_script_and_shows_where_it_waits(child, tmp_path):
+    words = (*standin_runs.TINY, "--num_steps", 1, "--device", "cuda", "--out_dir", tmp_path / "run")
+    said = child(standin_runs.by_command, "train_at_mnist.py", words)
+    assert "waits: " in said and "harness/training/batch.py" in said and (tmp_path / "run/last.pt").exists()
