@@ -30,7 +30,7 @@ def choose_device(name: str, wide: bool = False) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     _keep_freed_memory()
-    _set_tf32(False)
+    _forbid_tf32()
     try:
         device = _own(torch.device(name))
         torch.empty(1, device=device)
@@ -47,11 +47,12 @@ def choose_device(name: str, wide: bool = False) -> torch.device:
 
 
 def _own(device: torch.device) -> torch.device:
-    """Of a GPU without a number, under torchrun, the one of this process, which becomes the current one."""
-    if device.type != "cuda" or device.index is not None or expected()[1] == 1:
+    """The GPU that is meant, which becomes the current one: under torchrun that of this process's number."""
+    together = expected()[1] > 1
+    if device.type != "cuda" or not (together or device.index is not None):
         return device
-    number, count = local_rank(), torch.cuda.device_count()
-    if number >= count:
+    number, count = local_rank() if together else device.index, torch.cuda.device_count()
+    if together and number >= count:
         raise UserError(f"torchrun has started {number + 1} processes or more here, and there are {count} "
                         f"GPUs: --nproc_per_node {max(count, 1)}, or --device cpu")
     device = torch.device("cuda", number)
@@ -72,9 +73,10 @@ def _try_arithmetic(device: torch.device) -> None:
     getattr(torch, device.type).get_rng_state(device)
 
 
-def _set_tf32(so: bool) -> None:
-    """Whether a GPU may round the factors of float32 convolutions and products to ten bits."""
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = so
+def _forbid_tf32() -> None:
+    """A GPU may not round the factors of float32 convolutions and products to ten bits."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 @contextmanager

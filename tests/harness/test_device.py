@@ -36,7 +36,8 @@ def in_torchrun(monkeypatch, rank, world_size):
         monkeypatch.setenv(name, str(value))
 
 
-def test_a_process_of_torchrun_takes_its_own_gpu_before_it_touches_one(monkeypatch):
+@pytest.mark.parametrize("name", ["cuda", "cuda:1"])
+def test_a_process_of_torchrun_takes_its_own_gpu_before_it_touches_one(name, monkeypatch):
     in_torchrun(monkeypatch, 2, 4)
     touched, group = [], {}
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
@@ -45,7 +46,7 @@ def test_a_process_of_torchrun_takes_its_own_gpu_before_it_touches_one(monkeypat
     monkeypatch.setattr(distributed.dist, "init_process_group", lambda **options: group.update(options))
     monkeypatch.setattr(distributed.dist, "get_rank", lambda: 2)
     monkeypatch.setattr(distributed.atexit, "register", lambda function: None)
-    chosen = device.choose_device("cuda")
+    chosen = device.choose_device(name)
     assert touched == [("current", "cuda:2"), ("memory", "cuda:2")]
     assert distributed.start(chosen) == (2, 4)
     assert (group["backend"], group["device_id"]) == ("nccl", torch.device("cuda", 2))
