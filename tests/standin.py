@@ -36,7 +36,7 @@ waits: collections.Counter = collections.Counter()   # place -> times that the h
 copies: collections.Counter = collections.Counter()  # ... that it copied, the device or the host waiting
 queued: collections.Counter = collections.Counter()  # ... that it queued a copy from pinned memory
 casts: collections.Counter = collections.Counter()   # ... that a float32 tensor was cast to bfloat16
-_state = {"counting": True, "float64": True, "ready": False}
+_state = {"counting": True, "raising": False, "float64": True, "ready": False}
 
 
 def missing() -> str | None:
@@ -218,6 +218,8 @@ def _note_copy(name: str, args: tuple, kwargs: dict, device: object) -> None:
 
 
 def _note(counter: collections.Counter, what: str) -> None:
+    if _state["raising"] and (counter is waits or counter is copies):
+        raise RuntimeError(f"called a synchronizing CUDA operation ({what} at {place()})")
     if _state["counting"]:
         counter[f"{place()}: {what}"] += 1
 
@@ -293,6 +295,7 @@ def _pretend_to_have_cuda() -> None:
     for name in ("_lazy_init", "reset_peak_memory_stats", "synchronize", "set_rng_state", "manual_seed_all",
                  "set_device", "empty_cache"):
         setattr(cuda, name, lambda *args: None)
+    cuda.set_sync_debug_mode = lambda mode: _state.update(raising=mode == "error")
     cuda.get_rng_state = lambda device=None: torch.zeros(16, dtype=torch.uint8)
 
 

@@ -30,7 +30,7 @@ METHODS = {
 NETWORKS = {"small_cnn": 16, "resnet18": 8, "wrn34_10": 4}  # beside LeNet, and images a batch
 SMALL = ("--dataset", "digits", "--epochs", 1, "--val_size", 0, "--precision", "float32", "--seed", SEED,
          "--max_grad_norm", 0, "--epsilon_warmup_epochs", 0, "--crop_padding", 2, "--momentum", 0)
-STEPS = 10  # batches without a wait
+WATCHED, STEPS = "resnet18", 10  # the network and the batches without a wait
 
 
 def one_step(site: Site) -> Found:
@@ -63,7 +63,7 @@ def no_wait(site: Site) -> Found:
     runs = METHODS | {"generated images": ("train_vir", "--num_steps", 2, "--extra_data",
                                            site.folder / "extra.npz")}
     for number, (script, *words) in enumerate(runs.values()):
-        words = (*SMALL, *words, "--model", "resnet18", "--max_batches", STEPS, "--precision", "bf16",
+        words = (*SMALL, *words, "--model", WATCHED, "--max_batches", STEPS, "--precision", "bf16",
                  "--ema_decay", 0.9)
         with _raising_at_a_wait():
             train(script, words, site.device, site.folder / str(number))

@@ -1,4 +1,5 @@
 """python -m harness.accept: what it says, and that each check can fail."""
+import importlib
 import json
 import os
 from pathlib import Path
@@ -122,6 +123,50 @@ def test_as_a_user_starts_it(tmp_path):
     lines = done.stdout.splitlines()
     assert [line[:11].strip() for line in lines[1:4]] == ["PASS", "PASS", "not checked"]
     assert lines[-1] == "written: accept.json"
+
+
+def watched_on_the_standin(folder, waits):
+    """`no_wait` where a device that is not there raises as a GPU does; waits: one step does."""
+    training.WATCHED, training.STEPS = "lenet", 4
+    training.METHODS = {name: training.METHODS[name] for name in ("AT, margin", "IAAT")}
+    script = importlib.import_module("train_at_mnist")
+    weigh = script.margin_weights
+    if waits:
+        script.margin_weights = lambda *given: weigh(*given) * float(weigh(*given).detach().sum() > 0)
+    try:
+        with standin.StandinMode():
+            return training.no_wait(Site(torch.device("cuda"), True, folder)).text
+    finally:
+        script.margin_weights = weigh
+
+
+@pytest.mark.skipif(bool(standin.missing()), reason=str(standin.missing()))
+@pytest.mark.slow
+def test_a_wait_in_a_step_is_found(tmp_path):
+    with standin_runs.child() as pool:
+        (tmp_path / "well").mkdir()
+        assert pool.submit(watched_on_the_standin, tmp_path / "well", False).result() == (
+            "3 methods, 4 batches each, never")
+        (tmp_path / "badly").mkdir()
+        with pytest.raises(RuntimeError, match=r"synchronizing CUDA operation \(_local_scalar"):
+            pool.submit(watched_on_the_standin, tmp_path / "badly", True).result()
+
+
+@pytest.mark.slow
+def test_a_piece_that_is_not_compiled_is_found(monkeypatch, tmp_path):
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, options, **others: compiled(
+        function, backend="eager", **others))  # all but the compiler
+    monkeypatch.setattr(training, "COMPILED", {name: training.COMPILED[name] for name in (
+        "a short last batch", "dropout")})
+    monkeypatch.setattr(training, "SMALL", (*training.SMALL, "--max_batches", 3))
+    torch.compiler.reset()
+    found = training.compiled(site_in(tmp_path / "well"))
+    assert found.holds and found.text == "4 runs, every piece", found
+    monkeypatch.setattr(training, "COMPILED", {"dropout": (training.COMPILED["dropout"][0], 2)})
+    torch.compiler.reset()
+    found = training.compiled(site_in(tmp_path / "badly"))  # its attack's step is not one
+    assert not found.holds and found.text == "not as a whole: dropout --no-graphs, dropout --graphs"
 
 
 def on_the_standin(folder):
