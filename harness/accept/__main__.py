@@ -8,6 +8,7 @@ The exit code is 1 if a check fails. The JSON file holds every figure: send it w
 """
 import contextlib
 import io
+import shlex
 import sys
 import tempfile
 import time
@@ -19,7 +20,7 @@ from typing import Any
 from harness.accept import arithmetic, attacks, machine, training
 from harness.accept.check import Check, NotChecked, Site, is_real_gpu
 from harness.config import run_script
-from harness.device import choose_device, command_line, environment
+from harness.device import choose_device, environment
 from harness.errors import RunError, UserError
 from harness.evaluation.report import dumps
 from harness.folder import write_text
@@ -41,7 +42,8 @@ def main(cfg: Config) -> None:
     if Path(cfg.out).exists():
         raise UserError(f"{cfg.out} exists, and a result is never overwritten: name another --out")
     device = choose_device(cfg.device)
-    facts = {"command": command_line(), "date": time.strftime("%Y-%m-%d"), "environment": environment(device)}
+    command = shlex.join(["python", "-m", "harness.accept", *sys.argv[1:]])
+    facts = {"command": command, "date": time.strftime("%Y-%m-%d"), "environment": environment(device)}
     print(", ".join(f"{name} {value}" for name, value in facts["environment"].items()), flush=True)
     rows: list[dict[str, Any]] = []
     for check in CHECKS:
