@@ -10,10 +10,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from harness.config import parse_config
 from tests import forks
+
+# autograd counts the devices once: after a look at a fake one (FakeTensorMode) no fork could differentiate
+torch.ones((), requires_grad=True).backward()
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ("--dataset", "digits", "--val_size", "40", "--num_steps", "2", "--val_num_steps", "2",
