@@ -162,7 +162,7 @@ def weighted_pgd(model: nn.Module, cfg: Config, x: Tensor, part: Split, epsilon:
 
 def compute(cfg: Config) -> None:
     """Distances of every model: each in the folder itself, or in one of its own where there are several."""
-    device, files, several = choose_device(cfg.device), names_of(cfg.model), []
+    device, files, several = choose_device(cfg.device, wide=True), names_of(cfg.model), []
     subjects = [open_network(name, path, build_model, split=cfg.split, nn_type=cfg.nn_type, arch=cfg.arch,
                              dataset=cfg.dataset, data_dir=cfg.data_dir, ignore_extra=cfg.ignore_extra)
                 for name, path in files.items()]
@@ -201,7 +201,7 @@ def distances(cfg: Config) -> None:
     """How far apart the classes of a data set are."""
     if not cfg.dataset:
         raise UserError("distances needs --dataset: mnist, cifar10, an image folder, mat:FILE or npz:FILE")
-    device = choose_device(cfg.device)
+    device = choose_device(cfg.device, wide=True)
     split, _ = load_split(cfg.dataset, cfg.data_dir or "data", cfg.split)
     points = choose(split, cfg.n_points, cfg.indices).to(device)
     if len(torch.unique(points.labels)) < 2:
@@ -238,7 +238,8 @@ def exact(cfg: Config) -> None:
 
 def surface(cfg: Config) -> None:
     """Robust accuracy over size and preference, at the points and around the distances stored."""
-    several, device, epsilons = store.find(cfg.results), choose_device(cfg.device), np.unique(cfg.epsilons)
+    device = choose_device(cfg.device, wide=True)
+    several, epsilons = store.find(cfg.results), np.unique(cfg.epsilons)
     if without := [results.name for results in several if "linf" not in results.norms]:
         raise UserError(f"a surface needs distances in l_inf, which {', '.join(without)} has not")
     folder, started, found = store.claim(cfg, SCRIPT), time.monotonic(), {}

@@ -117,6 +117,7 @@ class _Walk:
     halved: Tensor       # [B] whether the last checkpoint halved the step size
 
     def keep(self, rows: Tensor) -> None:
+        """Go on with these rows [b] alone."""
         for field in fields(self):
             setattr(self, field.name, getattr(self, field.name)[rows])
 
@@ -146,10 +147,12 @@ def _ascend(model: nn.Module, x: Tensor, y: Tensor, target: Tensor, radius: Tens
     last_check = 0
     checks = set(checkpoints(num_steps))
     for k in range(1, num_steps + 1):
-        if (k - 1) % COMPACT_EVERY == 0 and bool((fooled := walk.best_loss.isposinf()).any()):
-            result[walk.row] = walk.x_best
-            walk.keep(~fooled)
-            if not len(walk.row):
+        if (k - 1) % COMPACT_EVERY == 0:
+            left = (~walk.best_loss.isposinf()).nonzero().squeeze(1)  # the one wait for the device
+            if len(left) < len(walk.row):
+                result[walk.row] = walk.x_best
+                walk.keep(left)
+            if not len(left):
                 return result
         _step(model, walk, norm, 1.0 if k == 1 else MOMENTUM, loss_fn)
         if k in checks:

@@ -10,6 +10,7 @@ projection onto that hyperplane within the box [0, 1],
 
 and a misclassified x_{k+1} is drawn back towards x by a tenth. No random numbers: the first iterate is x.
 """
+import itertools
 from dataclasses import dataclass, fields
 
 import torch
@@ -26,6 +27,7 @@ BACKWARD = 0.9          # beta: what is left of the perturbation after a misclas
 SEARCH_STEPS = 3        # of the final search on the segment to x
 SHORT = 0.99            # share of the way to the crossing that a step goes: on it, rounding would decide
 COMPACT_EVERY = 5       # steps between two removals of the examples that are done
+LOOK_EVERY = 8          # Newton steps between two looks at whether they are at the root; most need 3 to 5
 
 
 def fab_targeted(model: nn.Module, x: Tensor, y: Tensor, *, norm: str = "linf", num_steps: int = 100,
@@ -64,8 +66,8 @@ def fab_targeted(model: nn.Module, x: Tensor, y: Tensor, *, norm: str = "linf", 
                                       num_steps)
             found, reached = _search(bare, x[rows], y[rows], found, reached, margin[rows], norm)
             nearer = reached < distance[rows]
-            x_adv[rows[nearer]] = found[nearer]
-            distance[rows[nearer]] = reached[nearer]
+            x_adv[rows] = choose(nearer, found, x_adv[rows])
+            distance[rows] = reached.where(nearer, distance[rows])
         return x_adv
 
 
@@ -98,9 +100,10 @@ def _fill_evenly(room: Tensor, rate: Tensor, amount: Tensor, norm: str) -> Tenso
     count = torch.full_like(amount, -1.0)
     full = torch.empty_like(knee)  # 0 or 1: arithmetic on a bool would cast it anew each time
     open_ = torch.empty_like(knee)
-    while True:
+    every = 1 if room.device.type == "cpu" else LOOK_EVERY  # at the root a step of Newton's changes nothing
+    for number in itertools.count():
         filled = torch.le(knee, level[:, None], out=full).sum(1)
-        if bool((filled == count).all()):
+        if number % every == every - 1 and bool((filled == count).all()):
             break
         count = filled
         rest = torch.gt(knee, level[:, None], out=open_).mul_(slope).sum(1)
@@ -132,6 +135,7 @@ class _Walk:
     distance: Tensor  # [B] its distance, infinite where there is none
 
     def keep(self, rows: Tensor) -> None:
+        """Go on with these rows [b] alone."""
         for field in fields(self):
             setattr(self, field.name, getattr(self, field.name)[rows])
 
@@ -143,11 +147,13 @@ def _walk_to(model, x: Tensor, y: Tensor, target: Tensor, enough: Tensor, norm: 
                  torch.full_like(enough, torch.inf))
     found, distance = x.clone(), walk.distance.clone()
     for k in range(num_steps):
-        if k % COMPACT_EVERY == 0 and bool((done := walk.distance <= walk.enough).any()):
-            found[walk.row] = walk.found
-            distance[walk.row] = walk.distance
-            walk.keep(~done)
-            if not len(walk.row):
+        if k % COMPACT_EVERY == 0:
+            left = (~(walk.distance <= walk.enough)).nonzero().squeeze(1)  # a wait for the device
+            if len(left) < len(walk.row):
+                found[walk.row] = walk.found
+                distance[walk.row] = walk.distance
+                walk.keep(left)
+            if not len(left):
                 return found, distance
         _step(model, walk, norm)
     found[walk.row] = walk.found
@@ -159,8 +165,8 @@ def _step(model, walk: _Walk, norm: str) -> None:
     x, x_k = walk.x.flatten(1), walk.x_adv.flatten(1)
     w, c = _linearise(model, walk.x_adv, walk.y, walk.target)
     w, at_x = w.flatten(1), c + (w.flatten(1) * (x - x_k)).sum(1)
-    d_k = project_box(x_k, w, c, norm) - x_k
-    d = project_box(x, w, at_x, norm) - x
+    points = torch.cat([x_k, x])  # both projections at once: another wait for the device
+    d_k, d = (project_box(points, w.repeat(2, 1), torch.cat([c, at_x]), norm) - points).chunk(2)
     length_k, length = norm_of(d_k, norm), norm_of(d, norm)
     alpha = (length_k / (length_k + length).clamp_min(TINY)).clamp_max(ALPHA_MAX)[:, None]
     point = (1 - alpha) * (x_k + OVERSHOOT * d_k) + alpha * (x + OVERSHOOT * d)

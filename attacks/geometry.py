@@ -27,7 +27,8 @@ def per_example(values: Tensor, x: Tensor) -> Tensor:
 
 def radii(epsilon: float | Tensor, x: Tensor) -> Tensor:
     """One radius per example, [B, 1, 1, 1], from a number or [B]; ValueError unless finite and >= 0."""
-    radius = torch.as_tensor(check_size("epsilon", epsilon, x), dtype=x.dtype, device=x.device)
+    size = check_size("epsilon", epsilon, x)
+    radius = size.to(x) if isinstance(size, Tensor) else x.new_full((), size)
     return radius.expand(len(x), *[1] * (x.ndim - 1))
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from attacks.checks import check_batch
 from attacks.frozen import frozen
-from attacks.geometry import projection, steepest
+from attacks.geometry import choose, projection, steepest
 from attacks.noise import example_keys
 from attacks.pgd import NORMS, first_iterate
 from losses.margin import largest_other, logit_margin, misclassified, ranked_targets
@@ -75,13 +75,13 @@ class _Hunt:
         self.standing = torch.ones_like(y, dtype=torch.bool)
 
     def offer(self, rows: Tensor, x_adv: Tensor, logits: Tensor) -> Tensor:
-        """Take the points x_adv of the examples `rows` into account; returns which of them still stand."""
+        """Take the points x_adv of `rows`, which were standing, into account; returns which still do."""
         margin = logit_margin(logits, self.y[rows]).to(self.margin.dtype)
         wrong = misclassified(logits, self.y[rows])
         better = (margin < self.margin[rows]) | wrong
-        self.x_adv[rows[better]] = x_adv[better]
-        self.margin[rows[better]] = margin[better]
-        self.standing[rows[wrong]] = False
+        self.x_adv[rows] = choose(better, x_adv, self.x_adv[rows])
+        self.margin[rows] = margin.where(better, self.margin[rows])
+        self.standing[rows] = ~wrong
         return ~wrong
 
 
@@ -102,6 +102,7 @@ def _descend(bare: nn.Module, hunt: _Hunt, target: Tensor | None, run: int, epsi
         x_adv = x_adv.detach()
         left = hunt.offer(rows, x_adv, logits.detach())
         if step < num_steps:
+            left = left.nonzero().squeeze(1)  # the one wait for the device
             rows = rows[left]
             x_adv = x_adv[left]
             gradient = gradient[left]

@@ -57,7 +57,7 @@ def _ascend(bare: nn.Module, x: Tensor, y: Tensor, keys: Tensor, epsilon: float,
     mean = torch.zeros_like(x)
     square = torch.zeros_like(x)
     for step in range(num_steps + 1):
-        standing = ~misclassified(bare(x_adv), y[rows])
+        standing = (~misclassified(bare(x_adv), y[rows])).nonzero().squeeze(1)  # the one wait for the device
         found[rows] = x_adv
         rows = rows[standing]
         x_adv = x_adv[standing]

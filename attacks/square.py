@@ -52,10 +52,11 @@ def square(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float | Tensor, n
         search = _Search(rows, x, y, keys, radius, x, logit_margin(logits, y), misclassified(logits, y))
         for query in range(num_queries):
             if query % BLOCK == 0:
-                if bool(search.fooled.any()):
+                left = (~search.fooled).nonzero().squeeze(1)  # the one wait for the device
+                if len(left) < len(search.row):
                     result[search.row] = search.x_adv
-                    search.keep(~search.fooled)
-                if not len(search.row):
+                    search.keep(left)
+                if not len(left):
                     return result
                 draws = keyed_uniform(example_keys(search.keys, query // BLOCK + 1), (BLOCK, 5 + x.shape[1]))
             if query == 0:
@@ -86,6 +87,7 @@ class _Search:
     fooled: Tensor  # [B] whether it is misclassified
 
     def keep(self, rows: Tensor) -> None:
+        """Go on with these rows [b] alone."""
         for field in fields(self):
             setattr(self, field.name, getattr(self, field.name)[rows])
 
@@ -159,7 +161,8 @@ def _corner(place: Tensor, side: int, height: int, width: int) -> tuple[Tensor, 
     place [B, 2], uniform in [0, 1), makes every position of the square in the image equally likely, the last
     row and column included.
     """
-    return (place * place.new_tensor([height - side + 1, width - side + 1])).long().unbind(1)
+    top, left = place.unbind(1)
+    return (top * (height - side + 1)).long(), (left * (width - side + 1)).long()
 
 
 def _pixels(top: Tensor, left: Tensor, side: int, width: int) -> Tensor:
@@ -201,7 +204,8 @@ def _pattern(side: int, x: Tensor) -> Tensor:
 def _bump(height: int, width: int, x: Tensor) -> Tensor:
     """sum_{k=0}^{M(r,s)} (n + 1 - k)^-2, n = max(h, w) // 2, M(r,s) = n - max(|r - h // 2|, |s - w // 2|)."""
     reach = max(height, width) // 2
-    sums = torch.tensor([(reach + 1 - k) ** -2.0 for k in range(reach + 1)]).cumsum(0).to(x)
+    numbers = torch.arange(reach + 1, 0, -1, dtype=torch.float32, device=x.device)
+    sums = numbers.square().reciprocal().cumsum(0).to(x.dtype)
     row, column = (torch.arange(n, device=x.device) for n in (height, width))
     distance = torch.maximum((row - height // 2).abs()[:, None], (column - width // 2).abs()[None, :])
     return sums[reach - distance]

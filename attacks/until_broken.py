@@ -55,9 +55,9 @@ def pgd_until_broken(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float, 
             moved = project(torch.add(x_adv, steepest(gradient, norm), alpha=step_size))
             x_adv = choose(fallen, x_adv, moved)
             step = step + 1
-            done = fallen | (step == num_steps)
-            changed = bool(done.any())
+            left = (~fallen & (step < num_steps)).nonzero().squeeze(1)  # the one wait for the device
+            changed = len(left) < len(row)
             if changed:  # only then is there room for others
-                result[row[done]] = x_adv[done]
-                row, step, x_adv = row[~done], step[~done], x_adv[~done]
+                result[row] = x_adv  # of those that stay it is not the last word
+                row, step, x_adv = row[left], step[left], x_adv[left]
     return result

@@ -52,7 +52,7 @@ from benchmarks.forms import BARE, PUBLISHED, count_flops, published_model
 from harness.config import run_script
 from harness.datasets.batches import Dataset, to_unit
 from harness.datasets.split import Split
-from harness.device import choose_device, peak_memory, resident
+from harness.device import choose_device, peak_memory, resident, torchs_own_settings
 from harness.errors import UserError
 from harness.training.batch import Batch
 from harness.training.options import RunOptions
@@ -155,9 +155,15 @@ def first_batch(train: Split, settings: TrainConfig) -> tuple[Tensor, Tensor]:
 
 def published_step(model: nn.Module, method: str, settings: TrainConfig,
                    train: Split) -> Callable[[], object]:
-    """The published step on the first images of `train`, on a copy of the network."""
+    """The published step on the first images of `train`, on a copy of the network, with torch's settings."""
     theirs, (x, y) = published_model(model), first_batch(train, settings)
-    return partial(PUBLISHED[method], theirs, sgd(theirs, settings), x, y, settings, settings.start)
+    step = partial(PUBLISHED[method], theirs, sgd(theirs, settings), x, y, settings, settings.start)
+
+    def as_torch_comes() -> None:
+        with torchs_own_settings():
+            step()
+
+    return as_torch_comes
 
 
 def bare_step(model: nn.Module, method: str, settings: TrainConfig, train: Split) -> Callable[[], object]:

@@ -24,7 +24,7 @@ from harness.training.options import RunOptions
 from harness.training.seeds import one_a_seed
 
 MAY_CHANGE_ON_RESUME = {"resume", "epochs", "data_dir", "device", "compile", "graphs", "max_batches", "shard",
-                        "stop_on_collapse"}
+                        "stop_on_collapse", "stop_after_minutes"}
 
 OFF_BEFORE = {"max_grad_norm": 0.0}  # what a run did that is older than the field
 
@@ -46,7 +46,7 @@ LIMITS = {
     "lr_scales": (0, math.inf), "gairat_lambda": (-math.inf, math.inf), "mail_slope": (0, math.inf),
     "mail_bias": (-1, 1), "num_replays": (1, math.inf), "num_passes": (1, math.inf),
     "num_spsa_examples": (1, math.inf), "kl_budgets": (0, math.inf), "mean_budgets": (0, math.inf),
-    "orders": (1, 64),
+    "orders": (1, 64), "stop_after_minutes": (0, math.inf),
 }
 
 

@@ -5,29 +5,106 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from attacks.noise import example_keys, keyed_uniform
+from harness.distributed import expected, local_rank
 from harness.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDE = 32  # channels of a convolution from which bfloat16 pays without AMX, see choose_dtype
 
 
-def choose_device(name: str) -> torch.device:
-    """The device called `name`; `auto` is the GPU where there is one. Raises UserError for one not there."""
+def choose_device(name: str, wide: bool = False) -> torch.device:
+    """The device called `name`; `auto` is the GPU where there is one.
+
+    Under torchrun it is this process's own GPU, and no other one is touched. Float32 is float32 from here on.
+    wide: float64 is needed there. Raises UserError for a device that is not there, and for one that cannot do
+    what is needed.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     _keep_freed_memory()
+    _forbid_tf32()
     try:
-        device = torch.device(name)
+        device = _own(torch.device(name))
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise UserError(f"--device {name} is not available here: use auto or cpu") from None
+        if device.type not in ("cpu", "cuda"):
+            _try_arithmetic(device)
+        if wide:
+            torch.empty(1, dtype=torch.float64, device=device)
+    except UserError:
+        raise
+    except Exception as error:  # of any kind: each accelerator has its own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        raise UserError(f"--device {name} is not available here ({reason}): use auto or cpu") from None
     return device
+
+
+def _own(device: torch.device) -> torch.device:
+    """The GPU that is meant, which becomes the current one: under torchrun that of this process's number."""
+    together = expected()[1] > 1
+    if device.type != "cuda" or not (together or device.index is not None):
+        return device
+    number, count = local_rank() if together else device.index, torch.cuda.device_count()
+    if together and number >= count:
+        raise UserError(f"torchrun has started {number + 1} processes or more here, and there are {count} "
+                        f"GPUs: --nproc_per_node {max(count, 1)}, or --device cpu")
+    device = torch.device("cuda", number)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _try_arithmetic(device: torch.device) -> None:
+    """Raise where an accelerator lacks keyed noise, a convolution's gradient or a random state."""
+    keys = torch.arange(4)
+    noise = keyed_uniform(example_keys(keys.to(device), 1), (3, 8, 8))
+    if not torch.equal(noise.cpu(), keyed_uniform(example_keys(keys, 1), (3, 8, 8))):
+        raise RuntimeError("its 64-bit integers are not the CPU's")
+    layer = nn.Conv2d(3, 2, 3).to(device)
+    layer(noise.requires_grad_()).square().sum().backward()
+    if not bool(torch.isfinite(noise.grad).all()):
+        raise RuntimeError("a convolution's gradient is not finite")
+    getattr(torch, device.type).get_rng_state(device)
+
+
+def _forbid_tf32() -> None:
+    """A GPU may not round the factors of float32 convolutions and products to ten bits."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@contextmanager
+def torchs_own_settings() -> Iterator[None]:
+    """As torch comes: TF32 in convolutions, and cuDNN's first choice of algorithms."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.allow_tf32, cudnn.benchmark
+    try:
+        cudnn.allow_tf32, cudnn.benchmark = True, False
+        yield
+    finally:
+        cudnn.allow_tf32, cudnn.benchmark = before
+
+
+@contextmanager
+def fastest_convolutions() -> Iterator[None]:
+    """cuDNN tries its algorithms on each new shape, and keeps the fastest: for many steps of one shape."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+def reads_by_itself(device: torch.device) -> bool:
+    """Whether the device copies from pinned memory of the host without the host."""
+    return device.type == "cuda"
 
 
 def _keep_freed_memory() -> None:
@@ -61,9 +138,10 @@ def _cpu_has(instructions: str) -> bool:
 
 def free_memory(device: torch.device) -> int:
     """Bytes free on `device`; if it shares the system's memory, what system and container can still give."""
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
+    module = getattr(torch, device.type, None)
+    if device.type != "cpu" and hasattr(module, "mem_get_info"):
+        cached = module.memory_reserved(device) - module.memory_allocated(device)
+        return module.mem_get_info(device)[0] + cached
     info, group = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     if info.exists():
@@ -72,6 +150,12 @@ def free_memory(device: torch.device) -> int:
         cache = _number_in(group / "memory.stat", "inactive_file")
         free = min(free, int(limit) - int((group / "memory.current").read_text()) + cache)
     return max(free, 0)
+
+
+def release_memory(device: torch.device) -> None:
+    """Give back what an accelerator's allocator keeps for later."""
+    if hasattr(module := getattr(torch, device.type), "empty_cache"):
+        module.empty_cache()
 
 
 def _number_in(path: Path, name: str) -> int:
@@ -112,10 +196,20 @@ def environment(device: torch.device) -> dict[str, object]:
         lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
         names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
         hardware = next(names, platform.processor())
-    return {"device": device.type, "hardware": hardware,
+    tf32 = torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32
+    return {"device": device.type, "hardware": hardware, **_gpu(device),
             "instructions": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads(),
             "torch": torch.__version__, "python": platform.python_version(), "system": platform.system(),
-            "commit": _commit()}
+            "commit": _commit(), "tf32": tf32}
+
+
+def _gpu(device: torch.device) -> dict[str, object]:
+    """What stands behind a GPU's numbers beside its name."""
+    if device.type != "cuda":
+        return {}
+    capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+    return {"capability": capability, "gpus": torch.cuda.device_count(), "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version()}
 
 
 def _commit() -> str | None:

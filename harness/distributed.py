@@ -3,6 +3,7 @@ import atexit
 import inspect
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
@@ -14,6 +15,7 @@ from harness.errors import UserError
 
 T = TypeVar("T")
 NEEDED = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # beside WORLD_SIZE
+PATIENCE = timedelta(hours=1)  # of a collective: the first process may be saving to a slow drive
 
 
 def expected() -> tuple[int, int]:
@@ -36,18 +38,28 @@ def expected() -> tuple[int, int]:
     return int(rank), int(world_size)
 
 
-def start(device: torch.device) -> tuple[int, int, torch.device]:
-    """Join torchrun's process group if there is one.  Returns (rank, world_size, this process's device)."""
+def local_rank() -> int:
+    """This process's number on its machine, 0 without torchrun."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def start(device: torch.device) -> tuple[int, int]:
+    """Join torchrun's process group if there is one; device: this process's own.  Returns (rank, world_size).
+
+    Raises UserError for an accelerator that several processes cannot train on together.
+    """
     _, world_size = expected()
     if world_size == 1:
-        return 0, 1, device
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
+        return 0, 1
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"torchrun does not work with --device {device.type}: one process, or --device cpu")
     if not dist.is_initialized():  # with --seeds the runs of a process share its group
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        options: dict[str, Any] = {"backend": "gloo"}
+        if device.type == "cuda":
+            options = {"backend": "nccl", "device_id": device}
+        dist.init_process_group(**options, timeout=PATIENCE)
         atexit.register(dist.destroy_process_group)
-    return dist.get_rank(), world_size, device
+    return dist.get_rank(), world_size
 
 
 def wait() -> None:
@@ -59,8 +71,8 @@ def wait() -> None:
 def parallel(model: nn.Module, find_unused: bool = False) -> nn.Module:
     """The model with its gradients averaged over all processes.
 
-    Buffers are not broadcast: each process keeps the BatchNorm statistics of its own examples, and those of
-    the first process are saved. find_unused: some parameters get no gradient, and the processes look which.
+    Buffers are not broadcast: in an epoch each process keeps the BatchNorm statistics of its own examples.
+    find_unused: some parameters get no gradient, and the processes look which.
     """
     if not dist.is_initialized():
         return model
@@ -105,6 +117,22 @@ def on_all_rows(function: Callable[..., torch.Tensor], count: int, *arguments: A
              for value in arguments]
     own = next(rows for _, rows in whole if rows is not None)
     return function(*(value for value, _ in whole))[own]
+
+
+def share_buffers(network: nn.Module) -> None:
+    """Give every process the first one's buffers."""
+    if dist.is_initialized():
+        for buffer in network.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+def percent_of_all(percent: dict[str, float], count: int, device: torch.device) -> dict[str, float]:
+    """Shares in percent of this process's `count` rows as those of the rows of all processes."""
+    if not dist.is_initialized():
+        return percent
+    hits = [round(value * count / 100) for value in percent.values()]
+    *hits, count = total(torch.tensor([*hits, count], device=device)).tolist()
+    return {name: 100 * (hit / count) for name, hit in zip(percent, hits)}
 
 
 def from_first(value: T | None) -> T:

@@ -17,7 +17,7 @@ LOADED = ("train_at_mnist", "generate_robustness_curves", "torch._dynamo", "matp
           "sklearn.datasets", "sklearn.model_selection")
 FORK = multiprocessing.get_context("fork")
 # The first backward pass starts a thread for each device that is known by then, and threads end with a fork:
-# it comes before anything registers one, as torch.export does.
+# it comes before anything registers one, as torch.export and FakeTensorMode do.
 torch.ones(1, requires_grad=True).sum().backward()
 
 

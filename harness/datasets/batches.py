@@ -1,5 +1,7 @@
 """A data set in memory as 8-bit tensors that live on the device, and the batches drawn from it."""
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from harness.datasets.downloads import DATASETS, SPLIT_SEED
 from harness.datasets.generated import Extra, load_extra
 from harness.datasets.image_folders import load_image_folder
 from harness.datasets.split import Split
+from harness.device import reads_by_itself
 from harness.errors import UserError
 
 
@@ -88,6 +91,11 @@ def image_order(name: str) -> str:
     return "of the file" if ":" in name else "fixed random"
 
 
+def send(part: Split, device: torch.device) -> Split:
+    """The examples on `device`; one that reads the host's memory by itself gets them without a wait."""
+    return part.pinned().to(device, non_blocking=True) if reads_by_itself(device) else part.to(device)
+
+
 def to_unit(images: Tensor) -> Tensor:
     """8-bit images as float32 in [0, 1]."""
     return images.float().div_(255.0)
@@ -117,13 +125,17 @@ def training_batches(split: Split, batch_size: int, seed: int, epoch: int, *, cr
         order, drawn = _mix(order, batch_size, world_size, len(extra), extra_fraction, generator)
         augmentation = torch.cat([augmentation, _draw_augmentation(len(drawn), crop_padding, generator)], 1)
     augmentation, order_on_device = augmentation.to(device), order.to(device)
-    for first, size in batch_places(count, batch_size, world_size):
-        mine = slice(first + rank, first + size, world_size)
+    places = batch_places(count, batch_size, world_size)
+    own = [slice(first + rank, first + size, world_size) for first, size in places]
+    generated = iter(())
+    if extra is not None:  # those from `count` on, which come last in a batch
+        wanted = (order[mine] for mine in own)
+        generated = fetched_ahead(extra, (drawn[rows[rows >= count] - count] for rows in wanted), device)
+    for (_, size), mine in zip(places, own):
         rows = order_on_device[mine]
-        real = int((order[mine] < count).sum())  # those from `count` on are generated, and come last
-        part = split[rows[:real]]
-        if real < len(rows):
-            part = _joined(part, extra[drawn[order[mine][real:] - count]].to(device))
+        part = split[rows[:int((order[mine] < count).sum())]]
+        if extra is not None:
+            part = _joined(part, next(generated))
         x = to_unit(part.images)
         top, left, mirrored = augmentation[:, rows]
         if crop_padding:
@@ -170,6 +182,18 @@ def _mix(order: Tensor, batch_size: int, world_size: int, population: int, fract
     seed = int(torch.randint(2**62, (), generator=generator))
     rows = np.random.default_rng(seed).choice(population, drawn, replace=drawn > population)
     return order, torch.from_numpy(rows)
+
+
+def fetched_ahead(extra: Extra, rows: Iterable[Tensor], device: torch.device) -> Iterator[Split]:
+    """extra[r] on `device` for each r of `rows`, the next one read from the file while this one is used."""
+    with ThreadPoolExecutor(1) as reader:
+        coming: deque[Future[Split]] = deque()
+        for wanted in rows:
+            coming.append(reader.submit(extra.__getitem__, wanted))
+            if len(coming) > 1:
+                yield send(coming.popleft().result(), device)
+        while coming:
+            yield send(coming.popleft().result(), device)
 
 
 def _joined(first: Split, second: Split) -> Split:

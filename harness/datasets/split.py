@@ -23,9 +23,16 @@ class Split:
     def __getitem__(self, rows: Tensor | slice) -> "Split":
         return Split(self.images[rows], self.labels[rows], self.index[rows])
 
-    def to(self, device: torch.device) -> "Split":
-        """The same split on `device`."""
-        return Split(self.images.to(device), self.labels.to(device), self.index.to(device))
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Split":
+        """The same split on `device`; non_blocking: of a pinned one, without a wait."""
+        return Split(*(part.to(device, non_blocking=non_blocking) for part in self._parts()))
+
+    def pinned(self) -> "Split":
+        """A copy in memory that an accelerator reads by itself."""
+        return Split(*(part.pin_memory() for part in self._parts()))
+
+    def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.images, self.labels, self.index
 
     def fingerprint(self) -> str:
         """What changes when an image, its label or their order does."""

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from harness.datasets.batches import to_unit
 from harness.datasets.split import Split
-from harness.device import free_memory, peak_memory
+from harness.device import free_memory, peak_memory, release_memory
 from harness.evaluation.predictions import MULTIPLE, BatchInvariant
 
 PROBE = MULTIPLE  # images of the pass that is measured: attacks pad their batches to multiples of it
@@ -22,18 +22,34 @@ def fitting_batch_size(model: nn.Module, split: Split, copies: int = 1, free: Ca
     model: in eval mode, on the device of the N images of `split`; copies: of each image that an attack holds
     at once. One pass of PROBE images is measured; what it takes beyond the images counts as theirs. A
     multiple of PROBE, unless fewer fit; at most FASTEST_ON_CPU on a CPU; at least 1, at most N rounded up to
-    a multiple of PROBE. No verdict depends on it. free(device) and peak(device, work) -> bytes.
+    a multiple of PROBE. Off the CPU, that many are tried, and half as many as long as they do not fit, since
+    other programs and the libraries' own needs are not counted. No verdict depends on it. free(device) and
+    peak(device, work) -> bytes.
     """
     device = split.images.device
     each = copies * max(peak(device, lambda: input_gradient(model, split.images)) / PROBE, 1.0)
     fit = int(SHARE * free(device) / each)
     fit = fit // PROBE * PROBE if fit >= PROBE else max(fit, 1)
-    return min(fit, FASTEST_ON_CPU if device.type == "cpu" else fit, -(-len(split) // PROBE) * PROBE)
+    fit = min(fit, FASTEST_ON_CPU if device.type == "cpu" else fit, -(-len(split) // PROBE) * PROBE)
+    while device.type not in ("cpu", "meta") and fit > 1 and not _runs(model, split.images, copies * fit):
+        fit = fit // 2 // PROBE * PROBE or fit // 2
+    return fit
 
 
-def input_gradient(model: nn.Module, images: Tensor) -> Tensor:
-    """An attack step's gradient at PROBE images, the first of `images` again and again; parameters frozen."""
-    x = to_unit(images[torch.arange(PROBE, device=images.device) % len(images)]).requires_grad_()
+def _runs(model: nn.Module, images: Tensor, count: int) -> bool:
+    """Whether a pass of so many images, and back, fits in the device's memory."""
+    try:
+        input_gradient(model, images, count)
+        return True
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        release_memory(images.device)
+
+
+def input_gradient(model: nn.Module, images: Tensor, count: int = PROBE) -> Tensor:
+    """An attack step's gradient at `count` images, the first ones again and again; parameters frozen."""
+    x = to_unit(images[torch.arange(count, device=images.device) % len(images)]).requires_grad_()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         for parameter in trainable:

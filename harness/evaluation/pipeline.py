@@ -122,7 +122,8 @@ def begin(cfg: EvalConfig) -> Job:
     except ValueError as error:
         raise UserError(str(error)) from None
     shard = _shard(cfg.shard)
-    rank, world_size, device = distributed.start(choose_device(cfg.device))
+    device = choose_device(cfg.device)
+    rank, world_size = distributed.start(device)
     if world_size > 1 and cfg.shard:
         raise UserError("torchrun gives every process its shard: leave --shard out")
     return Job(device, columns, (rank, world_size) if world_size > 1 else shard, rank, world_size)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from harness import distributed
 from harness.datasets.batches import to_unit
 from harness.datasets.split import Split
 from harness.errors import RunError, UserError
@@ -79,7 +80,8 @@ def held_out_accuracy(model: nn.Module, split: Split, *, attack: Callable[..., T
     """
     training, hits = model.training, {"A_nat": 0, "A_rob": 0}
     model.eval()
-    with tqdm(total=len(split), desc="held-out images", unit="image", disable=None, leave=False) as bar:
+    quiet = True if distributed.expected()[0] else None
+    with tqdm(total=len(split), desc="held-out images", unit="image", disable=quiet, leave=False) as bar:
         for first in range(0, len(split), batch_size):
             part = split[slice(first, first + batch_size)]
             x, y = to_unit(part.images), part.labels

@@ -43,12 +43,17 @@ def look(model: nn.Module, x: Tensor, y: Tensor, loss_fn: Callable) -> dict:
         depends = losses.requires_grad
         gradient = torch.autograd.grad(losses.sum(), point)[0] if depends else torch.zeros_like(x)
     flat = gradient.flatten(1)
-    return {"num_examples": len(x), "zero_gradients": 100 * float((flat == 0).all(1).double().mean()),
-            "non_finite_gradients": 100 * float((~torch.isfinite(flat)).any(1).double().mean()),
+    return {"num_examples": len(x), "zero_gradients": _percent((flat == 0).all(1)),
+            "non_finite_gradients": _percent((~torch.isfinite(flat)).any(1)),
             "two_runs": float((logits - again).abs().max()), "largest_logit": float(logits.abs().max()),
             "alone": float((logits[:NUM_ALONE] - alone).abs().max()),
             "rows_sum_to_one": bool(((logits >= 0).all(1) & ((logits.sum(1) - 1).abs() < 1e-4)).all()),
             "in_0_1": bool(((logits >= 0) & (logits <= 1)).all())}
+
+
+def _percent(holds: Tensor) -> float:
+    """The share of [N] bool that is true, by the host: some accelerators have no float64."""
+    return 100 * float(holds.cpu().double().mean())
 
 
 def probe(model: nn.Module, x: Tensor, y: Tensor, keys: Tensor, *, attack: Callable, loss_fn: Callable,
@@ -62,7 +67,7 @@ def probe(model: nn.Module, x: Tensor, y: Tensor, keys: Tensor, *, attack: Calla
 
     def standing(x_adv: Tensor) -> float:
         with torch.no_grad():
-            return round(100 * float((model(x_adv).argmax(1) == y).double().mean()), 4)
+            return round(_percent(model(x_adv).argmax(1) == y), 4)
 
     def pgd(radius: float, ratio: float, num_steps: int, start: str | Tensor = "uniform") -> Tensor:
         return attack(model, x, y, epsilon=radius, step_size=radius / ratio, num_steps=num_steps, start=start,

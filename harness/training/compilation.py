@@ -54,6 +54,10 @@ class Compilation:
     def __deepcopy__(self, memo: dict) -> "Compilation":
         return self
 
+    def used(self) -> list[str]:
+        """The pieces that are compiled."""
+        return [piece.name for piece in (self.step, self.passes) if piece.kind not in (UNSEEN, None)]
+
     def pgd_step(self, model: nn.Module, steps: Callable, whole_step: Callable, x_adv: Tensor,
                  settings: dict[str, object]) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         """An attack's steps: whole_step compiled, or else `steps`, in which the network's passes may be."""
@@ -177,8 +181,8 @@ def _logits_of(run: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 
 def distance(plain: list[Tensor], other: list[Tensor]) -> float:
     """sum |other - plain| / sum |plain| over all tensors: 0 for equal ones, infinity if not finite."""
-    size = sum(float(tensor.double().abs().sum()) for tensor in plain)
-    difference = sum(float((a.double() - b.double()).abs().sum()) for a, b in zip(other, plain, strict=True))
+    size = sum(float(tensor.float().abs().sum()) for tensor in plain)
+    difference = sum(float((a.float() - b.float()).abs().sum()) for a, b in zip(other, plain, strict=True))
     if difference == 0:
         return 0.0
     return difference / size if 0 < size < math.inf and difference < math.inf else math.inf

@@ -57,9 +57,13 @@ def conv_norm_relu(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d | None = Non
     kind = x.device.type
     double = x.dtype == torch.float64  # which autocast leaves alone
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and not double else x.dtype
-    here = ENABLED and kind == "cpu"
+    here, elsewhere = ENABLED and kind == "cpu", _is_elsewhere(kind)
+    if elsewhere and norm is not None and norm.training:  # that stays, but the weights' cast can be kept
+        out = norm(conv_norm_relu(x, conv, relu=False, folded=folded))
+        return _add_relu(out, add, relu, plus)
     regular = not _as_modules and x.ndim == 4 and _regular(conv)
-    if regular and (here or _folds_elsewhere(x, norm)) and _fusible(conv, norm, dtype):
+    gains = elsewhere and (norm is not None or dtype != conv.weight.dtype)
+    if regular and (here or gains) and _fusible(conv, norm, dtype):
         frozen = _frozen(conv, norm, dtype, {} if folded is None else folded)
         if here:
             fits = add is not None and _fits(add, shape := _shape(x, conv), dtype)
@@ -91,15 +95,19 @@ def _shape(x: Tensor, conv: nn.Conv2d) -> torch.Size:
     return torch.Size((len(x), conv.out_channels, *sides))
 
 
+def _is_elsewhere(kind: str) -> bool:
+    return kind not in ("cpu", "meta")
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether this is torch's own tensor: an operation on a subclass may be anything."""
+    return type(tensor) in (Tensor, nn.Parameter)
+
+
 def _regular(conv: nn.Conv2d) -> bool:
     """A convolution of all channels with all channels, with zeros at the border."""
     plain = conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
-    return plain and type(conv.padding) is tuple and type(conv.weight) is nn.Parameter
-
-
-def _folds_elsewhere(x: Tensor, norm: nn.BatchNorm2d | None) -> bool:
-    """Whether a norm is to be folded off the CPU: without one the convolution stays a module there."""
-    return norm is not None and x.device.type not in ("cpu", "meta")
+    return plain and type(conv.padding) is tuple and is_plain(conv.weight)
 
 
 def _fusible(conv: nn.Conv2d, norm: nn.BatchNorm2d | None, dtype: torch.dtype) -> bool:

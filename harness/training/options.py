@@ -34,6 +34,7 @@ class RunOptions(Hyperparameters):
     precision: Literal["auto", "bf16", "float32"] = "auto"  # auto: bf16 where it is faster
     attack_view: bool = True          # attack a faster form of the network, where one can be made and checked
     max_batches: int | None = None      # stop every epoch after this many batches, for a trial run
+    stop_after_minutes: float = 0       # stop, to be resumed, where one more epoch would end later; 0 is off
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from harness import distributed
@@ -19,8 +18,9 @@ from harness.device import choose_device, choose_dtype
 from harness.errors import Collapsed, UserError
 from harness.folder import held
 from harness.reporting import figures
+from harness.training.average import Average
 from harness.training.collapse import CollapseWatch, checkpoints_at_chance
-from harness.training.compilation import compilation_of
+from harness.training.compilation import Compilation, compilation_of
 from harness.training.first_layer import FirstLayer
 from harness.training.options import RunOptions
 from harness.training.precision import TrainingPrecision, bare
@@ -42,7 +42,8 @@ class Run(Steps):
         self.cfg = cfg
         self.data = data
         self.script = Path(str(sys.modules[type(cfg).__module__].__file__)).stem
-        self.rank, self.world_size, self.device = distributed.start(choose_device(cfg.device))
+        self.device = choose_device(cfg.device)
+        self.rank, self.world_size = distributed.start(self.device)
         if data.num_classes < 2:
             raise UserError(f"{data.name} has one class, {data.classes[0]}: there is nothing to tell apart")
         if cfg.batch_size < self.world_size:
@@ -56,6 +57,7 @@ class Run(Steps):
         self.architecture: dict[str, object] = {}
         self.persistent: dict[str, PersistentRows] = {}
         self.average = None
+        self.compilation: Compilation | None = None
         self.collapse = CollapseWatch(cfg, data.num_classes)
         self.holding = ExitStack()
         self.started = time.monotonic()
@@ -98,8 +100,8 @@ class Run(Steps):
         if trial.unused and self.world_size > 1:
             self.say(f"note: {len(trial.unused)} parameters are not used in a pass, {trial.unused[0]} first: "
                      "torchrun looks for them in every step")
-        compilation = compilation_of(self.cfg, self.device, self.say)
-        model = TrainingPrecision(model, self.dtype, compilation, self.cfg.attack_view)
+        self.compilation = compilation_of(self.cfg, self.device, self.say)
+        model = TrainingPrecision(model, self.dtype, self.compilation, self.cfg.attack_view)
         return distributed.parallel(model, find_unused=bool(trial.unused))
 
     def first_layer(self, model: nn.Module) -> FirstLayer:
@@ -127,9 +129,7 @@ class Run(Steps):
         self.state = {"model": bare(model), "optimizer": optimizer, "scheduler": scheduler}
         self.state |= self.persistent
         if self.cfg.ema_decay:  # begins as a copy after the first step
-            average = get_ema_multi_avg_fn(self.cfg.ema_decay)
-            self.average = AveragedModel(bare(model), multi_avg_fn=average, use_buffers=True)
-            self.state["ema"] = self.average
+            self.state["ema"] = self.average = Average(bare(model), self.cfg.ema_decay)
         if last:
             self.epoch, self.collapse.at_chance_for = self.files.load(last, self.state)
             self.say(f"going on after epoch {self.epoch}")
@@ -137,8 +137,22 @@ class Run(Steps):
             update_config(self.cfg, folder)
             self._stop_if_collapsed()
         first = self.epoch + 1
-        yield from range(first, self.cfg.epochs + 1)
+        for epoch in range(first, self.cfg.epochs + 1):
+            began = time.monotonic()
+            yield epoch
+            if epoch < self.cfg.epochs and self._is_time_up(time.monotonic() - began):
+                self._draw()
+                self.say(f"stopped after {epoch} of {self.cfg.epochs} epochs, as --stop_after_minutes "
+                         f"{self.cfg.stop_after_minutes:g} says; go on with: {self.files.resume_command}")
+                return
         self._finish("finished" if first <= self.cfg.epochs else "already finished")
+
+    def _is_time_up(self, seconds: float) -> bool:
+        """Whether one more epoch that takes so long would end too late; the same in every process."""
+        if not self.cfg.stop_after_minutes:
+            return False
+        late = time.monotonic() - self.started + seconds > 60 * self.cfg.stop_after_minutes
+        return distributed.from_first(late)
 
     def _hold(self, folder: Path) -> None:
         """Keep every other process out of the run's folder, until this run ends."""
@@ -157,9 +171,9 @@ class Run(Steps):
         for rows in self.persistent.values():
             rows.synchronize()
         self.epoch += 1
+        networks = [bare(model), *([self.average.module] if self.average else [])]
+        measured, averaged = self._validate(networks, validate)
         if self.rank == 0:
-            networks = [bare(model), *([self.average.module] if self.average else [])]
-            measured, averaged = self._validate(networks, validate)
             images = min(len(self.train), self.batches_per_epoch * self.cfg.batch_size)
             row = {"epoch": self.epoch, "lr": self.lr, **training}
             row |= {"epochs_at_chance": self.collapse.at_chance_for[-1]}
@@ -167,6 +181,7 @@ class Run(Steps):
             row |= {f"val_ema_{name}": value for name, value in averaged.items()}
             row |= {"seconds": round(self.seconds, 2), "images_per_second": round(images / self.seconds, 1)}
             self.files.add_rows(row, weights)
+            self.files.about["compiled"] = self.compilation.used() if self.compilation else []
             scores = {"best": measured.get("A_rob", float(self.epoch)),
                       "best_ema": averaged.get("A_rob", float(self.epoch))}
             self.files.save(self.architecture, self.state, self.average, scores)
@@ -177,11 +192,20 @@ class Run(Steps):
 
     def _validate(self, networks: list[nn.Module],
                   validate: Callable[[nn.Module, Split], dict[str, float]]) -> list[dict[str, float]]:
-        """What up to two networks do on the held-out images, in float32."""
+        """What up to two networks do on the held-out images, in float32; every process takes its part.
+
+        They have the first process's buffers from here on, as they have after a stop.
+        """
         if not len(self.val):
             return [{}, {}]
-        found = [validate(TrainingPrecision(network, torch.float32, None, self.cfg.attack_view), self.val)
-                 for network in networks]
+        part = self.val
+        if len(part) >= self.world_size:
+            part = part[slice(self.rank, None, self.world_size)]
+        found = []
+        for network in networks:
+            distributed.share_buffers(network)
+            model = TrainingPrecision(network, torch.float32, None, self.cfg.attack_view)
+            found.append(distributed.percent_of_all(validate(model, part), len(part), self.device))
         return [*found, {}][:2]
 
     def _stop_if_collapsed(self) -> None:

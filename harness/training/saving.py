@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.optim.swa_utils import AveragedModel
 
 from harness import checkpoint
 from harness.datasets.batches import Dataset
 from harness.device import command_line, environment
 from harness.errors import UserError
 from harness.folder import claim_folder, write_csv, write_text
+from harness.training.average import Average
 from harness.training.options import RunOptions
 
 PART = 1 << 20  # bytes
@@ -103,7 +103,7 @@ class RunFolder:
         if weights:
             self.weight_rows.append({"epoch": row["epoch"], **weights})
 
-    def save(self, architecture: dict[str, Any], state: dict[str, Any], average: AveragedModel | None,
+    def save(self, architecture: dict[str, Any], state: dict[str, Any], average: Average | None,
              scores: dict[str, float]) -> None:
         """Write the log and last.pt, and best.pt if scores["best"] is the highest so far.
 

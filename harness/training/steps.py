@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from harness import distributed
 from harness.datasets.batches import Dataset
 from harness.datasets.split import Split
+from harness.device import fastest_convolutions
+from harness.training.average import Average
 from harness.training.batch import Batch, Meters, load_batches
 from harness.training.options import RunOptions
 from harness.training.saving import RunFolder
@@ -32,7 +33,7 @@ class Steps:
     batches_per_epoch: int
     epoch: int                     # how many are done
     state: dict[str, Any]          # what a checkpoint restores: model, optimizer, ...
-    average: AveragedModel | None
+    average: Average | None
     files: RunFolder
     meters: Meters                 # of the last epoch, like the next two
     lr: float
@@ -45,8 +46,9 @@ class Steps:
         self.lr = self.state["optimizer"].param_groups[0]["lr"]
         started = looked = time.monotonic()
         source = load_batches(self.data, self.train, self.cfg, epoch, self.rank, self.world_size)
-        with tqdm(total=self.batches_per_epoch, desc=f"epoch {epoch}/{self.cfg.epochs}", unit="batch",
-                  leave=False, disable=None if self.rank == 0 else True) as bar:
+        with fastest_convolutions(), tqdm(
+                total=self.batches_per_epoch, desc=f"epoch {epoch}/{self.cfg.epochs}", unit="batch",
+                leave=False, disable=None if self.rank == 0 else True) as bar:
             for batch in source:
                 yield batch
                 bar.update()

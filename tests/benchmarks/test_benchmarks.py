@@ -81,6 +81,20 @@ def test_every_form_moves_its_own_network_only(method, tmp_path):
     assert all(torch.equal(old, new) and new.grad is None for old, new in zip(before, model.parameters()))
 
 
+def test_the_published_form_has_torchs_own_settings_and_ours_float32(monkeypatch, tmp_path):
+    cudnn, seen = torch.backends.cudnn, []
+    monkeypatch.setitem(PUBLISHED, "at", lambda *given: seen.append((cudnn.allow_tf32, cudnn.benchmark)))
+    loss_of = train_step.train_at_mnist.cross_entropy
+
+    def cross_entropy(*given):
+        seen.append((cudnn.allow_tf32, cudnn.benchmark))
+        return loss_of(*given)
+
+    monkeypatch.setattr(train_step.train_at_mnist, "cross_entropy", cross_entropy)
+    train_step.measure("lenet", "at", toy("--warmup_rounds", "0"), lambda dtype: 1.0)
+    assert seen[-1] == (True, False) and set(seen[:-1]) == {(False, True)}
+
+
 def test_the_published_network_is_nchw_and_holds_the_same_weights():
     model = build_model("resnet18").to(memory_format=torch.channels_last)
     theirs = published_model(model)

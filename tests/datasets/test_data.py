@@ -5,6 +5,8 @@ import io
 import os
 import struct
 import sys
+import threading
+import time
 import urllib.request
 from urllib.error import URLError
 
@@ -17,6 +19,7 @@ from PIL import Image
 from harness.datasets.batches import (
     Dataset,
     batch_places,
+    fetched_ahead,
     first_examples,
     load_dataset,
     random_crop,
@@ -534,3 +537,21 @@ def test_a_leftover_that_batchnorm_could_not_use_joins_the_batch_before(count, b
         batches = epoch_of(split_of(count), batch_size)
         assert [len(batch[1]) for batch in batches] == sizes
         assert sorted(order_of(batches)) == split_of(count).index.tolist()
+
+
+def test_generated_images_are_read_one_batch_ahead_of_their_use(digits):
+    read = []
+
+    class Extra:
+        def __getitem__(self, rows):
+            read.append((rows.tolist(), threading.current_thread().name))
+            return digits.train[rows]
+
+    batches = fetched_ahead(Extra(), torch.arange(12).split(3), torch.device("cpu"))
+    for number, rows in enumerate(torch.arange(12).split(3)):
+        assert same(next(batches), digits.train[rows])
+        while len(read) < min(number + 2, 4):  # the next one comes without being asked for
+            time.sleep(0.001)
+    assert [rows for rows, _ in read] == torch.arange(12).view(4, 3).tolist()
+    assert all(name != threading.current_thread().name for _, name in read)
+    assert next(batches, None) is None

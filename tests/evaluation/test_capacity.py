@@ -3,15 +3,18 @@ the evaluation that chooses for itself."""
 import json
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from harness.datasets.split import Split
 from harness.device import free_memory, peak_memory
 from harness.evaluation import capacity
 from harness.evaluation.capacity import FASTEST_ON_CPU, PROBE, fitting_batch_size
+from harness.training.precision import TrainingPrecision
 from models import build_model
 
 
@@ -32,6 +35,28 @@ def test_half_of_an_accelerators_memory_in_whole_multiples(each, free, expected)
     found = fitting_batch_size(lenet("meta"), split_of(100_000, "meta"), free=lambda device: free,
                                peak=lambda device, work: each * PROBE)
     assert found == expected and (found < PROBE or found % PROBE == 0)
+
+
+@pytest.mark.parametrize(("holds", "expected"),
+                         ((10**9, 6400), (6399, 3200), (1600, 1600), (100, 96), (33, 32), (20, 16)))
+def test_a_batch_that_does_not_fit_after_all_is_halved(holds, expected, monkeypatch):
+    class Full(nn.Module):  # as an accelerator whose memory others use too
+        def forward(self, x):
+            if len(x) > holds:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return x.flatten(1)[:, :10]
+
+    class OnAGpu:
+        images = SimpleNamespace(device=torch.device("cuda"))
+
+        def __len__(self):
+            return 100_000
+
+    monkeypatch.setattr(capacity, "release_memory", lambda device: None)
+    monkeypatch.setattr(capacity, "input_gradient", lambda model, images, count=PROBE: model(
+        torch.zeros(count, 1, 4, 4)))
+    assert fitting_batch_size(Full(), OnAGpu(), free=lambda device: 2 * 1000 * 6400,
+                              peak=lambda device, work: 1000 * PROBE) == expected
 
 
 def test_on_a_cpu_no_more_than_is_fast_and_no_more_than_there_are():
@@ -95,3 +120,29 @@ def test_an_evaluation_that_chooses_has_the_verdicts_of_any_other(script, monkey
     assert chosen["batch_size"] == strong["batch_size"] == 32 and given["batch_size"] == 40
     assert (chosen["A_rob"] == given["A_rob"] == strong["A_rob"]
             and chosen["class_accuracy"] == given["class_accuracy"])
+
+
+def test_wide_resnet_trains_on_a_gpu_of_24_gb():
+    """A count from shapes: the tensors that autograd keeps of WRN-34-10's training pass at batch 128."""
+    kept = {}  # storage -> itself, so that its number is not given to another
+
+    def keep(tensor):
+        if not isinstance(tensor, nn.Parameter):
+            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    with FakeTensorMode(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model = build_model("wrn34_10", 10, 3)
+        model = TrainingPrecision(model, torch.bfloat16, None, attack_view=False)
+        logits = model(torch.empty(128, 3, 32, 32))
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+    a_pass = sum(storage.nbytes() for storage in kept.values())
+    assert logits.shape == (128, 10) and parameters == 46_160_474
+    # a block keeps the inputs of its two BatchNorms and the outputs of its two ReLUs, in bfloat16, a stage
+    # has five of them; the shortcuts' inputs are among these; the weights once more, in bfloat16
+    maps = 4 * 5 * 128 * 1024 * (160 + 320 / 4 + 640 / 16) * 2
+    assert maps < a_pass - 2 * parameters < 1.05 * maps
+    gibibytes = a_pass / 2**30
+    assert (round(gibibytes, 1), round(2 * gibibytes, 1)) == (1.5, 2.9)  # AT; TRADES, with two passes
+    # weights, gradients, momentum in float32: a quarter of the card is not in use by half
+    assert 2 * a_pass + 12 * parameters < 24e9 / 4

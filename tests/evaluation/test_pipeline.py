@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+from harness import distributed
 from harness.datasets.batches import first_examples, load_dataset, to_unit
 from harness.errors import RunError, UserError
 from harness.evaluation import pipeline, recheck
@@ -228,6 +229,20 @@ def test_a_plain_evaluation_goes_on_and_is_shared_like_any_other(count, evaluate
     assert Path("r.json").exists() == bool(count) and len(batches) == 3 * (count + 1)
     if not count:
         script("eval_mnist", "--resume", "r.json")
+    assert same_exactly(whole, dict(np.load("r.npz")))
+
+
+def test_under_torchrun_a_plain_evaluation_is_shared_and_no_collective_follows(evaluated, monkeypatch):
+    whole = evaluated("whole.json", attacks=())
+    for name in ("barrier", "all_reduce", "all_gather", "broadcast", "broadcast_object_list"):
+        monkeypatch.setattr(distributed.dist, name, lambda *given, **options: pytest.fail("a collective"))
+    monkeypatch.setattr(distributed, "from_first", lambda place: (Path("r.json"), Path("r.record")))
+    for rank in (1, 0):  # the first process comes half an hour later
+        monkeypatch.setattr(distributed, "start", lambda device, rank=rank: (rank, 2))
+        evaluated("r.json", attacks=())
+        done = [np.load(path)["position"] for path in Path("r.record/net/A_rob").glob("*.npz")]
+        assert Path("r.json").exists() == (rank == 0)
+        assert sorted(np.concatenate(done)) == list(range(rank, COUNT, 2 if rank else 1))
     assert same_exactly(whole, dict(np.load("r.npz")))
 
 

@@ -189,7 +189,7 @@ def test_a_second_run_never_touches_the_first(script):
 def test_torchrun_gives_the_weights_of_one_process(shell, tmp_path):
     # 65: an uneven split
     flags = (*TINY, "--max_batches", 4, "--batch_size", 65, "--precision", "float32",
-             "--epsilon_warmup_epochs", 0)
+             "--epsilon_warmup_epochs", 0, "--val_size", 41, "--ema_decay", 0.5)
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     assert shell("train_at_mnist.py", *flags, "--out_dir", "one").returncode == 0
     done = shell("train_at_mnist.py", *flags, "--out_dir", "two", launcher=torchrun)
@@ -198,7 +198,10 @@ def test_torchrun_gives_the_weights_of_one_process(shell, tmp_path):
     assert max(float((one[name] - two[name]).abs().max()) for name in one) <= 1e-5
     fresh = build_model("lenet", 10, 1).state_dict()
     assert all(float((one[name] - fresh[name]).abs().max()) > 1e-4 for name in one)
-    assert read_log(tmp_path / "one")[0]["train_A_rob"] == read_log(tmp_path / "two")[0]["train_A_rob"]
+    one, two = read_log(tmp_path / "one")[0], read_log(tmp_path / "two")[0]
+    assert one["train_A_rob"] == two["train_A_rob"]
+    for name in ("val_A_nat", "val_A_rob", "val_ema_A_nat", "val_ema_A_rob"):  # each has looked at a part
+        assert abs(float(one[name]) - float(two[name])) <= 100 / 41 + 1e-9  # an image for rounding
 
 
 def children_of(process):
@@ -230,9 +233,12 @@ def test_a_killed_worker_ends_the_run_and_leaves_one_that_goes_on(torchrun, tmp_
     assert after["epoch"] == 4 and after["log"][:before["epoch"]] == before["log"]
 
 
-@pytest.mark.parametrize("name",
-                         ("train_at_mnist", "train_trades_mnist", "train_vir", "train_iaat", "train_free"))
-def test_a_compiled_run_gives_the_weights_of_a_plain_one(name, script, monkeypatch, capsys):
+@pytest.mark.parametrize("words", (
+    ("train_at_mnist",), ("train_trades_mnist",), ("train_vir",), ("train_iaat",), ("train_free",),
+    *(("train_vir", "--base", base, "--weights", kind, "--burn_in_epochs", 0)
+      for base, kind in (("trades", "vir"), ("mart", "gairat"), ("at", "margin"), ("trades", "mail")))))
+def test_a_compiled_run_gives_the_weights_of_a_plain_one(words, script, monkeypatch, capsys):
+    name = words[0]
     calls, counters, compiled = [], {}, torch.compile
 
     def traced(function, **options):  # everything but the compiler: graphs, guards and what they leave out
@@ -245,7 +251,7 @@ def test_a_compiled_run_gives_the_weights_of_a_plain_one(name, script, monkeypat
     tiny = [flag.replace("num_steps", "num_replays") if name == "train_free" and flag == "--num_steps"
             else flag for flag in TINY]
     # fused convolutions round differently
-    flags = (*tiny, "--max_batches", 3, "--model", "lenet", "--no-attack_view")
+    flags = (*words[1:], *tiny, "--max_batches", 3, "--model", "lenet", "--no-attack_view")
     flags += (() if name.startswith(("train_at", "train_trades"))
               else ("--crop_padding", 0, "--batch_size", 128))
     script(name, *flags, "--compile", "--out_dir", "compiled")
@@ -257,6 +263,8 @@ def test_a_compiled_run_gives_the_weights_of_a_plain_one(name, script, monkeypat
     assert "whole_step" not in counters or counters["whole_step"].frame_count == 1
     assert calls == [(piece, {"fallback_random": True}) for piece in pieces]  # no CUDA graphs on a CPU
     assert len(said) == len(pieces) and all("is compiled" in line for line in said)
+    assert len(torch.load("compiled/last.pt")["compiled"]) == len(pieces)
+    assert torch.load("plain/last.pt")["compiled"] == []
     assert same_bits(weights(Path("compiled/last.pt")), weights(Path("plain/last.pt")))
 
 

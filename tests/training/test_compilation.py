@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
+import train_vir
 from attacks.frozen import frozen, predict
 from attacks.kappa import pgd_kappa
 from attacks.noise import example_keys
@@ -348,3 +349,18 @@ def test_the_compilers_own_step_is_used_and_attacks_as_the_plain_one():
         assert len(lines) == 1
     else:
         assert len(lines) == 1 and lines[0].startswith("torch.compile: the attack's step is compiled, ")
+
+
+@pytest.mark.parametrize("method", train_vir.METHODS)
+def test_the_weights_and_the_loss_of_every_method_are_one_graph(method):
+    cfg = train_vir.RECIPES[method]
+
+    def mean_loss(logits, logits_adv, y, kappa):
+        weights = train_vir.instance_weights(logits, logits_adv, y, kappa, cfg.weights, cfg)
+        return train_vir.LOSSES[cfg.base](logits, logits_adv, y, cfg.inv_lambda, weights).mean()
+
+    generator = torch.Generator().manual_seed(0)
+    logits, logits_adv = torch.randn(2, 8, 10, generator=generator)
+    given = logits_adv.requires_grad_(), torch.arange(8), torch.arange(8) % 5
+    compiled = torch.compile(mean_loss, backend="eager", dynamic=False, fullgraph=True)
+    torch.testing.assert_close(compiled(logits, *given), mean_loss(logits, *given))

@@ -1,0 +1,87 @@
+"""Does this project compute on your device what it computes on a CPU?  One line a check: PASS or FAIL.
+
+    python -m harness.accept                       # the GPU if there is one; under ten minutes
+    python -m harness.accept --device cpu          # what can be checked without one
+    python -m harness.accept --only float32 noise  # some of the checks
+
+The exit code is 1 if a check fails. The JSON file holds every figure: send it with a report.
+"""
+import contextlib
+import io
+import shlex
+import sys
+import tempfile
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.accept import arithmetic, attacks, machine, training
+from harness.accept.check import Check, NotChecked, Site, is_real_gpu
+from harness.config import run_script
+from harness.device import choose_device, environment
+from harness.errors import RunError, UserError
+from harness.evaluation.report import dumps
+from harness.folder import write_text
+
+CHECKS: tuple[Check, ...] = (*arithmetic.CHECKS, *training.CHECKS, *attacks.CHECKS, *machine.CHECKS)
+
+
+@dataclass(frozen=True)
+class Config:
+    device: str = "auto"             # auto, cpu, or an accelerator by its name in torch
+    only: tuple[str, ...] = ()       # the checks to run; default: all
+    out: str = "accept.json"         # JSON file to write, never over another
+
+
+def main(cfg: Config) -> None:
+    names = [check.name for check in CHECKS]
+    if unknown := [name for name in cfg.only if name not in names]:
+        raise UserError(f"unknown check '{unknown[0]}': choose among {', '.join(names)}")
+    if Path(cfg.out).exists():
+        raise UserError(f"{cfg.out} exists, and a result is never overwritten: name another --out")
+    device = choose_device(cfg.device)
+    command = shlex.join(["python", "-m", "harness.accept", *sys.argv[1:]])
+    facts = {"command": command, "date": time.strftime("%Y-%m-%d"), "environment": environment(device)}
+    print(", ".join(f"{name} {value}" for name, value in facts["environment"].items()), flush=True)
+    rows: list[dict[str, Any]] = []
+    for check in CHECKS:
+        if not cfg.only or check.name in cfg.only:
+            with tempfile.TemporaryDirectory() as folder:
+                rows.append(row_of(check, Site(device, is_real_gpu(device), Path(folder))))
+            print(line_of(rows[-1]), flush=True)
+            write_text(Path(cfg.out), dumps(facts | {"checks": rows}))  # the next may take minutes
+    failed = [row["check"] for row in rows if row["verdict"] == "FAIL"]
+    print(f"written: {cfg.out}")
+    if failed:
+        raise RunError(f"{len(failed)} of {len(rows)} checks failed: {', '.join(failed)}")
+
+
+def row_of(check: Check, site: Site) -> dict[str, Any]:
+    """The verdict of one check, in words and figures, and how long it took."""
+    started, said = time.monotonic(), io.StringIO()
+    row: dict[str, Any] = {"check": check.name, "asks": check.asks, "verdict": "not checked"}
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            if check.needs_gpu and not site.real_gpu:
+                raise NotChecked("needs a GPU")
+            found = check.run(site)
+        row |= {"verdict": "PASS" if found.holds else "FAIL", "found": found.text, "figures": found.figures}
+    except NotChecked as reason:
+        row["found"] = str(reason)
+    except Exception as error:  # of any kind: it is what the check is for
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        row |= {"verdict": "FAIL", "found": f"{type(error).__name__}: {reason}",
+                "said": said.getvalue()[-4000:], "trace": traceback.format_exc()[-4000:]}
+    return row | {"seconds": round(time.monotonic() - started, 1)}
+
+
+def line_of(row: dict[str, Any]) -> str:
+    """The line of a check on the screen."""
+    return f"{row['verdict']:<12}{row['check']:<10}{row['asks']}: {row['found']}  {row['seconds']:.0f} s"
+
+
+if __name__ == "__main__":
+    sys.argv[0] = str(Path(__file__).resolve())
+    run_script(main, Config)

@@ -1,0 +1,74 @@
+"""What a check is, and how it runs a training script."""
+import contextlib
+import importlib
+import io
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness import checkpoint
+from harness.config import parse_config
+
+
+class NotChecked(Exception):
+    """What a check needs is not here."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """Whether what is asked holds, in words, and the figures behind it."""
+
+    holds: bool
+    text: str
+    figures: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a check is made: a device, and a folder of its own; real_gpu: it is a GPU, and is there."""
+
+    device: torch.device
+    real_gpu: bool
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report: its name, what it asks, and how it finds out."""
+
+    name: str
+    asks: str
+    run: Callable[[Site], Found]
+    needs_gpu: bool = False
+
+
+def is_real_gpu(device: torch.device) -> bool:
+    """Whether the device is a GPU whose tensors are torch's own, and not one that only says so."""
+    return device.type == "cuda" and type(torch.empty(1, device=device)) is Tensor
+
+
+def run(script: str, words: tuple[object, ...]) -> str:
+    """What a script says to these words.
+
+    Checks run the scripts themselves, which no other module of `harness` knows.
+    """
+    module, said = importlib.import_module(script), io.StringIO()
+    with contextlib.redirect_stdout(said):
+        module.main(parse_config(module.Config, [*map(str, words)], getattr(module, "RECIPES", None)))
+    return said.getvalue()
+
+
+def train(script: str, words: tuple[object, ...], device: torch.device, folder: Path) -> tuple[dict, str]:
+    """The contents of last.pt of a training script, and what it has said."""
+    said = run(script, (*words, "--device", device.type, "--out_dir", folder))
+    return checkpoint.read(folder / "last.pt"), said
+
+
+def weights_of(contents: dict) -> Tensor:
+    """The floating-point parameters and buffers of a checkpoint as one vector, on the CPU."""
+    values = (value.cpu() for value in contents["model"].values())
+    return torch.cat([value.flatten().double() for value in values if value.is_floating_point()])
