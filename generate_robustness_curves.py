@@ -5,7 +5,8 @@
 
 After Risse, Göpfert & Göpfert, "How to Compare Adversarial Robustness of Classifiers from a Global
 Perspective" (ICANN 2021). An attack's distance is an upper bound of d, so the curve is a lower bound of R. A
-point without an adversarial example is censored.
+point without an adversarial example is censored. AutoAttack then checks the curve at a few radii: what it
+finds nearer than the curve says is the curve's slack.
 
 compute     distances of models: distances.npz, curves.csv, summary.json and figures (--resume goes on)
 compare     models at the same points: crossings, bands, McNemar's tests, one norm against another
@@ -34,10 +35,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from attacks.autoattack import autoattack
 from attacks.bim import bim_bisection
+from attacks.fab import fab_targeted
 from attacks.noise import example_keys
 from attacks.pgd import cross_entropy, pgd
+from attacks.polish import polish
 from attacks.pool import BUDGETS, minimal_distances
+from curves import check as checks
 from curves import exact as proofs
 from curves import output, published, store
 from curves import surface as surfaces
@@ -66,6 +71,7 @@ from losses.margin import margin_weights
 from models import build_model
 
 SCRIPT = "generate_robustness_curves"
+CHECK = 1  # stream of the check's random numbers
 Command = Literal["compute", "compare", "exact", "distances", "surface", "figures"]
 
 
@@ -83,6 +89,8 @@ class Config:
     indices: str | None = None           # text file with the positions of the points to take
     norms: tuple[Literal["inf", "2", "1"], ...] = ("inf", "2", "1")  # norms of the perturbation
     budget: Literal["fast", "standard", "strong", "original"] = "standard"  # pool; original: PGD bisection
+    check_radii: int = 5                 # radii at which AutoAttack checks the curve; 0: it is not checked
+    check_points: int = 100              # random points that are checked
     num_starts: int = 2000               # images of other classes among which attacks look for a start
     adversaries: bool = False            # keep the adversarial examples in distances.npz
     certify: Literal["none", "crown"] = "none"  # lower bounds: CROWN, for chains of affine maps and ReLUs
@@ -145,6 +153,17 @@ def attack_pool(model: nn.Module, cfg: Config, results: store.Results, others: t
     return Candidates(found.x_adv, found.winner)
 
 
+def independent_attack(model: nn.Module, cfg: Config, norm: str, x: Tensor, y: Tensor, index: Tensor,
+                       radius: Tensor) -> Tensor:
+    """AutoAttack within the radius [b] of each point, in l_1 FAB towards every class; then the polish."""
+    keys = example_keys(index, cfg.seed, CHECK)
+    if norm == "l1":
+        x_adv = fab_targeted(model, x, y, norm=norm, epsilon=radius)
+    else:
+        x_adv = autoattack(model, x, y, epsilon=radius, norm=norm, keys=keys)
+    return polish(model, x, y, x_adv, norm=norm)
+
+
 def weighted_pgd(model: nn.Module, cfg: Config, x: Tensor, part: Split, epsilon: float,
                  alpha: float) -> Tensor:
     """PGD within `epsilon` on the cross-entropy, weighted by exp(-alpha margin)."""
@@ -177,6 +196,9 @@ def compute(cfg: Config) -> None:
             attack = partial(attack_pool, steady, cfg, results, others)
             layers = chain(model, points) if cfg.certify == "crown" else None
             measure_pending(results, steady, points, attack, batch_size, layers, own)
+            if cfg.check_radii:
+                checks.run(results, steady, points, partial(independent_attack, steady, cfg), own,
+                           cfg.check_radii, cfg.check_points, cfg.seed)
             several.append(results)
             if cfg.save:
                 write_text(own / "robustness_curves.json", dumps(published.file_format(results)))

@@ -24,7 +24,7 @@ from harness.errors import UserError
 from losses.margin import cw_loss
 
 SCRIPT = "generate_robustness_curves.py"
-QUICK = ("--budget", "original", "--format", "png")
+QUICK = ("--budget", "original", "--format", "png", "--check_radii", 0)
 
 
 @pytest.fixture(scope="module")
@@ -148,10 +148,37 @@ def test_an_interrupted_run_goes_on_with_the_points_that_are_left(run, network, 
     assert (json.loads(Path("halves/config.json").read_text())["command_line"] == begun
             and "--resume" not in begun)
     first, second = (curve_store.read(Path(name)).columns for name in ("whole", "halves"))
-    assert all(np.array_equal(first[name], second[name]) for name in first)
+    assert all(np.array_equal(first[name], second[name], equal_nan=first[name].dtype.kind == "f")
+               for name in first)
     monkeypatch.setattr("curves.measure.measure",
                         lambda *_, **__: pytest.fail("nothing is left to be measured"))
     run("--resume", "halves")  # as a finished model beside one that was interrupted
+
+
+def test_the_curve_is_checked_and_a_stopped_check_goes_on(run, network, monkeypatch, capsys):
+    options = ("--dataset", "digits", "--n_points", 12, "--model", network, "--norms", "inf",
+               "--check_points", 4, "--check_radii", 3, "--budget", "original", "--no-plot")
+    script = importlib.import_module("generate_robustness_curves")
+    reach = {"linf": 0.02}  # an attack in place of AutoAttack, so that this takes no minute
+    monkeypatch.setattr(script, "autoattack", lambda model, x, y, epsilon, norm, keys: (
+        x + reach[norm] * (1 - 2 * x.round())))
+    run(*options, "--out", "checked")
+    summary = json.loads(Path("checked/summary.json").read_text())["models"]["digits"]["norms"]["linf"]
+    assert summary["check"]["points"] == 4 and len(summary["check"]["radii"]) == 3
+    assert "digits, linf: 4 points checked" in capsys.readouterr().out
+    assert json.loads(Path("checked/config.json").read_text())["check_points"] == 4
+
+    def stops(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "autoattack", stops)
+        with pytest.raises(KeyboardInterrupt):
+            run(*options, "--out", "halves")
+    run("--resume", "halves")
+    first, second = (curve_store.read(Path(name)).columns for name in ("checked", "halves"))
+    assert all(np.array_equal(first[name], second[name], equal_nan=first[name].dtype.kind == "f")
+               for name in first)
 
 
 def test_two_models_are_compared(run, network, tmp_path, capsys):
@@ -215,7 +242,7 @@ def tiny(tmp_path):
 @pytest.mark.filterwarnings("ignore:highspy")
 def test_proofs_close_the_bracket(run, tiny, tmp_path, capsys):
     run("--dataset", "digits", "--n_points", 6, "--model", tiny, "--norms", "inf", "2", "--adversaries",
-        "--certify", "crown", "--out", "bracket", "--budget", "fast", "--no-plot")
+        "--certify", "crown", "--out", "bracket", "--budget", "fast", "--no-plot", "--check_radii", 0)
     run("exact", "--results", "bracket", "--rel_gap", 1e-3, "--out", "proved", "--format", "png")
     before, after = (curve_store.read(tmp_path / name) for name in ("bracket", "proved"))
     right = before.columns["status"] == "ok"
