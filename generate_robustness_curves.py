@@ -59,6 +59,7 @@ from curves.measure import (
 from curves.models import about_of, chain, names_of, open_network, reopen
 from curves.paper import draw_paper
 from curves.points import choose, load_split, pick
+from curves.records import Found, read_records
 from harness.config import run_script
 from harness.datasets.split import Split
 from harness.device import choose_device
@@ -92,6 +93,7 @@ class Config:
     check_radii: int = 5                 # radii at which AutoAttack checks the curve; 0: it is not checked
     check_points: int = 100              # random points that are checked
     num_starts: int = 2000               # images of other classes among which attacks look for a start
+    records: tuple[str, ...] = ()        # RESULT.record/last of eval_*.py --save_adversaries: candidates too
     adversaries: bool = False            # keep the adversarial examples in distances.npz
     certify: Literal["none", "crown"] = "none"  # lower bounds: CROWN, for chains of affine maps and ReLUs
     rel_gap: float = 1e-4                # exact: a point is closed when upper / lower <= 1 + rel_gap
@@ -137,18 +139,19 @@ class Config:
 # ---- the attacks -------------------------------------------------------------------------------------------
 
 def attack_pool(model: nn.Module, cfg: Config, results: store.Results, others: tuple[Tensor, Tensor],
-                x: Tensor, y: Tensor, index: Tensor) -> Candidates:
+                found_before: dict[str, Found], x: Tensor, y: Tensor, index: Tensor) -> Candidates:
     """The closest of all that a budget's attacks find; results.about learns which, and their gradients.
 
-    others: images and the classes that the model gives them, from which attacks begin as well. The budget
-    "original" is the published system's l_inf attack, measured in every norm.
+    others: images and the classes that the model gives them, from which attacks begin as well; found_before:
+    of evaluations. The budget "original" is the published system's l_inf attack, measured in every norm.
     """
     if cfg.budget == "original":
         results.about |= {"attacks": ["bim bisection"], "gradients": {"bim bisection": 40 * 41}}
         return Candidates({"linf": bim_bisection(model, x, y)[0]}, {"linf": torch.zeros_like(y)})
     found = minimal_distances(model, x, y, norms=results.norms, budget=cfg.budget,
                               keys=example_keys(index, cfg.seed),
-                              starts=[nearest_of_another_class(x, y, *others)])
+                              starts=[nearest_of_another_class(x, y, *others)],
+                              candidates={name: found.at(x, index) for name, found in found_before.items()})
     results.about |= {"attacks": found.attacks, "gradients": found.gradients}
     return Candidates(found.x_adv, found.winner)
 
@@ -181,6 +184,7 @@ def compute(cfg: Config) -> None:
                              dataset=cfg.dataset, data_dir=cfg.data_dir, ignore_extra=cfg.ignore_extra)
                 for name, path in files.items()]
     chosen = [choose(subject.split, cfg.n_points, cfg.indices) for subject in subjects]
+    before = read_records(cfg.records, {subject.sha256: subject.split for subject in subjects})
     folder, started = store.claim(cfg, SCRIPT), time.monotonic()
     copies = max(1, BUDGETS[cfg.budget].num_targets) if cfg.budget in BUDGETS else 1  # of a point at once
     with store.working(folder, f"{SCRIPT}.py compute"):
@@ -193,7 +197,7 @@ def compute(cfg: Config) -> None:
             others = predicted(model, subject.split[slice(0, cfg.num_starts)].to(device), batch_size)
             steady = BatchInvariant(model)
             results.about["verdict"] = look_at(steady, points)
-            attack = partial(attack_pool, steady, cfg, results, others)
+            attack = partial(attack_pool, steady, cfg, results, others, before[subject.sha256])
             layers = chain(model, points) if cfg.certify == "crown" else None
             measure_pending(results, steady, points, attack, batch_size, layers, own)
             if cfg.check_radii:
@@ -287,6 +291,8 @@ COMMANDS = {"compute": compute, "compare": compare, "exact": exact, "distances":
 def main(cfg: Config) -> None:
     if empty := [name for name in ("norms", "epsilons", "alphas") if not getattr(cfg, name)]:
         raise UserError(f"--{empty[0]} names nothing")
+    if cfg.records and cfg.budget == "original":
+        raise UserError("--budget original is the published system's attack alone: leave --records out")
     if cfg.resume and cfg.command != "compute":
         raise UserError(f"--resume goes on with compute, and {cfg.resume} is of {cfg.command}: run "
                         f"{cfg.command} anew, into another --out "

@@ -85,7 +85,7 @@ class MinimalDistances:
 
 def minimal_distances(model: nn.Module, x: Tensor, y: Tensor, *, norms: Sequence[str] = NORMS,
                       budget: str | Budget = "standard", keys: Tensor | None = None,
-                      starts: Sequence[Tensor] = (), candidates: Sequence[Tensor] = (),
+                      starts: Sequence[Tensor] = (), candidates: dict[str, Tensor] | None = None,
                       extra: dict[str, tuple[Callable, int]] | None = None) -> MinimalDistances:
     """Attack every correctly classified example in every norm and keep its closest adversary.
 
@@ -99,8 +99,8 @@ def minimal_distances(model: nn.Module, x: Tensor, y: Tensor, *, norms: Sequence
     x: [B, C, H, W] in [0, 1]; y: [B]; budget: a name in BUDGETS or a Budget; keys: [B] of
     `attacks.noise.example_keys` for the random start of PGD, which else begins at x, and for the walk;
     starts: images of other classes [B, C, H, W], which are candidates, and from which FMN begins; candidates:
-    [B, C, H, W] each, what other attacks found, x where they found nothing; extra: name -> (attack (model, x,
-    y, *, norm) -> x_adv, gradients an example), run in every norm. Nothing is random but by the keys: an
+    name -> what another attack found, [B, C, H, W], x where it found nothing; extra: name -> (attack (model,
+    x, y, *, norm) -> x_adv, gradients an example), run in every norm. Nothing is random but by the keys: an
     example's result does not depend on the batch beyond rounding. Raises ValueError for an unknown budget or
     norm, and as `check_arguments` does.
     """
@@ -120,7 +120,8 @@ def minimal_distances(model: nn.Module, x: Tensor, y: Tensor, *, norms: Sequence
     rows = (~wrong).nonzero().squeeze(1)
     if len(rows):
         pool = _Pool(model, x.detach(), y, rows, result, budget)
-        pool.run([start.detach().clamp(0, 1)[rows] for start in starts], [one[rows] for one in candidates],
+        pool.run([start.detach().clamp(0, 1)[rows] for start in starts],
+                 {name: one[rows] for name, one in (candidates or {}).items()},
                  None if keys is None else keys[rows], extra or {})
     return result
 
@@ -144,13 +145,13 @@ class _Pool:
         if budget.num_targets:
             self.targets = ranked_targets(predict(model, self.x), self.y, budget.num_targets)  # [B, T]
 
-    def run(self, starts: list[Tensor], candidates: list[Tensor], keys: Tensor | None,
+    def run(self, starts: list[Tensor], candidates: dict[str, Tensor], keys: Tensor | None,
             extra: dict[str, tuple[Callable, int]]) -> None:
         """Every attack of the budget, `extra` after those of each norm, and the polish."""
         steps = self.budget.num_steps
-        for kind, images in (("start", starts), ("candidate", candidates)):
-            for number, image in enumerate(images):
-                self.attack(f"{kind} {number}", 0, lambda *_, image=image, **options: image)
+        known = {f"start {number}": image for number, image in enumerate(starts)} | candidates
+        for name, image in known.items():
+            self.attack(name, 0, lambda *_, image=image: image)
         self.attack("ddn", steps, ddn, num_steps=steps)
         self.aimed = self.attack_targets("ddn targeted", ddn) if self.budget.num_targets else None
         chain = NORMS[:1 + max(map(NORMS.index, self.result.norms))]

@@ -126,11 +126,11 @@ def test_what_other_attacks_found_counts_and_nothing_begins_at_an_image_without(
     model, x, y, _ = digits
     found = minimal_distances(model, x, y, norms=("linf",))
     half = torch.where((torch.arange(8) < 4)[:, None, None, None], found.x_adv["linf"], x)
-    result = minimal_distances(model, x, y, norms=("linf",), budget=SMALL, candidates=[half])
-    single = result.single["linf"]["candidate 0"]
+    result = minimal_distances(model, x, y, norms=("linf",), budget=SMALL, candidates={"theirs": half})
+    single = result.single["linf"]["theirs"]
     assert torch.equal(single[:4], found.distance["linf"][:4]) and single[4:].isinf().all()
     assert (result.distance["linf"][:4] <= found.distance["linf"][:4]).all()
-    assert not any("candidate" in name and name != "candidate 0" for name in result.attacks)
+    assert sum("theirs" in name for name in result.attacks) == 1
 
 
 def test_images_of_other_classes_count_and_fmn_begins_there(digits):

@@ -285,6 +285,41 @@ def test_a_run_of_ours_brings_its_data_set_and_its_name(run, script, tmp_path):
     assert (tmp_path / "curves/at-best/distances.npz").exists()
 
 
+def test_what_an_evaluation_found_is_a_candidate(run, script, tmp_path):
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10))
+    train = load_dataset("digits", ".").train
+    optimizer, x = torch.optim.Adam(model.parameters(), 1e-2), to_unit(train.images)
+    for _ in range(40):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), train.labels).backward()
+        optimizer.step()
+    torch.save(model.state_dict(), "linear.pt")
+    (tmp_path / "net.py").write_text("from torch import nn\n"
+                                     "def Net():\n"
+                                     "    return nn.Sequential(nn.Flatten(), nn.Linear(784, 10))\n")
+    known = ("--arch", "net.py:Net", "--dataset", "digits")
+    script("eval_mnist", "--checkpoint", "linear.pt", *known, "--num_examples", 10, "--num_steps", 3,
+           "--alphas", 1, "--epsilon", 0.2, "--attacks", "fgsm", "--save_adversaries", "--out", "seen.json")
+    few = ("--model", "linear.pt", *known, "--n_points", 10, "--norms", "inf", "--budget", "fast",
+           "--no-plot", "--check_radii", 0, "--records")
+    run(*few, "seen.record/linear", "--out", "curves")
+    results = curve_store.read(tmp_path / "curves")
+    evaluated = np.load("seen.record/linear/fgsm/00000000.npz")
+    assert "seen: fgsm" in results.about["attacks"]
+    fallen = (evaluated["prediction"] != results.columns["label"]) & (results.columns["status"] == "ok")
+    assert fallen.any() and (results.upper("linf")[fallen] <= evaluated["norm"][fallen] + 1e-6).all()
+    for records, message in (("seen.record", "is no record with images"), (".", "is no record with images")):
+        with pytest.raises(UserError, match=message):
+            run(*few, records, "--out", "never")
+    about = json.loads(Path("seen.record/linear/about.json").read_text())
+    for change, message in (({"images_sha256": "other"}, "is of other images"),
+                            ({"checkpoint_sha256": "other"}, "none of these models")):
+        Path("seen.record/linear/about.json").write_text(json.dumps(about | change))
+        with pytest.raises(UserError, match=message):
+            run(*few, "seen.record/linear", "--out", "never")
+    assert not Path("never").exists()
+
+
 def test_class_distances_of_the_digits(run, tmp_path, capsys):
     run("distances", "--dataset", "digits", "--norms", "inf", "1", "--out", "classes", "--format", "png")
     found = json.loads((tmp_path / "classes/class_distances.json").read_text())
