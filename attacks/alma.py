@@ -2,7 +2,7 @@
 import torch
 from torch import Tensor, nn
 
-from attacks.checks import check_start
+from attacks.checks import check_classes, check_start
 from attacks.frozen import frozen
 from attacks.geometry import dual_norm_of, norm_of, per_example
 from attacks.minimal import Closest, check_arguments, descend
@@ -54,7 +54,9 @@ def alma(model: nn.Module, x: Tensor, y: Tensor, *, norm: str = "l2", num_steps:
     before = torch.full_like(rho, torch.inf)
     with frozen(model, mode) as bare, torch.enable_grad():
         with torch.no_grad():
-            scale = logit_margin(bare(x), y, target).abs().clamp_(min=1e-12)
+            logits = bare(x)
+            check_classes(y, logits)
+            scale = logit_margin(logits, y, target).abs().clamp_(min=1e-12)
         for step in range(num_steps):
             margin, wrong, gradient = descend(bare, x_adv, y, target)
             constraint = margin / scale

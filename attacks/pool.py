@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from attacks.alma import alma
 from attacks.apgd import NORMS as APGD_NORMS
 from attacks.bisection import apgd_bisection, pgd_bisection
+from attacks.checks import check_classes
 from attacks.ddn import ddn
 from attacks.fab import fab_targeted
 from attacks.fmn import fmn
@@ -110,6 +111,7 @@ def minimal_distances(model: nn.Module, x: Tensor, y: Tensor, *, norms: Sequence
     for norm in norms:
         check_arguments(x, y, norm, budget.num_steps)
     logits = predict(model, x)
+    check_classes(y, logits)
     wrong = misclassified(logits, y)
     result = MinimalDistances(tuple(norms), wrong, {}, {}, {})
     for norm in norms:

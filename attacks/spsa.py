@@ -14,7 +14,7 @@ misclassified.
 import torch
 from torch import Tensor, nn
 
-from attacks.checks import check_batch
+from attacks.checks import check_batch, check_classes
 from attacks.frozen import frozen
 from attacks.geometry import projection
 from attacks.noise import example_keys, keyed_uniform
@@ -57,7 +57,9 @@ def _ascend(bare: nn.Module, x: Tensor, y: Tensor, keys: Tensor, epsilon: float,
     mean = torch.zeros_like(x)
     square = torch.zeros_like(x)
     for step in range(num_steps + 1):
-        standing = ~misclassified(bare(x_adv), y[rows])
+        logits = bare(x_adv)
+        check_classes(y[rows], logits)
+        standing = ~misclassified(logits, y[rows])
         found[rows] = x_adv
         rows = rows[standing]
         x_adv = x_adv[standing]

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from attacks.checks import check_keys, check_start
+from attacks.checks import check_classes, check_keys, check_start
 from attacks.frozen import frozen
 from attacks.geometry import choose
 from attacks.minimal import Closest, check_arguments
@@ -47,6 +47,7 @@ def walk(model: nn.Module, x: Tensor, y: Tensor, start: Tensor, *, norm: str = "
     result = x.clone()
     with frozen(model) as bare, torch.no_grad():
         logits = bare(start)
+        check_classes(y, logits)
         rows = (misclassified(logits, y) | (norm == "linf")).nonzero().squeeze(1)
         if len(rows):
             way = _Shrinking if norm == "linf" else _Restoring
