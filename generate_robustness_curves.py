@@ -5,7 +5,8 @@
 
 After Risse, Göpfert & Göpfert, "How to Compare Adversarial Robustness of Classifiers from a Global
 Perspective" (ICANN 2021). An attack's distance is an upper bound of d, so the curve is a lower bound of R. A
-point without an adversarial example is censored.
+point without an adversarial example is censored. AutoAttack then checks the curve at a few radii: what it
+finds nearer than the curve says is the curve's slack.
 
 compute     distances of models: distances.npz, curves.csv, summary.json and figures (--resume goes on)
 compare     models at the same points: crossings, bands, McNemar's tests, one norm against another
@@ -36,11 +37,17 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from attacks.alma import alma
+from attacks.autoattack import autoattack
 from attacks.bim import bim_bisection
+from attacks.fab import fab_targeted
 from attacks.noise import example_keys
+from attacks.pdpgd import pdpgd
 from attacks.pgd import cross_entropy, pgd
+from attacks.polish import polish
 from attacks.pool import BUDGETS, minimal_distances
 from curves import budget as budgets
+from curves import check as checks
 from curves import exact as proofs
 from curves import output, published, store
 from curves import surface as surfaces
@@ -57,6 +64,7 @@ from curves.measure import (
 from curves.models import about_of, chain, names_of, open_network, reopen
 from curves.paper import draw_paper
 from curves.points import choose, load_split, pick
+from curves.records import Found, read_records
 from harness.config import run_script
 from harness.datasets.split import Split
 from harness.device import choose_device
@@ -69,6 +77,7 @@ from losses.margin import margin_weights
 from models import build_model
 
 SCRIPT = "generate_robustness_curves"
+CHECK = 1  # stream of the check's random numbers
 Command = Literal["compute", "compare", "exact", "distances", "surface", "budget", "figures"]
 
 
@@ -86,7 +95,10 @@ class Config:
     indices: str | None = None           # text file with the positions of the points to take
     norms: tuple[Literal["inf", "2", "1"], ...] = ("inf", "2", "1")  # norms of the perturbation
     budget: Literal["fast", "standard", "strong", "original"] = "standard"  # pool; original: PGD bisection
+    check_radii: int = 5                 # radii at which AutoAttack checks the curve; 0: it is not checked
+    check_points: int = 100              # random points that are checked
     num_starts: int = 2000               # images of other classes among which attacks look for a start
+    records: tuple[str, ...] = ()        # RESULT.record/last of eval_*.py --save_adversaries: candidates too
     adversaries: bool = False            # keep the adversarial examples in distances.npz
     certify: Literal["none", "crown"] = "none"  # lower bounds: CROWN, for chains of affine maps and ReLUs
     rel_gap: float = 1e-4                # exact: a point is closed when upper / lower <= 1 + rel_gap
@@ -134,20 +146,37 @@ class Config:
 # ---- the attacks -------------------------------------------------------------------------------------------
 
 def attack_pool(model: nn.Module, cfg: Config, results: store.Results, others: tuple[Tensor, Tensor],
-                x: Tensor, y: Tensor, index: Tensor) -> Candidates:
+                found_before: dict[str, Found], x: Tensor, y: Tensor, index: Tensor) -> Candidates:
     """The closest of all that a budget's attacks find; results.about learns which, and their gradients.
 
-    others: images and the classes that the model gives them, from which attacks begin as well. The budget
-    "original" is the published system's l_inf attack, measured in every norm.
+    others: images and the classes that the model gives them, from which attacks begin as well; found_before:
+    of evaluations. The budget "original" is the published system's l_inf attack, measured in every norm.
     """
     if cfg.budget == "original":
         results.about |= {"attacks": ["bim bisection"], "gradients": {"bim bisection": 40 * 41}}
         return Candidates({"linf": bim_bisection(model, x, y)[0]}, {"linf": torch.zeros_like(y)})
     found = minimal_distances(model, x, y, norms=results.norms, budget=cfg.budget,
                               keys=example_keys(index, cfg.seed),
-                              starts=[nearest_of_another_class(x, y, *others)])
+                              starts=[nearest_of_another_class(x, y, *others)],
+                              candidates={name: found.at(x, index) for name, found in found_before.items()})
     results.about |= {"attacks": found.attacks, "gradients": found.gradients}
     return Candidates(found.x_adv, found.winner)
+
+
+def independent_attack(model: nn.Module, cfg: Config, norm: str, x: Tensor, y: Tensor, index: Tensor,
+                       radius: Tensor) -> Tensor:
+    """AutoAttack within the radius [b] of each point; in l_1, FAB and from its end ALMA and PDPGD.
+
+    The polish follows. FAB alone would find nothing: in l_1 it ends far behind the pool.
+    """
+    if norm == "l1":
+        x_adv = fab_targeted(model, x, y, norm=norm, num_steps=30, epsilon=radius)
+        for attack in (alma, pdpgd):
+            x_adv = attack(model, x, y, norm=norm, num_steps=300, start=x_adv)
+    else:
+        keys = example_keys(index, cfg.seed, CHECK)
+        x_adv = autoattack(model, x, y, epsilon=radius, norm=norm, keys=keys)
+    return polish(model, x, y, x_adv, norm=norm)
 
 
 def weighted_pgd(model: nn.Module, cfg: Config, x: Tensor, part: Split, epsilon: float,
@@ -167,6 +196,7 @@ def compute(cfg: Config) -> None:
                              dataset=cfg.dataset, data_dir=cfg.data_dir, ignore_extra=cfg.ignore_extra)
                 for name, path in files.items()]
     chosen = [choose(subject.split, cfg.n_points, cfg.indices) for subject in subjects]
+    before = read_records(cfg.records, {subject.sha256: subject.split for subject in subjects})
     folder, started = store.claim(cfg, SCRIPT), time.monotonic()
     copies = max(1, BUDGETS[cfg.budget].num_targets) if cfg.budget in BUDGETS else 1  # of a point at once
     with store.working(folder, f"{SCRIPT}.py compute"):
@@ -180,9 +210,12 @@ def compute(cfg: Config) -> None:
             others = predicted(model, subject.split[slice(0, cfg.num_starts)].to(device), batch_size)
             steady = BatchInvariant(model)
             results.about["verdict"] = look_at(steady, points)
-            attack = partial(attack_pool, steady, cfg, results, others)
+            attack = partial(attack_pool, steady, cfg, results, others, before[subject.sha256])
             layers = chain(model, points) if cfg.certify == "crown" else None
             measure_pending(results, steady, points, attack, batch_size, layers, own)
+            if cfg.check_radii:
+                checks.run(results, steady, points, partial(independent_attack, steady, cfg), own,
+                           cfg.check_radii, cfg.check_points, cfg.seed)
             several.append(results)
             if cfg.save:
                 write_text(own / "robustness_curves.json", dumps(published.file_format(results)))
@@ -283,6 +316,8 @@ COMMANDS = {"compute": compute, "compare": compare, "exact": exact, "distances":
 def main(cfg: Config) -> None:
     if empty := [name for name in ("norms", "epsilons", "alphas") if not getattr(cfg, name)]:
         raise UserError(f"--{empty[0]} names nothing")
+    if cfg.records and cfg.budget == "original":
+        raise UserError("--budget original is the published system's attack alone: leave --records out")
     if cfg.resume and cfg.command not in ("compute", "exact"):
         raise UserError(f"--resume goes on with compute and exact, and {cfg.resume} is of {cfg.command}: run "
                         f"{cfg.command} anew, into another --out")

@@ -2,17 +2,19 @@
 import torch
 from torch import Tensor, nn
 
-from attacks.checks import check_start
+from attacks.checks import check_classes, check_start
 from attacks.frozen import frozen
 from attacks.geometry import dual_norm_of, norm_of, per_example
 from attacks.minimal import Closest, check_arguments, descend
-from losses.margin import logit_margin, misclassified
+from attacks.polish import nearest_loss
+from losses.margin import logit_margin, misclassified, ranked_targets
 
 LAST_STEP = 0.01            # the last step's size over the first's
 FIRST_DISTANCE = {"l2": 0.1, "l1": 0.5}  # how far the first step goes at most
 MULTIPLIER = (1e-6, 1e12)   # range of the multiplier mu
 CHECK_EVERY = 10            # steps between two looks at whether the constraint has come closer
 SHRINKS = 0.95              # closer: its value falls below this share
+AIMED = 0.2                 # of the steps from x lead to the class that seems nearest
 GROWTH = 1.2                # of rho where it has not
 
 
@@ -31,13 +33,14 @@ def alma(model: nn.Module, x: Tensor, y: Tensor, *, norm: str = "l2", num_steps:
     x: [B, C, H, W] in [0, 1]; y: [B]; m is the margin z_y - max_{k != y} z_k, or z_y - z_target with target
     [B]; start: the first iterate, x by default (an adversary helps where m is flat around x). The first step
     goes to a distance of 0.1 (l2) or 0.5 (l1), from x itself no farther than the boundary would be if m were
-    linear, |m| / ||grad m||_q; the step falls to 1 % of that. num_steps gradients and two forward passes an
-    example. Returns the closest adversary found, x itself where none was, without a graph. Raises ValueError
-    as `check_arguments` does; the norms are l_2 and l_1.
+    linear, |m| / ||grad m||_q; the step falls to 1 % of that. num_steps gradients, from x itself up to nine
+    more, and two forward passes an example. Returns the closest adversary found, x itself where none was,
+    without a graph. Raises ValueError as `check_arguments` does; the norms are l_2 and l_1.
 
     Differs from the paper: the margin is divided by its value at x instead of by a difference of ranked
     logits, which needs three classes (both make the attack independent of the scale of the logits); the
-    gradient is scaled by its length, not pixel by pixel.
+    gradient is scaled by its length, not pixel by pixel; from x, a fifth of the steps leads to the class that
+    would be nearest if the network were linear, since the one of the largest logit may be 1.5 times as far.
     """
     check_arguments(x, y, norm, num_steps, tuple(FIRST_DISTANCE))
     if start is not None:
@@ -54,9 +57,14 @@ def alma(model: nn.Module, x: Tensor, y: Tensor, *, norm: str = "l2", num_steps:
     before = torch.full_like(rho, torch.inf)
     with frozen(model, mode) as bare, torch.enable_grad():
         with torch.no_grad():
-            scale = logit_margin(bare(x), y, target).abs().clamp_(min=1e-12)
+            logits = bare(x)
+            check_classes(y, logits)
+            scale = logit_margin(logits, y, target).abs().clamp_(min=1e-12)
+        told = start is not None or target is not None
+        first = target if told else nearest_class(bare, x, y, logits, norm)
         for step in range(num_steps):
-            margin, wrong, gradient = descend(bare, x_adv, y, target)
+            aim = target if step >= AIMED * num_steps else first
+            margin, wrong, gradient = descend(bare, x_adv, y, aim)
             constraint = margin / scale
             closest.offer(x_adv, wrong)
             met = met | wrong
@@ -81,6 +89,18 @@ def alma(model: nn.Module, x: Tensor, y: Tensor, *, norm: str = "l2", num_steps:
         with torch.no_grad():
             closest.offer(x_adv, misclassified(bare(x_adv), y))
     return closest.x_adv
+
+
+def nearest_class(bare: nn.Module, x: Tensor, y: Tensor, logits: Tensor, norm: str) -> Tensor:
+    """The class whose boundary would be nearest within the box if the network were linear, of nine: [B]."""
+    targets = ranked_targets(logits, y, 9)
+    ways = []
+    for target in targets.unbind(1):
+        margin, _, gradient = descend(bare, x, y, target)
+        delta = nearest_loss(x, gradient, margin.clamp(min=0), norm)
+        short = (gradient * delta).flatten(1).sum(dim=1) > -0.999 * margin  # the box ends before
+        ways.append(norm_of(delta, norm).masked_fill(short, torch.inf))
+    return targets.gather(1, torch.stack(ways, dim=1).argmin(1, keepdim=True)).squeeze(1)
 
 
 def _norm_gradient(delta: Tensor, norm: str) -> Tensor:

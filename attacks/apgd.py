@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 
-from attacks.checks import check_at_least, check_batch, check_start
+from attacks.checks import check_at_least, check_batch, check_classes, check_start
 from attacks.dlr import dlr_loss, targeted_dlr_loss
 from attacks.frozen import frozen, predict
 from attacks.geometry import choose, per_example, projection, radii, random_point, steepest
@@ -54,8 +54,9 @@ def apgd(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float | Tensor, nor
         raise ValueError(f"unknown loss {loss!r}: choose one of {names}, or a function of logits and labels")
     first = _start(x, radius, norm, start, keys)
     with frozen(model) as bare:
-        return _attack_standing(bare, x, y, predict(bare, x), radius, norm, num_steps, first,
-                                _loss_function(loss))
+        logits = predict(bare, x)
+        check_classes(y, logits)
+        return _attack_standing(bare, x, y, logits, radius, norm, num_steps, first, _loss_function(loss))
 
 
 def apgd_targeted(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float | Tensor, norm: str = "linf",
@@ -73,6 +74,7 @@ def apgd_targeted(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float | Te
     check_at_least(1, num_targets=num_targets)
     with frozen(model) as bare:
         logits = predict(bare, x)
+        check_classes(y, logits)
         targets = ranked_targets(logits, y, num_targets)
         x_adv = x
         logits_adv = logits

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from attacks.apgd import apgd, apgd_targeted
-from attacks.checks import check_batch
+from attacks.checks import check_batch, check_classes
 from attacks.fab import fab_targeted
 from attacks.frozen import predict
 from attacks.geometry import inside, radii
@@ -53,7 +53,9 @@ def run_ensemble(model: nn.Module, x: Tensor, y: Tensor, members: Sequence[Membe
     x_adv = x.detach().clone()
     broken_by = torch.full_like(y, STANDING)
     for rows in torch.arange(len(x), device=x.device).split(batch_size):
-        broken_by[rows[misclassified(predict(model, x[rows]), y[rows])]] = MISCLASSIFIED
+        logits = predict(model, x[rows])
+        check_classes(y[rows], logits)
+        broken_by[rows[misclassified(logits, y[rows])]] = MISCLASSIFIED
     for number, (_, attack) in enumerate(members):
         for rows in (broken_by == STANDING).nonzero().squeeze(1).split(batch_size):
             if not len(rows):

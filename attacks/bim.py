@@ -7,7 +7,7 @@ on the network that they were published for. attacks.pool is what curves are dra
 import torch
 from torch import Tensor, nn
 
-from attacks.checks import check_images
+from attacks.checks import check_batch, check_classes
 from attacks.frozen import frozen
 from attacks.geometry import choose, norm_of, per_example, projection
 from attacks.pgd import cross_entropy
@@ -27,13 +27,15 @@ def bim_bisection(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float = 0.
     Returns x_adv [B, ...], x itself where nothing was found, and its l_inf distance [B], inf there. An
     example that is misclassified to begin with is its own adversary at distance 0.
     """
-    check_images(x)
+    check_batch(x, y, "linf", ("linf",))
     x = x.detach()
     failed = torch.zeros(len(x), device=x.device, dtype=x.dtype)     # the largest radius without success
     reached = torch.full_like(failed, torch.inf)                     # the smallest distance of a success
     radius, best = torch.full_like(failed, epsilon), x.clone()
     with frozen(model) as bare:
-        already = misclassified(bare(x).detach(), y)
+        logits = bare(x).detach()
+        check_classes(y, logits)
+        already = misclassified(logits, y)
         reached[already] = 0.0
         for turn in range(num_growths + num_bisections + 1):
             active = ~already & (reached.isfinite() | torch.full_like(already, turn <= num_growths))

@@ -39,12 +39,26 @@ def check_start(start: Tensor, x: Tensor) -> None:
 
 def check_batch(x: Tensor, y: Tensor, norm: str, norms: tuple[str, ...],
                 keys: Tensor | None = None) -> Tensor:
-    """`check_images`, `check_norm`, integer labels [B], and `check_keys`, whose keys it returns."""
+    """`check_images`, `check_norm`, int64 labels [B], and `check_keys`, whose keys it returns."""
     check_images(x)
     check_norm(norm, norms)
-    if y.shape != x.shape[:1] or y.is_floating_point():
-        raise ValueError(f"labels of shape {tuple(y.shape)} and type {y.dtype} do not fit {len(x)} images")
+    if y.shape != x.shape[:1] or y.dtype != torch.int64:
+        raise ValueError(f"labels of shape {tuple(y.shape)} and type {y.dtype} do not fit {len(x)} images: "
+                         "an int64 class for each is needed")
     return check_keys(keys, x)
+
+
+def check_classes(y: Tensor, logits: Tensor) -> None:
+    """Raise ValueError for a label that is no class of logits [B, K]; for a GPU see `require`."""
+    count = logits.shape[1]
+    require((y >= 0) & (y < count), f"labels must be classes from 0 to {count - 1}, those of the network")
+
+
+def check_pictures(x: Tensor) -> None:
+    """Raise ValueError for anything but images [B, C, H, W], in whose windows an attack searches."""
+    if x.ndim != 4:
+        raise ValueError(f"this attack needs images [B, C, H, W], not {list(x.shape)}: give vectors and "
+                         "signals the form [B, 1, 1, D]")
 
 
 def check_at_least(least: int, **numbers: int) -> None:

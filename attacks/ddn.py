@@ -3,6 +3,7 @@ Defenses", CVPR 2019)."""
 import torch
 from torch import Tensor, nn
 
+from attacks.checks import check_classes
 from attacks.frozen import frozen
 from attacks.geometry import norm_of, per_example
 from attacks.minimal import Closest, check_arguments, cosine
@@ -39,6 +40,7 @@ def ddn(model: nn.Module, x: Tensor, y: Tensor, *, norm: str = "l2", num_steps: 
         for step in range(num_steps):
             x_adv = x_adv.detach().requires_grad_()
             logits = bare(x_adv)
+            check_classes(y, logits)
             gradient, = torch.autograd.grad(soft_margin(logits, aim).sum(), x_adv)
             x_adv = x_adv.detach()
             wrong = misclassified(logits.detach(), y)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 
-from attacks.checks import check_at_least, check_batch
+from attacks.checks import check_at_least, check_batch, check_classes
 from attacks.frozen import frozen, predict
 from attacks.geometry import NORMS, TINY, choose, norm_of, per_example, radii
 from losses.margin import logit_margin, misclassified, ranked_targets
@@ -35,7 +35,7 @@ def fab_targeted(model: nn.Module, x: Tensor, y: Tensor, *, norm: str = "linf", 
                  keys: Tensor | None = None) -> Tensor:
     """The closest misclassified point found towards min(num_targets, K - 1) classes, those of largest logit.
 
-    x: [B, C, H, W] in [0, 1]; y: [B]; norm: "linf", "l2" or "l1". With `epsilon`, a number or one per example
+    x: [B, ...] in [0, 1]; y: [B]; norm: "linf", "l2" or "l1". With `epsilon`, a number or one per example
     [B], an example is done with at its first misclassified point within epsilon. `keys` are accepted as by
     every attack of an ensemble; nothing here is random.
 
@@ -48,11 +48,12 @@ def fab_targeted(model: nn.Module, x: Tensor, y: Tensor, *, norm: str = "linf", 
     check_at_least(0, num_steps=num_steps)
     check_at_least(1, num_targets=num_targets)
     x = x.detach()
-    enough = torch.full_like(x[:, 0, 0, 0], -1.0)  # [B]; -1: never
+    enough = torch.full(x.shape[:1], -1.0, dtype=x.dtype, device=x.device)  # -1: never
     if epsilon is not None:
         enough = radii(epsilon, x).flatten()
     with frozen(model) as bare:
         logits = predict(bare, x)
+        check_classes(y, logits)
         margin = logit_margin(logits, y)
         standing = ~misclassified(logits, y)
         targets = ranked_targets(logits, y, num_targets)

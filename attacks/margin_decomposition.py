@@ -21,7 +21,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from attacks.checks import check_batch
+from attacks.checks import check_batch, check_classes
 from attacks.frozen import frozen
 from attacks.geometry import choose, projection, steepest
 from attacks.noise import example_keys
@@ -58,7 +58,9 @@ def mdmt(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float, norm: str = 
     hunt = _Hunt(x.detach(), y)
     with frozen(model) as bare:
         with torch.no_grad():
-            targets = ranked_targets(bare(hunt.x), y, num_targets)  # [B, T]
+            logits = bare(hunt.x)
+            check_classes(y, logits)
+            targets = ranked_targets(logits, y, num_targets)  # [B, T]
         for number, target in enumerate(targets.unbind(1)):
             for run in range(RUNS):
                 _descend(bare, hunt, target, run, epsilon, norm, num_steps, change_step,
@@ -96,6 +98,7 @@ def _descend(bare: nn.Module, hunt: _Hunt, target: Tensor | None, run: int, epsi
         with torch.enable_grad():
             x_adv.requires_grad_()
             logits = bare(x_adv)
+            check_classes(hunt.y, logits)
             aim = None if target is None else target[rows]
             objective = _objective(logits, hunt.y[rows], aim, run, step, change_step)
             gradient, = torch.autograd.grad(objective.sum(), x_adv)

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from attacks.checks import check_at_least, check_batch
+from attacks.checks import check_at_least, check_batch, check_classes
 from attacks.geometry import NORMS, choose, norm_of
 from losses.margin import logit_margin, misclassified
 
@@ -24,6 +24,7 @@ def descend(bare: nn.Module, x_adv: Tensor, y: Tensor,
     """The margin at `x_adv` (to `target` if given), whether it is misclassified, the margin's gradient."""
     x_adv = x_adv.detach().requires_grad_()
     logits = bare(x_adv)
+    check_classes(y, logits)
     margin = logit_margin(logits, y, target)
     gradient, = torch.autograd.grad(margin.sum(), x_adv)
     return margin.detach(), misclassified(logits.detach(), y), torch.nan_to_num(gradient, nan=0.0)

@@ -8,6 +8,7 @@ adversarial, so that no step makes anything worse.
 import torch
 from torch import Tensor, nn
 
+from attacks.checks import check_classes
 from attacks.frozen import frozen
 from attacks.geometry import norm_of
 from attacks.minimal import check_arguments, descend
@@ -36,7 +37,9 @@ def polish(model: nn.Module, x: Tensor, y: Tensor, x_adv: Tensor, *, norm: str, 
     x, result = x.detach(), x_adv.detach().clone()
     with frozen(model, mode) as bare:
         with torch.no_grad():
-            active = misclassified(bare(result), y).nonzero().squeeze(1)
+            logits = bare(result)
+            check_classes(y, logits)
+            active = misclassified(logits, y).nonzero().squeeze(1)
         for _ in range(num_steps):
             if not len(active):
                 break

@@ -1,17 +1,21 @@
 """Minimal distances as the minimum over a pool of attacks: no single one is close to the truth on every
 network.
 
-Every attack below gives an upper bound of the distance to the nearest adversary; so does their minimum.
+Every attack below gives an upper bound of the distance to the nearest adversary; so does their minimum. Where
+gradients mislead, it rests on the walk, which asks for none, and on what gradients make of where it ends.
 """
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from attacks.alma import alma
+from attacks.apgd import NORMS as APGD_NORMS
 from attacks.bisection import apgd_bisection, pgd_bisection
+from attacks.checks import check_classes
 from attacks.ddn import ddn
 from attacks.fab import fab_targeted
 from attacks.fmn import fmn
@@ -20,6 +24,7 @@ from attacks.geometry import NORMS, choose, norm_of
 from attacks.minimal import check_arguments
 from attacks.pdpgd import pdpgd
 from attacks.polish import polish
+from attacks.walk import walk
 from losses.margin import misclassified, ranked_targets
 
 
@@ -33,26 +38,28 @@ class Budget:
     num_rounds: int       # of the bisection in l_inf
     round_steps: int      # of each of them
     polish_steps: int
-    fab_steps: int        # of FAB on each of fab_targets classes
-    fab_targets: int
-    thorough: bool = False  # every attack in every norm, FMN included
+    num_queries: int      # of the walk in l_inf; a fifth of them in l_2 and l_1
+    thorough: bool = False  # FAB, targeted attacks in l_2 and bisection by targeted APGD too
 
 
 BUDGETS = {
-    "fast": Budget(num_steps=100, target_steps=0, num_targets=0, num_rounds=6, round_steps=20,
-                   polish_steps=20, fab_steps=20, fab_targets=3),
+    "fast": Budget(num_steps=100, target_steps=50, num_targets=2, num_rounds=6, round_steps=20,
+                   polish_steps=20, num_queries=500),
     "standard": Budget(num_steps=200, target_steps=100, num_targets=4, num_rounds=8, round_steps=40,
-                       polish_steps=40, fab_steps=50, fab_targets=9),
+                       polish_steps=40, num_queries=2000),
     "strong": Budget(num_steps=1000, target_steps=300, num_targets=9, num_rounds=10, round_steps=100,
-                     polish_steps=100, fab_steps=100, fab_targets=9, thorough=True),
+                     polish_steps=100, num_queries=10000, thorough=True),
 }
 
-# The attacks of each norm, which begin at the closest adversary there is, those of the thorough budget, and
-# the one aimed at classes. l_2 comes first: what is found there is a good start in the other norms.
-PLAN = {"l2": (alma,), "linf": (pdpgd,), "l1": (pdpgd, alma)}
-THOROUGH = {"l2": (pdpgd, fmn), "linf": (fmn,), "l1": (fmn,)}
-TARGETED = {"l2": alma, "linf": pdpgd, "l1": pdpgd}
-TARGETED_ALWAYS = ("linf", "l1")  # in l_2 FAB, aimed at every class, leaves it little to find
+# Each norm's attacks begin at the closest adversary in another norm: those met there lie in other basins, and
+# in l_2 and l_1 the ones of l_inf are the best there are where gradients mislead.
+FROM = {"linf": "l2", "l2": "linf", "l1": "l2"}
+BEGIN = {"linf": (pdpgd,), "l2": (alma,), "l1": (pdpgd, alma)}
+TARGETED = {"linf": pdpgd, "l2": alma, "l1": pdpgd}
+TARGETED_ALWAYS = ("linf", "l1")
+# Then a walk goes on from the closest in the norm itself, and these from where it ends.
+REFINE = {"linf": (partial(pdpgd, step_size=0.02),), "l2": (alma,), "l1": (alma, pdpgd)}
+BACK = {"l2": "l1", "linf": "l2"}  # at last once more, from the norm that came later
 
 
 @dataclass
@@ -79,22 +86,24 @@ class MinimalDistances:
 
 def minimal_distances(model: nn.Module, x: Tensor, y: Tensor, *, norms: Sequence[str] = NORMS,
                       budget: str | Budget = "standard", keys: Tensor | None = None,
-                      starts: Sequence[Tensor] = (),
+                      starts: Sequence[Tensor] = (), candidates: dict[str, Tensor] | None = None,
                       extra: dict[str, tuple[Callable, int]] | None = None) -> MinimalDistances:
     """Attack every correctly classified example in every norm and keep its closest adversary.
 
-    First DDN and targeted FAB in l_2 find adversaries everywhere; they are where the attacks of each norm
-    begin (ALMA in l_2; PDPGD in l_inf, beside PGD with bisection; PDPGD and ALMA in l_1; PDPGD also aimed at
-    `num_targets` classes), and the best of each norm is polished. Before a candidate counts it is clamped to
-    [0, 1] and classified once more, in eval mode and the precision of x; only misclassified ones count. Each
-    is measured in all `norms` in float64, so d_linf <= d_l2 <= d_l1 holds of the results.
+    First DDN in l_2. Then norm by norm, l_inf, l_2, l_1, up to the last that is asked for: PGD with bisection
+    in l_inf; PDPGD or ALMA from the closest adversary in another norm; FMN from `starts`; the attacks on
+    `num_targets` classes; the walk, which needs no gradient, and PDPGD or ALMA again from where it ends. At
+    last the norms are gone through backwards, and the best of each is polished. Before a candidate counts it
+    is clamped to [0, 1] and classified once more, in eval mode and the precision of x; only misclassified
+    ones count. Each is measured in all `norms` in float64, so d_linf <= d_l2 <= d_l1 holds of the results.
 
     x: [B, C, H, W] in [0, 1]; y: [B]; budget: a name in BUDGETS or a Budget; keys: [B] of
-    `attacks.noise.example_keys` for the random start of PGD, which else begins at x; starts: candidates [B,
-    C, H, W] from elsewhere (adversaries of another attack, images of other classes), from which FMN begins
-    too; extra: name -> (attack (model, x, y, *, norm) -> x_adv, gradients an example), run in every norm.
-    Nothing is random but the keyed start: an example's result does not depend on the batch beyond rounding.
-    Raises ValueError for an unknown budget or norm, and as `check_arguments` does.
+    `attacks.noise.example_keys` for the random start of PGD, which else begins at x, and for the walk;
+    starts: images of other classes [B, C, H, W], which are candidates, and from which FMN begins; candidates:
+    name -> what another attack found, [B, C, H, W], x where it found nothing; extra: name -> (attack (model,
+    x, y, *, norm) -> x_adv, gradients an example), run in every norm. Nothing is random but by the keys: an
+    example's result does not depend on the batch beyond rounding. Raises ValueError for an unknown budget or
+    norm, and as `check_arguments` does.
     """
     if isinstance(budget, str) and budget not in BUDGETS:
         raise ValueError(f"unknown budget {budget!r}: choose one of {', '.join(BUDGETS)}")
@@ -102,6 +111,7 @@ def minimal_distances(model: nn.Module, x: Tensor, y: Tensor, *, norms: Sequence
     for norm in norms:
         check_arguments(x, y, norm, budget.num_steps)
     logits = predict(model, x)
+    check_classes(y, logits)
     wrong = misclassified(logits, y)
     result = MinimalDistances(tuple(norms), wrong, {}, {}, {})
     for norm in norms:
@@ -112,8 +122,9 @@ def minimal_distances(model: nn.Module, x: Tensor, y: Tensor, *, norms: Sequence
     rows = (~wrong).nonzero().squeeze(1)
     if len(rows):
         pool = _Pool(model, x.detach(), y, rows, result, budget)
-        pool.run([start.detach().clamp(0, 1)[rows] for start in starts], None if keys is None else keys[rows],
-                 extra or {})
+        pool.run([start.detach().clamp(0, 1)[rows] for start in starts],
+                 {name: one[rows] for name, one in (candidates or {}).items()},
+                 None if keys is None else keys[rows], extra or {})
     return result
 
 
@@ -132,45 +143,67 @@ class _Pool:
         self.distance = {norm: nothing.clone() for norm in NORMS}
         # in every norm, asked for or not: where the attacks begin
         self.nearest = dict.fromkeys(NORMS, self.x)
-        self.targets = None
+        self.targets = self.aimed = None
         if budget.num_targets:
             self.targets = ranked_targets(predict(model, self.x), self.y, budget.num_targets)  # [B, T]
 
-    def run(self, starts: list[Tensor], keys: Tensor | None, extra: dict[str, tuple[Callable, int]]) -> None:
-        """Every attack of the budget, from `starts` where it takes one, then `extra`, then the polish."""
-        budget = self.budget
-        for number, start in enumerate(starts):
-            self.attack(f"start {number}", 0, lambda *_, start=start, **options: start)
-        self.attack("ddn", budget.num_steps, ddn, num_steps=budget.num_steps)
-        aimed = self.attack_targets("ddn targeted", ddn, None) if budget.num_targets else None
-        self.attack_fab("l2")
-        for norm in [norm for norm in PLAN if norm in self.result.norms]:
-            if norm == "linf":
-                self.attack("bisection linf", budget.num_rounds * budget.round_steps, pgd_bisection,
-                            num_steps=budget.round_steps, num_rounds=budget.num_rounds, keys=keys)
-            for number, attack in enumerate(PLAN[norm] + (THOROUGH[norm] if budget.thorough else ())):
-                self.attack(f"{attack.__name__} {norm}", budget.num_steps, attack, norm=norm,
-                            num_steps=budget.num_steps, start=self.nearest[norm if number else "l2"])
-            for number, start in enumerate(starts):
-                self.attack(f"fmn {norm} from start {number}", budget.num_steps, fmn, norm=norm,
-                            num_steps=budget.num_steps, start=start)
-            if budget.thorough and norm != "l2":
-                self.attack_fab(norm)
-            if budget.thorough and norm != "l1":
-                rounds = budget.num_rounds
-                targets = budget.num_targets
-                steps = budget.round_steps
-                self.attack(f"apgd-t bisection {norm}", rounds * targets * (steps + 1), apgd_bisection,
-                            norm=norm, num_steps=steps, num_rounds=rounds, num_targets=targets,
-                            upper=self.distance[norm], keys=keys)
-            if budget.num_targets and (budget.thorough or norm in TARGETED_ALWAYS):
-                self.attack_targets(f"{TARGETED[norm].__name__} {norm} targeted", TARGETED[norm], aimed,
-                                    norm=norm)
+    def run(self, starts: list[Tensor], candidates: dict[str, Tensor], keys: Tensor | None,
+            extra: dict[str, tuple[Callable, int]]) -> None:
+        """Every attack of the budget, `extra` after those of each norm, and the polish."""
+        steps = self.budget.num_steps
+        known = {f"start {number}": image for number, image in enumerate(starts)} | candidates
+        for name, image in known.items():
+            self.attack(name, 0, lambda *_, image=image: image)
+        self.attack("ddn", steps, ddn, num_steps=steps)
+        self.aimed = self.attack_targets("ddn targeted", ddn) if self.budget.num_targets else None
+        chain = NORMS[:1 + max(map(NORMS.index, self.result.norms))]
+        for norm in chain:
+            self.attack_in(norm, starts, keys)
             for name, (attack, gradients) in extra.items():
                 self.attack(f"{name} {norm}", gradients, attack, norm=norm)
+        for norm, before in BACK.items():
+            if before in chain:
+                self.descend(norm, BEGIN[norm], before, f"from {before} again")
         for norm in self.result.norms:
-            self.attack(f"polish {norm}", budget.polish_steps, polish, norm=norm,
-                        num_steps=budget.polish_steps, x_adv=self.nearest[norm])
+            self.attack(f"polish {norm}", self.budget.polish_steps, polish, norm=norm,
+                        num_steps=self.budget.polish_steps, x_adv=self.nearest[norm])
+
+    def attack_in(self, norm: str, starts: list[Tensor], keys: Tensor | None) -> None:
+        """The attacks of one norm, from the closest adversaries of all that ran before."""
+        budget = self.budget
+        if norm == "linf":
+            self.attack("bisection linf", budget.num_rounds * budget.round_steps, pgd_bisection,
+                        num_steps=budget.round_steps, num_rounds=budget.num_rounds, keys=keys)
+        self.descend(norm, BEGIN[norm], FROM[norm], f"from {FROM[norm]}")
+        for number, start in enumerate(starts):
+            self.attack(f"fmn {norm} from start {number}", budget.num_steps, fmn, norm=norm,
+                        num_steps=budget.num_steps, start=start)
+        if budget.thorough:
+            self.attack_thoroughly(norm, keys)
+        if budget.num_targets and (budget.thorough or norm in TARGETED_ALWAYS):
+            self.attack_targets(f"{TARGETED[norm].__name__} {norm} targeted", TARGETED[norm], norm=norm,
+                                start=self.aimed)
+        self.attack(f"walk {norm}", 0, walk, norm=norm, keys=keys, start=self.nearest[norm],
+                    num_queries=budget.num_queries // (1 if norm == "linf" else 5))
+        self.descend(norm, REFINE[norm], norm, "from the walk")
+
+    def descend(self, norm: str, attacks: tuple[Callable, ...], source: str, note: str) -> None:
+        """Each of the attacks in `norm`, from the closest adversary in the norm `source`."""
+        for attack in attacks:
+            name = getattr(attack, "func", attack).__name__
+            self.attack(f"{name} {norm} {note}", self.budget.num_steps, attack, norm=norm,
+                        num_steps=self.budget.num_steps, start=self.nearest[source])
+
+    def attack_thoroughly(self, norm: str, keys: Tensor | None) -> None:
+        """What gains little for its time: FAB towards every class, and bisection by targeted APGD."""
+        budget, targets = self.budget, self.budget.num_targets
+        self.attack(f"fab {norm}", budget.round_steps * targets, fab_targeted, norm=norm,
+                    num_steps=budget.round_steps, num_targets=targets)
+        if norm in APGD_NORMS:
+            gradients = budget.num_rounds * targets * (budget.round_steps + 1)
+            self.attack(f"apgd-t bisection {norm}", gradients, apgd_bisection, norm=norm,
+                        num_steps=budget.round_steps, num_rounds=budget.num_rounds, num_targets=targets,
+                        upper=self.distance[norm], keys=keys)
 
     def attack(self, name: str, gradients: int, attack: Callable, **options: object) -> None:
         """Run one attack on every example and offer what it finds."""
@@ -178,18 +211,11 @@ class _Pool:
         self.offer(name, attack(self.model, self.x, self.y, **options))
         self._count(name, gradients, started)
 
-    def attack_fab(self, norm: str) -> None:
-        steps = self.budget.fab_steps
-        targets = self.budget.fab_targets
-        self.attack(f"fab {norm}", steps * targets, fab_targeted, norm=norm, num_steps=steps,
-                    num_targets=targets)
-
-    def attack_targets(self, name: str, attack: Callable, starts: Tensor | None, **options: object) -> Tensor:
+    def attack_targets(self, name: str, attack: Callable, **options: object) -> Tensor:
         """Run one attack on every example and target, offer what it finds, and return that: [B * T, ...]."""
         started, count = time.monotonic(), self.targets.shape[1]
         x = self.x.repeat_interleave(count, dim=0)
         y = self.y.repeat_interleave(count)
-        options |= {} if starts is None else {"start": starts}
         x_adv = attack(self.model, x, y, target=self.targets.flatten(), num_steps=self.budget.target_steps,
                        **options)
         if "norm" in options:

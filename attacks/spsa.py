@@ -14,7 +14,7 @@ misclassified.
 import torch
 from torch import Tensor, nn
 
-from attacks.checks import check_batch
+from attacks.checks import check_batch, check_classes
 from attacks.frozen import frozen
 from attacks.geometry import projection
 from attacks.noise import example_keys, keyed_uniform
@@ -57,7 +57,10 @@ def _ascend(bare: nn.Module, x: Tensor, y: Tensor, keys: Tensor, epsilon: float,
     mean = torch.zeros_like(x)
     square = torch.zeros_like(x)
     for step in range(num_steps + 1):
-        standing = (~misclassified(bare(x_adv), y[rows])).nonzero().squeeze(1)  # the one wait for the device
+        logits = bare(x_adv)
+        if step == 0:
+            check_classes(y, logits)
+        standing = (~misclassified(logits, y[rows])).nonzero().squeeze(1)  # the one wait for the device
         found[rows] = x_adv
         rows = rows[standing]
         x_adv = x_adv[standing]

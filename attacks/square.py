@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 
-from attacks.checks import check_at_least, check_batch
+from attacks.checks import check_at_least, check_batch, check_classes, check_pictures
 from attacks.frozen import frozen
 from attacks.geometry import TINY, choose, norm_of, per_example, radii
 from attacks.noise import example_keys, keyed_uniform
@@ -39,6 +39,7 @@ def square(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float | Tensor, n
     unknown norm.
     """
     keys = check_batch(x, y, norm, NORMS, keys)
+    check_pictures(x)
     radius = radii(epsilon, x)
     x = x.detach()
     check_at_least(0, num_queries=num_queries)
@@ -49,6 +50,7 @@ def square(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float | Tensor, n
         result = x.clone()
         rows = torch.arange(len(x), device=x.device)
         logits = bare(x)
+        check_classes(y, logits)
         search = _Search(rows, x, y, keys, radius, x, logit_margin(logits, y), misclassified(logits, y))
         for query in range(num_queries):
             if query % BLOCK == 0:

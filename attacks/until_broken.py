@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from attacks.checks import check_at_least, check_batch
+from attacks.checks import check_at_least, check_batch, check_classes
 from attacks.frozen import frozen
 from attacks.geometry import choose, projection, steepest
 from attacks.pgd import NORMS, cross_entropy, first_iterate
@@ -48,6 +48,8 @@ def pgd_until_broken(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float, 
                 project = projection(x[row], epsilon, norm)
             x_adv.requires_grad_()
             logits = bare(x_adv)
+            if changed:
+                check_classes(y[row], logits)
             losses = loss_fn(logits, y[row])  # [B]
             gradient, = torch.autograd.grad(losses, x_adv, torch.ones_like(losses))
             x_adv = x_adv.detach()

@@ -91,19 +91,40 @@ def legend_inside(axis: "Axes", fontsize: int = 8) -> None:
     axis.legend(loc="upper left", frameon=True, framealpha=0.85, edgecolor="none", fontsize=fontsize)
 
 
-def curve_panels(panels: dict[str, list[Labelled]], stem: Path, look: Look) -> list[Path]:
-    """R(t) of several models, one panel a norm, each with its band and a thin line at its thresholds."""
+def curve_panels(panels: dict[str, list[Labelled]], stem: Path, look: Look,
+                 slacks: dict[str, list[dict | None]] | None = None) -> list[Path]:
+    """R(t) of several models, one panel a norm, each with its band and a thin line at its thresholds.
+
+    slacks: `curves.check.slack_of` each model, drawn as bars above the curves.
+    """
     figure, axes = new_axes(1, len(panels))
     kind = f"{100 * look.confidence:g} % {'simultaneous' if look.band == 'dkw' else 'point-wise'} band"
     for axis, (norm, models) in zip(axes[0], panels.items()):
         half_width = curve_panel(axis, models, look, look.thresholds.get(norm, ()))
         few = len(models) <= FEW
         note = f"shaded: {kind}" if few else f"{kind}: $\\pm$ {100 * half_width:.1f} % at most"
+        if slacks:
+            note += "\n" + _draw_slack(axis, models, slacks[norm], look, few)
         axis.set_xlabel(look.size_label(norm))
         axis.set_title(f"{NORM_NAMES[norm]}  ({note})", fontsize=10)
     axes[0][0].set_ylabel("points with an adversarial example\nwithin t: R(t), %")
     legend_above(figure, axes[0])
     return save(figure, stem, look)
+
+
+def _draw_slack(axis: "Axes", models: list[Labelled], slacks: list[dict | None], look: Look,
+                few: bool) -> str:
+    """Bars from R(t) up to what the check allows, in words where there are too many curves; the legend."""
+    if None in slacks:
+        return "not checked by another attack"
+    highest = 100 * max(slack["high"] for slack in slacks)
+    for k, ((_, upper, _), slack) in enumerate(zip(models, slacks) if few else ()):
+        at = Curve(upper)
+        for row in slack["radii"]:
+            R = 100 * float(at.at(row["t"]))
+            axis.vlines(look.scale * row["t"], R, min(R + 100 * row["high"], 100), linewidth=2.2, alpha=0.8,
+                        **style(k))
+    return f"bars: slack, up to {highest:.1f} %" if few else f"slack: up to {highest:.1f} %"
 
 
 def curve_panel(axis: "Axes", models: list[Labelled], look: Look, marks: tuple[float, ...] = ()) -> float:

@@ -6,6 +6,7 @@ import numpy as np
 
 from curves import surface as surfaces
 from curves.canvas import NORM_NAMES, Look, curve_panels, halo, legend_above, note_at, save, steps, style
+from curves.check import slack_of
 from curves.class_distances import ClassDistances
 from curves.curve import Curve
 from curves.store import Results
@@ -26,7 +27,8 @@ def shared_norms(several: list[Results]) -> tuple[str, ...]:
 def draw_curves(several: list[Results], folder: Path, look: Look) -> list[Path]:
     """curves.png: R(t) of every model, a panel a norm."""
     panels = {norm: [results.labelled(norm) for results in several] for norm in shared_norms(several)}
-    return curve_panels(panels, folder / "curves", look)
+    slacks = {norm: [slack_of(results, norm, look.confidence) for results in several] for norm in panels}
+    return curve_panels(panels, folder / "curves", look, slacks)
 
 
 # ---- a comparison ------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import torch
 from curves import figures, report, transfer
 from curves import surface as surfaces
 from curves.canvas import Look
+from curves.check import slack_of
 from curves.class_distances import ClassDistances, summarize
 from curves.store import Results
 from harness.datasets.split import Split
@@ -37,6 +38,7 @@ def curves(several: list[Results], folder: Path, look: Look, run: dict) -> None:
         for norm in results.norms:
             _, upper, lower = results.labelled(norm)
             norms[norm] = report.summarize(upper, lower, look.thresholds[norm], look.confidence)
+            norms[norm]["check"] = slack_of(results, norm, look.confidence)
             columns = report.curve_points(upper, lower, look.band, look.confidence)
             columns.setdefault("R_certified", [""] * len(columns["t"]))
             rows += [{"model": results.name, "norm": norm} | dict(zip(columns, values))
@@ -60,13 +62,26 @@ def _print_curves(entries: dict[str, dict]) -> None:
             at = "  ".join(f"{100 * point['R']:.1f} at {point['t']:g}" for point in part["thresholds"])
             counts = f"{part['n']:>7,} {part['misclassified']:>7,} {part['censored']:>9,}"
             print(f"{name:<{width}}  {norm:<4} {counts} {mean:>8} {median:>8}   {at}")
+    for name, entry in entries.items():
+        for norm, part in entry["norms"].items():
+            print(f"{name}, {norm}: {_slack_in_words(part['check'])}")
+
+
+def _slack_in_words(check: dict | None) -> str:
+    """What the check of a curve found, in a line."""
+    if check is None:
+        return "not checked: no other attack was tried at these distances"
+    places = ", ".join(f"{row['found']} at {row['t']:.4g}" for row in check["radii"])
+    return (f"{check['points']:,} points checked, nearer than their distance said: {places}; slack "
+            f"{100 * check['slack']:.1f} % ({100 * check['low']:.1f} to {100 * check['high']:.1f})")
 
 
 def comparison(several: list[Results], folder: Path, look: Look, num_resamples: int, seed: int) -> None:
     """compare.json, the figures, and on the screen where models change places."""
     started = time.monotonic()
     found = {norm: [{"first": a.name, "second": b.name} | report.pair(
-        a.upper(norm), b.upper(norm), look.thresholds[norm], look.confidence, num_resamples, seed)
+        a.upper(norm), b.upper(norm), look.thresholds[norm], look.confidence, num_resamples, seed,
+        (highest_slack(a, norm, look.confidence), highest_slack(b, norm, look.confidence)))
         for a, b in combinations(several, 2)] for norm in figures.shared_norms(several)}
     across = {}
     for results in several:
@@ -83,6 +98,12 @@ def comparison(several: list[Results], folder: Path, look: Look, num_resamples: 
     print(f"written: {folder}")
 
 
+def highest_slack(results: Results, norm: str, confidence: float) -> float | None:
+    """The upper end of a curve's slack, None where it was not checked."""
+    check = slack_of(results, norm, confidence)
+    return check and check["high"]
+
+
 def _print_pairs(found: dict[str, list[dict]], points: int) -> None:
     print(f"\n{points:,} common points; R_first - R_second in points of %, where it is largest, with its "
           "simultaneous band")
@@ -93,7 +114,15 @@ def _print_pairs(found: dict[str, list[dict]], points: int) -> None:
                 text = f"{100 * gap['gap']:+.1f} at {gap['gap_at']:.4g} (p {gap['p_value']:.2g})"
             sure = [f"{crossing['at']:.4g}" for crossing in entry["crossings"] if crossing["supported"]]
             print(f"{norm:<4}  {entry['first']} - {entry['second']}: {text}, band "
-                  f"+-{100 * entry['half_width']:.1f}; crossings: {', '.join(sure) or 'none supported'}")
+                  f"+-{100 * entry['half_width']:.1f}{_doubts(entry)}; crossings: "
+                  f"{', '.join(sure) or 'none supported'}")
+
+
+def _doubts(entry: dict) -> str:
+    """Why the largest difference of a pair is none, and that slack is not known."""
+    gap = entry["largest_gap"]
+    none = ", no more than band and slack allow" if gap and not gap["supported"] else ""
+    return none + (", not checked" if None in entry["slack"] else "")
 
 
 def class_distances(found: dict[str, ClassDistances], points: Split, folder: Path, about: dict, look: Look,

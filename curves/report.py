@@ -54,8 +54,13 @@ def curve_points(upper: np.ndarray, lower: np.ndarray, kind: str = "dkw",
 
 
 def pair(first: np.ndarray, second: np.ndarray, thresholds: tuple[float, ...], confidence: float = 0.95,
-         num_resamples: int = 2000, seed: int = 0) -> dict[str, object]:
-    """Two models at the same points [n] in one norm: `compare`, and McNemar's test at the thresholds."""
+         num_resamples: int = 2000, seed: int = 0,
+         slack: tuple[float | None, float | None] = (None, None)) -> dict[str, object]:
+    """Two models at the same points [n] in one norm: `compare`, and McNemar's test at the thresholds.
+
+    slack: by how much R of either may be too low, None where its curve was not checked.
+    """
     tests = [{"t": t, "difference": float(Curve(first).at(t) - Curve(second).at(t)),
               "p_value": mcnemar(first <= t, second <= t)} for t in thresholds]
-    return compare(first, second, confidence, num_resamples, seed) | {"thresholds": tests}
+    found = compare(first, second, confidence, num_resamples, seed, (slack[0] or 0.0, slack[1] or 0.0))
+    return found | {"slack": list(slack), "thresholds": tests}

@@ -53,6 +53,8 @@ class Results:
     attack_NORM           which of about["attacks"] found it, -1 for none or unknown
     margin_NORM           probability margin at that adversarial example; clean_margin: at the point itself
     x_adv_NORM            the adversarial example itself, where it was asked for
+    claimed_NORM          the distance before the check of the curve, nan where the point was not checked;
+    found_NORM            that of what the check found, inf where it found nothing nearer
 
     about: plain values, what a reader needs in order to repeat the measurement.
     """
@@ -69,7 +71,8 @@ class Results:
                    "clean_margin": np.full(n, np.nan)}
         for norm in norms:
             columns |= {f"upper_{norm}": np.full(n, np.inf), f"lower_{norm}": np.zeros(n),
-                        f"margin_{norm}": np.full(n, np.nan), f"attack_{norm}": np.full(n, -1)}
+                        f"margin_{norm}": np.full(n, np.nan), f"attack_{norm}": np.full(n, -1),
+                        f"claimed_{norm}": np.full(n, np.nan), f"found_{norm}": np.full(n, np.inf)}
             if adversaries:
                 columns[f"x_adv_{norm}"] = np.zeros(points.images.shape, np.float32)
         return cls(about, columns)
@@ -116,6 +119,29 @@ class Results:
         censored = np.any([np.isinf(self.upper(norm)[rows]) for norm in self.norms], axis=0)
         wrong = self.columns["pred"][rows] != self.columns["label"][rows]
         self.columns["status"][rows] = np.where(wrong, MISCLASSIFIED, np.where(censored, CENSORED, OK))
+
+    def checked(self, norm: str) -> tuple[np.ndarray, np.ndarray]:
+        """(claimed, found) of the check [n] each; nan, inf in a file from before there was one."""
+        n = len(self)
+        return (self.columns.setdefault(f"claimed_{norm}", np.full(n, np.nan)),
+                self.columns.setdefault(f"found_{norm}", np.full(n, np.inf)))
+
+    def put_closer(self, rows: np.ndarray, measured: "Measured") -> None:
+        """Enter those adversarial examples of `rows` [b] that are closer than what is there."""
+        for norm, distance in measured.distance.items():
+            closer = distance.cpu().numpy() < self.upper(norm)[rows]
+            for column, values in (("upper", measured.distance), ("margin", measured.margin),
+                                   ("x_adv", measured.x_adv), ("attack", measured.winner)):
+                if f"{column}_{norm}" in self.columns:
+                    self.columns[f"{column}_{norm}"][rows[closer]] = values[norm].cpu().numpy()[closer]
+        reached = np.all([np.isfinite(self.upper(norm)[rows]) for norm in self.norms], axis=0)
+        was_censored = self.columns["status"][rows] == CENSORED
+        self.columns["status"][rows[reached & was_censored]] = OK
+
+    def put_check(self, norm: str, rows: np.ndarray, claimed: np.ndarray, found: np.ndarray) -> None:
+        """Enter what the check made of `rows`."""
+        for column, values in zip(self.checked(norm), (claimed, found)):
+            column[rows] = values
 
     def put_proof(self, row: int, found: "Exact") -> None:
         """Enter the bracket of one point in l_inf."""

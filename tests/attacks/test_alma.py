@@ -36,6 +36,25 @@ def test_rounding_does_not_decide_at_which_class_alma_ends():
     assert (norm_of(x_adv - x, "l1") <= 1.05 * linear_distance(model, x, y, "l1")).all()
 
 
+@pytest.mark.parametrize(("num_classes", "size"), ((3, 16), (10, 4), (10, 16)))
+def test_alma_goes_to_the_nearest_class_of_a_linear_model_from_anywhere_in_the_box(num_classes, size):
+    torch.manual_seed(size + num_classes)
+    model = linear(num_classes, size, seed=num_classes)
+    x = torch.rand(20, 1, 1, size, dtype=torch.float64)
+    logits = model(x).detach()
+    y = logits.argmax(1)
+    exact = torch.full((20,), torch.inf, dtype=torch.float64)
+    for k in range(num_classes):
+        gradient = (model[1].weight[y] - model[1].weight[k]).detach().view_as(x)
+        level = logits.gather(1, y[:, None])[:, 0] - logits[:, k]
+        moved = nearest_loss(x, gradient, level, "l2")
+        reached = ((gradient * moved).flatten(1).sum(1) <= 1e-9 - level) & (y != k)
+        exact = torch.where(reached, exact.minimum(norm_of(moved, "l2")), exact)
+    there = exact.isfinite()
+    ratio = (norm_of(alma(model, x, y) - x, "l2") / exact)[there]
+    assert there.sum() > 10 and (ratio >= 1 - 1e-6).all() and ratio.max() <= 1.1 and ratio.mean() <= 1.01
+
+
 @pytest.mark.parametrize("norm", ("l2", "l1"))
 def test_alma_leaves_a_far_adversary_that_lies_on_the_boundary(norm):
     model = linear(2)

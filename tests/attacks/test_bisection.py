@@ -41,7 +41,7 @@ def test_the_thorough_budget_runs_it():
     model = linear(5)
     x, y = interior(model, count=2)
     small = replace(BUDGETS["strong"], num_steps=20, target_steps=5, num_targets=2, num_rounds=3,
-                    round_steps=5, fab_steps=5, fab_targets=2)
+                    round_steps=5, num_queries=20)
     result = minimal_distances(model, x, y, budget=small)
     assert ({name for name in result.attacks if "apgd" in name}
             == {"apgd-t bisection linf", "apgd-t bisection l2"})

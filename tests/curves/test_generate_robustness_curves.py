@@ -27,7 +27,7 @@ from harness.errors import UserError
 from losses.margin import cw_loss
 
 SCRIPT = "generate_robustness_curves.py"
-QUICK = ("--budget", "original", "--format", "png")
+QUICK = ("--budget", "original", "--format", "png", "--check_radii", 0)
 
 
 @pytest.fixture(scope="module")
@@ -151,10 +151,37 @@ def test_an_interrupted_run_goes_on_with_the_points_that_are_left(run, network, 
     assert (json.loads(Path("halves/config.json").read_text())["command_line"] == begun
             and "--resume" not in begun)
     first, second = (curve_store.read(Path(name)).columns for name in ("whole", "halves"))
-    assert all(np.array_equal(first[name], second[name]) for name in first)
+    assert all(np.array_equal(first[name], second[name], equal_nan=first[name].dtype.kind == "f")
+               for name in first)
     monkeypatch.setattr("curves.measure.measure",
                         lambda *_, **__: pytest.fail("nothing is left to be measured"))
     run("--resume", "halves")  # as a finished model beside one that was interrupted
+
+
+def test_the_curve_is_checked_and_a_stopped_check_goes_on(run, network, monkeypatch, capsys):
+    options = ("--dataset", "digits", "--n_points", 12, "--model", network, "--norms", "inf",
+               "--check_points", 4, "--check_radii", 3, "--budget", "original", "--no-plot")
+    script = importlib.import_module("generate_robustness_curves")
+    reach = {"linf": 0.02}  # an attack in place of AutoAttack, so that this takes no minute
+    monkeypatch.setattr(script, "autoattack", lambda model, x, y, epsilon, norm, keys: (
+        x + reach[norm] * (1 - 2 * x.round())))
+    run(*options, "--out", "checked")
+    summary = json.loads(Path("checked/summary.json").read_text())["models"]["digits"]["norms"]["linf"]
+    assert summary["check"]["points"] == 4 and len(summary["check"]["radii"]) == 3
+    assert "digits, linf: 4 points checked" in capsys.readouterr().out
+    assert json.loads(Path("checked/config.json").read_text())["check_points"] == 4
+
+    def stops(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "autoattack", stops)
+        with pytest.raises(KeyboardInterrupt):
+            run(*options, "--out", "halves")
+    run("--resume", "halves")
+    first, second = (curve_store.read(Path(name)).columns for name in ("checked", "halves"))
+    assert all(np.array_equal(first[name], second[name], equal_nan=first[name].dtype.kind == "f")
+               for name in first)
 
 
 def test_two_models_are_compared(run, network, tmp_path, capsys):
@@ -218,7 +245,7 @@ def tiny(tmp_path):
 @pytest.mark.filterwarnings("ignore:highspy")
 def test_proofs_close_the_bracket(run, tiny, tmp_path, capsys):
     run("--dataset", "digits", "--n_points", 6, "--model", tiny, "--norms", "inf", "2", "--adversaries",
-        "--certify", "crown", "--out", "bracket", "--budget", "fast", "--no-plot")
+        "--certify", "crown", "--out", "bracket", "--budget", "fast", "--no-plot", "--check_radii", 0)
     run("exact", "--results", "bracket", "--rel_gap", 1e-3, "--out", "proved", "--format", "png")
     before, after = (curve_store.read(tmp_path / name) for name in ("bracket", "proved"))
     right = before.columns["status"] == "ok"
@@ -288,6 +315,41 @@ def test_a_run_of_ours_brings_its_data_set_and_its_name(run, script, tmp_path):
     found = json.loads((tmp_path / "curves/summary.json").read_text())["models"]
     assert set(found) == {"at", "at-best"} and found["at"]["about"]["dataset"] == "digits"
     assert (tmp_path / "curves/at-best/distances.npz").exists()
+
+
+def test_what_an_evaluation_found_is_a_candidate(run, script, tmp_path):
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10))
+    train = load_dataset("digits", ".").train
+    optimizer, x = torch.optim.Adam(model.parameters(), 1e-2), to_unit(train.images)
+    for _ in range(40):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), train.labels).backward()
+        optimizer.step()
+    torch.save(model.state_dict(), "linear.pt")
+    (tmp_path / "net.py").write_text("from torch import nn\n"
+                                     "def Net():\n"
+                                     "    return nn.Sequential(nn.Flatten(), nn.Linear(784, 10))\n")
+    known = ("--arch", "net.py:Net", "--dataset", "digits")
+    script("eval_mnist", "--checkpoint", "linear.pt", *known, "--num_examples", 10, "--num_steps", 3,
+           "--alphas", 1, "--epsilon", 0.2, "--attacks", "fgsm", "--save_adversaries", "--out", "seen.json")
+    few = ("--model", "linear.pt", *known, "--n_points", 10, "--norms", "inf", "--budget", "fast",
+           "--no-plot", "--check_radii", 0, "--records")
+    run(*few, "seen.record/linear", "--out", "curves")
+    results = curve_store.read(tmp_path / "curves")
+    evaluated = np.load("seen.record/linear/fgsm/00000000.npz")
+    assert "seen: fgsm" in results.about["attacks"]
+    fallen = (evaluated["prediction"] != results.columns["label"]) & (results.columns["status"] == "ok")
+    assert fallen.any() and (results.upper("linf")[fallen] <= evaluated["norm"][fallen] + 1e-6).all()
+    for records, message in (("seen.record", "is no record with images"), (".", "is no record with images")):
+        with pytest.raises(UserError, match=message):
+            run(*few, records, "--out", "never")
+    about = json.loads(Path("seen.record/linear/about.json").read_text())
+    for change, message in (({"images_sha256": "other"}, "is of other images"),
+                            ({"checkpoint_sha256": "other"}, "none of these models")):
+        Path("seen.record/linear/about.json").write_text(json.dumps(about | change))
+        with pytest.raises(UserError, match=message):
+            run(*few, "seen.record/linear", "--out", "never")
+    assert not Path("never").exists()
 
 
 def test_class_distances_of_the_digits(run, tmp_path, capsys):

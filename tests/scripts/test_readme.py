@@ -29,7 +29,8 @@ SPANS = [" ".join(span.split()) for text in PAGES.values()
          for span in re.findall(r"`((?:python|torchrun) [^`]*)`", text)]
 COMMANDS = sorted({line for line in (*SPANS, *FENCED) if line.startswith(("python ", "torchrun "))})
 CURVES = "generate_robustness_curves.py"
-SMALL = ("--n_points", 6, "--budget", "fast", "--format", "png", "--arch", "net.py:Net")
+SMALL = ("--n_points", 6, "--check_points", 2, "--budget", "fast", "--format", "png",
+         "--arch", "net.py:Net")
 SCRIPTS = [line for line in COMMANDS if re.match(r"python \w+\.py", line) and CURVES not in line]
 NETWORK = """import torch
 def Net(num_classes=10):
