@@ -38,13 +38,18 @@ def _run(barrier, name, words, cwd, variables):
         sys.stderr.flush()
 
 
+def preload():
+    """Import what scripts import, so that their processes need not."""
+    for module in LOADED:
+        importlib.import_module(module)
+
+
 def start(name, *commands, cwd=".", variables=()):
     """Processes of one script, one a command, that begin at the same moment in the folder `cwd`.
 
     variables: a dict for each command, of what it finds in its environment besides.
     """
-    for module in LOADED:
-        importlib.import_module(module)
+    preload()
     barrier = FORK.Barrier(len(commands))
     variables = variables or [{} for _ in commands]
     processes = [FORK.Process(target=_run, args=(barrier, name, words, cwd, own))
@@ -79,20 +84,22 @@ def torchrun(name, *words, cwd, count=2):
              "TORCHELASTIC_RUN_ID": "test"}
     variables = [known | {"RANK": str(k), "LOCAL_RANK": str(k)} for k in range(count)]
     processes = start(name, *[words] * count, cwd=cwd, variables=variables)
-    waiting = list(processes)
+    waiting, code = list(processes), 0
     while waiting:
-        multiprocessing.connection.wait([process.sentinel for process in waiting], 240)
-        ended = [process for process in waiting if not process.is_alive()]
+        ready = multiprocessing.connection.wait([process.sentinel for process in waiting], 240)
+        ended = [process for process in waiting if process.sentinel in ready]
         waiting = [process for process in waiting if process not in ended]
-        if not ended or any(process.exitcode for process in ended):
+        for process in ended:
+            process.join()
+        code = next((process.exitcode for process in ended if process.exitcode), 0 if ended else -1)
+        if code:
             for process in waiting:
                 process.kill()
                 process.join()
             break
     output, errors = ("".join(said(process, kind, cwd) for process in processes)
                       for kind in ("stdout", "stderr"))
-    codes = [process.exitcode for process in processes]
-    return subprocess.CompletedProcess([name, *words], max(codes, key=abs), output, errors)
+    return subprocess.CompletedProcess([name, *words], code, output, errors)
 
 
 def run(name, *words, cwd):

@@ -81,7 +81,6 @@ def dumps(value: object) -> str:
 def write(path: Path, results: dict[str, dict], examples: dict[str, dict[str, Tensor]]) -> None:
     """Write the results as JSON, the first at its top, the per-example ones as .npz, the figures as .png."""
     first, *others = results
-    write_text(path, dumps(results[first] | {name: results[name] for name in others}))
     for name, result in results.items():
         file = path.with_name(f"{path.stem}.npz" if name == first else f"{path.stem}_{name}.npz")
         np.savez_compressed(file, **{key: value.numpy() for key, value in examples[name].items()})
@@ -90,6 +89,7 @@ def write(path: Path, results: dict[str, dict], examples: dict[str, dict[str, Te
                 {"attack": attack, "accuracy": facts["accuracy"], "low": facts["ci95"][0],
                  "high": facts["ci95"][1], "num_examples": facts["num_examples"],
                  "seconds": facts.get("seconds")} for attack, facts in _attacks_of(result)])
+    write_text(path, dumps(results[first] | {name: results[name] for name in others}))  # where it is, all is
     plots.redraw_result(path)
     print(f"written: {path}, with .npz (one entry an example) and .png (figures) beside it")
 

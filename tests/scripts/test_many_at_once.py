@@ -126,7 +126,7 @@ def test_processes_that_share_a_batch_may_leave_parameters_unused(name, torchrun
 
 @pytest.mark.slow
 def test_no_process_of_an_evaluation_waits_for_a_late_one(torchrun, monkeypatch):
-    monkeypatch.setattr("torch.distributed.distributed_c10d.default_pg_timeout", timedelta(seconds=8))
+    monkeypatch.setattr("harness.distributed.PATIENCE", timedelta(seconds=8))
     Path("net.py").write_text(LATE)
     torch.manual_seed(0)
     torch.save({"fc.weight": torch.randn(10, 784), "fc.bias": torch.zeros(10)}, "net.pt")
