@@ -110,7 +110,7 @@ class Net(torch.nn.Module):
     def forward(self, x):
         if not Net.waited and os.environ["RANK"] == "0" and os.path.exists("result.record/config.json"):
             Net.waited = True
-            time.sleep(12)
+            time.sleep(20)
         return self.fc(x.flatten(1))
 """
 
@@ -126,7 +126,7 @@ def test_processes_that_share_a_batch_may_leave_parameters_unused(name, torchrun
 
 @pytest.mark.slow
 def test_no_process_of_an_evaluation_waits_for_a_late_one(torchrun, monkeypatch):
-    monkeypatch.setattr("harness.distributed.PATIENCE", timedelta(seconds=6))
+    monkeypatch.setattr("harness.distributed.PATIENCE", timedelta(seconds=12))
     Path("net.py").write_text(LATE)
     torch.manual_seed(0)
     torch.save({"fc.weight": torch.randn(10, 784), "fc.bias": torch.zeros(10)}, "net.pt")
