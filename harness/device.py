@@ -102,6 +102,21 @@ def fastest_convolutions() -> Iterator[None]:
         torch.backends.cudnn.benchmark = before
 
 
+def is_real_gpu(device: torch.device) -> bool:
+    """Whether the device is a GPU whose tensors are torch's own, and not one that only says so."""
+    return device.type == "cuda" and type(torch.empty(1, device=device)) is Tensor
+
+
+def num_gpus() -> int:
+    """GPUs of this machine."""
+    return torch.cuda.device_count()
+
+
+def raise_at_waits(whether: bool) -> None:
+    """Whether torch raises from here on where the host waits for a GPU."""
+    torch.cuda.set_sync_debug_mode("error" if whether else "default")
+
+
 def reads_by_itself(device: torch.device) -> bool:
     """Whether the device copies from pinned memory of the host without the host."""
     return device.type == "cuda"

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from harness.accept import arithmetic, attacks, machine, training
-from harness.accept.check import Check, NotChecked, Site, is_real_gpu
+from harness.accept.check import Check, NotChecked, Site, networks
 from harness.config import run_script
-from harness.device import choose_device, environment
+from harness.device import choose_device, environment, is_real_gpu
 from harness.errors import RunError, UserError
 from harness.evaluation.report import dumps
 from harness.folder import write_text
@@ -36,6 +36,7 @@ class Config:
 
 
 def main(cfg: Config) -> None:
+    """Make the checks one after the other.  Raises RunError at the end if one failed."""
     names = [check.name for check in CHECKS]
     if unknown := [name for name in cfg.only if name not in names]:
         raise UserError(f"unknown check '{unknown[0]}': choose among {', '.join(names)}")
@@ -49,7 +50,8 @@ def main(cfg: Config) -> None:
     for check in CHECKS:
         if not cfg.only or check.name in cfg.only:
             with tempfile.TemporaryDirectory() as folder:
-                rows.append(row_of(check, Site(device, is_real_gpu(device), Path(folder))))
+                site = Site(device, is_real_gpu(device), Path(folder), networks())
+                rows.append(row_of(check, site))
             print(line_of(rows[-1]), flush=True)
             write_text(Path(cfg.out), dumps(facts | {"checks": rows}))  # the next may take minutes
     failed = [row["check"] for row in rows if row["verdict"] == "FAIL"]

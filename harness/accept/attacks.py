@@ -18,7 +18,6 @@ from harness.evaluation import attacking
 from harness.evaluation.attack_record import AttackRecord, broken
 from harness.evaluation.predictions import BatchInvariant
 from harness.evaluation.recheck import recheck
-from models import build_model
 
 COUNT, EPSILON = 200, 0.1
 FEW = 2  # verdicts of so many images in a hundred may hang on rounding
@@ -46,15 +45,15 @@ def verdicts(site: Site) -> Found:
              "--val_size", 0, "--precision", "float32")
     train("train_at_mnist", words, torch.device("cpu"), site.folder / "run")
     path = site.folder / "run/last.pt"
-    there = fallen_on(site.device, path, site.folder / "there")
+    there = fallen_on(site, site.device, path, site.folder / "there")
     wrong = {name: count for name, (_, count) in recheck(site.folder / "there", path, "data",
-                                                         build_model).items()}
+                                                         site.build).items()}
     figures = {"robust": {name: round(100 * float((~found).float().mean()), 1)
                           for name, found in there.items()}, "not_as_recorded": wrong}
     text = ", ".join(f"{name} leaves {value:g} %" for name, value in figures["robust"].items())
     apart = dict.fromkeys(there, 0)
     if site.device.type != "cpu":
-        here = fallen_on(torch.device("cpu"), path, site.folder / "cpu")
+        here = fallen_on(site, torch.device("cpu"), path, site.folder / "cpu")
         apart = {name: int((there[name] != here[name]).sum()) for name in there}
         text += f"; {max(apart.values())} verdicts of {COUNT} differ from the CPU's at most"
     text += f"; {sum(wrong.values())} adversaries are not as recorded"
@@ -62,10 +61,10 @@ def verdicts(site: Site) -> Found:
     return Found(holds, text, figures | {"differ": apart})
 
 
-def fallen_on(device: torch.device, path: Path, folder: Path) -> dict[str, Tensor]:
+def fallen_on(site: Site, device: torch.device, path: Path, folder: Path) -> dict[str, Tensor]:
     """Attack -> which of the images it breaks, [COUNT] bool, by the record that it leaves in `folder`."""
     split = first_examples(load_dataset("digits", "data").test, COUNT).to(device)
-    model = checkpoint.load_model(path, build=build_model).to(device)
+    model = checkpoint.load_model(path, build=site.build).to(device)
     about = {"checkpoint": str(path), "arch": None, "dataset": "digits", "num_examples": COUNT,
              "epsilon": EPSILON, "norm": "linf", "save_adversaries": True}
     record = AttackRecord(folder, about, COUNT, keep_images=True)

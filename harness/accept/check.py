@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from harness import checkpoint
 from harness.config import parse_config
@@ -29,11 +29,15 @@ class Found:
 
 @dataclass(frozen=True)
 class Site:
-    """Where a check is made: a device, and a folder of its own; real_gpu: it is a GPU, and is there."""
+    """Where a check is made: a device, and a folder of its own.
+
+    real_gpu: the device is a GPU, and is there; build: as in `harness.checkpoint.load_model`.
+    """
 
     device: torch.device
     real_gpu: bool
     folder: Path
+    build: Callable[..., nn.Module]
 
 
 @dataclass(frozen=True)
@@ -46,9 +50,9 @@ class Check:
     needs_gpu: bool = False
 
 
-def is_real_gpu(device: torch.device) -> bool:
-    """Whether the device is a GPU whose tensors are torch's own, and not one that only says so."""
-    return device.type == "cuda" and type(torch.empty(1, device=device)) is Tensor
+def networks() -> Callable[..., nn.Module]:
+    """What builds networks by name, as the scripts that are checked know it."""
+    return importlib.import_module("train_at_mnist").build_model
 
 
 def run(script: str, words: tuple[object, ...]) -> str:

@@ -9,10 +9,10 @@ import torch
 
 from harness import checkpoint
 from harness.accept.check import Check, Found, Site, run, train, weights_of
+from harness.device import raise_at_waits
 from harness.training import steps
 from harness.training.batch import Batch
 from harness.training.run import Run
-from models import build_model
 
 SEED = 2
 NEAR = 0.1  # how far a step's update may be from the CPU's, as a part of it: signs of gradients near 0 change
@@ -47,7 +47,7 @@ def one_step(site: Site) -> Found:
             distances[name] = 0.0 if bool(weights_of(there).isfinite().all()) else float("inf")
             continue
         here, _ = train(script, words, torch.device("cpu"), site.folder / f"{number}-cpu")
-        distances[name] = distance(there, here)
+        distances[name] = distance(there, here, site)
     worst = max(distances, key=lambda name: distances[name])
     text = f"{len(runs)} steps, {worst} is farthest: {100 * distances[worst]:.2g} % of the update"
     if site.device.type == "cpu":
@@ -70,10 +70,10 @@ def no_wait(site: Site) -> Found:
     return Found(True, f"{len(runs)} methods, {STEPS} batches each, never")
 
 
-def distance(found: dict, expected: dict) -> float:
+def distance(found: dict, expected: dict, site: Site) -> float:
     """How far a run has ended from another, as a part of the way that the other has gone."""
     torch.manual_seed(SEED)
-    start = build_model(*(expected["architecture"][key] for key in ("name", "num_classes", "in_channels")))
+    start = site.build(*(expected["architecture"][key] for key in ("name", "num_classes", "in_channels")))
     way = weights_of(expected) - weights_of({"model": start.state_dict()})
     return float((weights_of(found) - weights_of(expected)).norm() / way.norm())
 
@@ -84,13 +84,14 @@ def _raising_at_a_wait() -> Iterator[None]:
     batches, seconds = Run.batches, steps.CHECK_SECONDS
 
     def watched(run: Run, epoch: int) -> Iterator[Batch]:
+        """The batches of an epoch."""
         source = batches(run, epoch)
         for number in itertools.count(1):
-            torch.cuda.set_sync_debug_mode("error" if number > 2 else "default")
+            raise_at_waits(number > 2)
             batch = next(source)
             yield batch
             if batch.number == run.batches_per_epoch:
-                torch.cuda.set_sync_debug_mode("default")
+                raise_at_waits(False)
                 yield from source
                 return
 
@@ -99,7 +100,7 @@ def _raising_at_a_wait() -> Iterator[None]:
         yield
     finally:
         Run.batches, steps.CHECK_SECONDS = batches, seconds
-        torch.cuda.set_sync_debug_mode("default")
+        raise_at_waits(False)
 
 
 COMPILED = {  # what is compiled, and how many pieces of it must be; an attack with dropout is not
@@ -130,7 +131,7 @@ def resumed(site: Site) -> Found:
     words = (*SMALL, "--model", "lenet", "--num_steps", 2, "--max_batches", 4)
     train("train_at_mnist", words, site.device, site.folder / "parts")
     whole, _ = train("train_at_mnist", (*words, "--epochs", 2), site.device, site.folder / "whole")
-    apart = distance(_resume(site.folder / "parts", site), whole)
+    apart = distance(_resume(site.folder / "parts", site), whole, site)
     exact = "bit for bit" if apart == 0 else f"{100 * apart:.2g} % of the update away"
     most = 0.0 if site.device.type == "cpu" else NEAR
     return Found(apart <= most, f"a resumed run ends {exact}", {"distance": apart, "most": most})

@@ -12,6 +12,7 @@ from harness.accept import __main__ as accept
 from harness.accept import arithmetic, attacks, check, machine, training
 from harness.accept.check import Check, Found, NotChecked, Site
 from harness.errors import RunError, UserError
+from models import build_model
 from tests import forks, standin, standin_runs
 
 CPU = torch.device("cpu")
@@ -60,7 +61,7 @@ def test_some_checks_alone_and_no_file_overwritten(monkeypatch, tmp_path):
 
 
 def site_in(folder):
-    return Site(CPU, False, folder)
+    return Site(CPU, False, folder, build_model)
 
 
 def test_tf32_is_found(monkeypatch, tmp_path):
@@ -86,11 +87,12 @@ def test_noise_that_is_not_the_cpus_is_found(monkeypatch, tmp_path):
 def test_the_distance_of_two_runs_is_a_part_of_the_way(tmp_path):
     words = (*training.SMALL, "--model", "lenet", "--num_steps", 1, "--max_batches", 1)
     contents, said = check.train("train_at_mnist", words, CPU, tmp_path / "run")
-    assert "finished: 1 epochs" in said and training.distance(contents, contents) == 0
+    assert "finished: 1 epochs" in said
+    assert training.distance(contents, contents, site_in(tmp_path)) == 0
     torch.manual_seed(training.SEED)
-    start = training.build_model("lenet", 10, 1).state_dict()
+    start = build_model("lenet", 10, 1).state_dict()
     twice = {"model": {name: 2 * value - start[name] for name, value in contents["model"].items()}}
-    assert training.distance(twice, contents) == pytest.approx(1, rel=1e-4)
+    assert training.distance(twice, contents, site_in(tmp_path)) == pytest.approx(1, rel=1e-4)
 
 
 def test_a_run_that_does_not_go_on_as_it_was_is_found(monkeypatch, tmp_path):
@@ -135,7 +137,7 @@ def watched_on_the_standin(folder, waits):
         script.margin_weights = lambda *given: weigh(*given) * float(weigh(*given).detach().sum() > 0)
     try:
         with standin.StandinMode():
-            return training.no_wait(Site(torch.device("cuda"), True, folder)).text
+            return training.no_wait(Site(torch.device("cuda"), True, folder, build_model)).text
     finally:
         script.margin_weights = weigh
 
