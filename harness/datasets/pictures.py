@@ -59,7 +59,7 @@ def decode(files: list[Path | zipfile.Path], title: str) -> tuple[np.ndarray, bo
     Raises UserError, naming the file, for one that has no picture, for one of another size than the first,
     and before any is decoded where they would not fit into memory.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     images = np.empty((0, 0, 0, 3), np.uint8)
     grey, on_white = True, 0
@@ -72,7 +72,8 @@ def decode(files: list[Path | zipfile.Path], title: str) -> tuple[np.ndarray, bo
         except UserError:
             raise
         except Exception as error:  # PIL has no error of its own for a damaged file
-            reason = str(error).split("\n")[0].rstrip(":")
+            known = not isinstance(error, UnidentifiedImageError)
+            reason = str(error).split("\n")[0].rstrip(":") if known else "of no kind that Pillow knows"
             raise UserError(f"{file} cannot be read as an image ({reason}): mend or remove it") from error
         grey, on_white = grey and picture.mode == "L", on_white + seen_through
         pixels = np.asarray(picture.convert("RGB"))

@@ -12,7 +12,8 @@ from harness.errors import UserError
 from harness.folder import check_free
 from harness.training.options import RunOptions
 
-DEFINES_MORE = ("*", "globals", "vars", "setattr", "__getattr__")  # in a file whose names reading cannot tell
+# in a file whose names reading cannot tell
+DEFINES_MORE = ("*", "globals", "locals", "vars", "setattr", "exec", "__getattr__", "__dict__")
 
 
 def check_command(cfg: RunOptions, build_model: Callable[..., nn.Module]) -> None:
@@ -49,5 +50,7 @@ def _names(path: Path) -> set[str]:
     except (SyntaxError, ValueError) as error:  # ValueError: bytes that are no text
         place = f", line {error.lineno}," if isinstance(error, SyntaxError) and error.lineno else ""
         raise UserError(f"{path}{place} is not Python: {getattr(error, 'msg', error)}") from None
-    words = (getattr(node, field, None) for node in ast.walk(tree) for field in ("id", "name", "asname"))
-    return {word for word in words if isinstance(word, str)}
+    fields = ("id", "name", "asname")
+    words = [getattr(node, field, None) for node in ast.walk(tree) for field in fields]
+    attributes = {getattr(node, "attr", None) for node in ast.walk(tree)} & {"__dict__"}
+    return attributes | {word for word in words if isinstance(word, str)}

@@ -82,6 +82,8 @@ def test_what_is_wrong_in_a_command_is_said_before_data_is_read(flags, says, scr
 @pytest.mark.parametrize("text", ("class Net: ...", "def Net(): ...", "Net = 3", "import torch as Net",
                                   "from torch.nn import Net", "from torch.nn import *", "Net, other = 1, 2",
                                   "if True:\n    class Net: ...", "globals()['N' + 'et'] = 3",
+                                  "exec('class N' + 'et: ...')",
+                                  "import sys\nsys.modules[__name__].__dict__['N' + 'et'] = 3",
                                   "def __getattr__(name): ...", "with open('x') as Net: ...",
                                   "for Net in (1, 2): ...", "(Net := 3)"))
 def test_a_network_that_a_file_may_define_is_not_denied_before_the_file_runs(text, tmp_path):
