@@ -7,7 +7,6 @@ import io
 import math
 import os
 import re
-import signal
 import sys
 import types
 import typing
@@ -20,6 +19,7 @@ from typing import Any, NoReturn, TypeVar
 from harness.errors import Collapsed, RunError, UserError
 from harness.folder import forget
 from harness.resumption import AnyConfig, fields_of, refuse_changes, resumed
+from harness.signals import ended_by_signals
 from harness.training.options import RunOptions
 from harness.training.seeds import one_a_seed
 
@@ -58,19 +58,18 @@ def run_script(main: Callable[[C], object], cls: type[C], recipes: dict[str, C] 
     of calling main. sources: recipe name -> field -> source, for the fields that the recipe sets.
     """
     name = Path(sys.argv[0]).name
-    _end_well_at_signals()
     if isinstance(sys.stdout, io.TextIOWrapper):  # names that are not UTF-8, terminals that know ASCII alone
         sys.stdout.reconfigure(errors="backslashreplace")
     warnings.formatwarning = lambda message, *_, **__: f"note: {' '.join(str(message).split())}\n"
     try:
-        config, given, recipe = _parse(cls, None, recipes)
-        if getattr(config, "dry_run", False):
-            _print_values(config, given, (sources or {}).get(recipe or "", {}))
-            return
-        if isinstance(config, RunOptions) and config.seeds:
-            _each_seed(main, config, name)
-        else:
-            main(config)
+        with ended_by_signals():
+            config, given, recipe = _parse(cls, None, recipes)
+            if getattr(config, "dry_run", False):
+                _print_values(config, given, (sources or {}).get(recipe or "", {}))
+            elif isinstance(config, RunOptions) and config.seeds:
+                _each_seed(main, config, name)
+            else:
+                main(config)
     except UserError as error:
         _fail(name, error, 2)
     except RunError as error:
@@ -86,14 +85,6 @@ def run_script(main: Callable[[C], object], cls: type[C], recipes: dict[str, C] 
         _fail(name, "the accelerator's memory is full: try a smaller --batch_size", 1)
     if os.environ.get("TORCHELASTIC_RUN_ID"):
         _leave()
-
-
-def _end_well_at_signals() -> None:
-    """End at a scheduler's or closed terminal's signals as at Ctrl-C, so that the run says how to go on."""
-    for name in ("SIGTERM", "SIGHUP", "SIGUSR1"):
-        number = getattr(signal, name, None)  # Windows has only the first
-        if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup
-            signal.signal(number, lambda number, _: sys.exit(128 + number))
 
 
 def _each_seed(main: Callable[[R], object], config: R, name: str) -> None:
