@@ -37,12 +37,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from attacks.alma import alma
 from attacks.autoattack import autoattack
 from attacks.bim import bim_bisection
-from attacks.fab import fab_targeted
 from attacks.noise import example_keys
-from attacks.pdpgd import pdpgd
 from attacks.pgd import cross_entropy, pgd
 from attacks.polish import polish
 from attacks.pool import BUDGETS, minimal_distances
@@ -165,17 +162,8 @@ def attack_pool(model: nn.Module, cfg: Config, results: store.Results, others: t
 
 def independent_attack(model: nn.Module, cfg: Config, norm: str, x: Tensor, y: Tensor, index: Tensor,
                        radius: Tensor) -> Tensor:
-    """AutoAttack within the radius [b] of each point; in l_1, FAB and from its end ALMA and PDPGD.
-
-    The polish follows. FAB alone would find nothing: in l_1 it ends far behind the pool.
-    """
-    if norm == "l1":
-        x_adv = fab_targeted(model, x, y, norm=norm, num_steps=30, epsilon=radius)
-        for attack in (alma, pdpgd):
-            x_adv = attack(model, x, y, norm=norm, num_steps=300, start=x_adv)
-    else:
-        keys = example_keys(index, cfg.seed, CHECK)
-        x_adv = autoattack(model, x, y, epsilon=radius, norm=norm, keys=keys)
+    """AutoAttack within the radius [b] of each point, and the polish."""
+    x_adv = autoattack(model, x, y, epsilon=radius, norm=norm, keys=example_keys(index, cfg.seed, CHECK))
     return polish(model, x, y, x_adv, norm=norm)
 
 

@@ -49,14 +49,12 @@ def apgd(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float | Tensor, nor
     radius = radii(epsilon, x)
     x = x.detach()
     check_at_least(0, num_steps=num_steps)
-    if isinstance(loss, str) and loss not in LOSSES:
-        names = ", ".join(LOSSES)
-        raise ValueError(f"unknown loss {loss!r}: choose one of {names}, or a function of logits and labels")
+    loss_fn = checked_loss(loss)
     first = _start(x, radius, norm, start, keys)
     with frozen(model) as bare:
         logits = predict(bare, x)
         check_classes(y, logits)
-        return _attack_standing(bare, x, y, logits, radius, norm, num_steps, first, _loss_function(loss))
+        return _attack_standing(bare, x, y, logits, radius, norm, num_steps, first, loss_fn)
 
 
 def apgd_targeted(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float | Tensor, norm: str = "linf",
@@ -141,7 +139,7 @@ def _attack_towards(model, x, y, target, radius, norm, num_steps, keys):
 def _ascend(model: nn.Module, x: Tensor, y: Tensor, target: Tensor, radius: Tensor, norm: str, num_steps: int,
             first: Tensor, loss_fn: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
     """Algorithm 1 from `first`, on correctly classified examples; loss_fn(logits, y, target) -> [B]."""
-    loss, gradient = _evaluate(model, first, y, target, loss_fn)
+    loss, gradient = evaluate(model, first, y, target, loss_fn)
     walk = _Walk(torch.arange(len(x), device=x.device), x, y, target, radius, first, first, gradient, loss,
                  first, gradient, loss, 2.0 * radius, torch.zeros_like(loss), loss,
                  torch.zeros_like(loss, dtype=torch.bool))
@@ -171,7 +169,7 @@ def _step(model, walk: _Walk, norm: str, momentum: float, loss_fn) -> None:
     if momentum < 1.0:
         z = project(walk.x_adv + momentum * (z - walk.x_adv) + (1.0 - momentum) * (walk.x_adv - walk.x_last))
     walk.x_last, walk.x_adv = walk.x_adv, z
-    loss, walk.gradient = _evaluate(model, z, walk.y, walk.target, loss_fn)
+    loss, walk.gradient = evaluate(model, z, walk.y, walk.target, loss_fn)
     walk.rises = walk.rises + (loss > walk.loss)
     walk.loss, better = loss, loss > walk.best_loss
     walk.x_best = choose(better, z, walk.x_best)
@@ -191,7 +189,7 @@ def _check(walk: _Walk, num_steps: int) -> None:
     walk.rises = torch.zeros_like(walk.rises)
 
 
-def _evaluate(model, x_adv: Tensor, y: Tensor, target: Tensor, loss_fn) -> tuple[Tensor, Tensor]:
+def evaluate(model, x_adv: Tensor, y: Tensor, target: Tensor, loss_fn) -> tuple[Tensor, Tensor]:
     """The loss [B], inf where x_adv is misclassified, so that it stays the best; and its gradient."""
     with torch.enable_grad():
         point = x_adv.detach().requires_grad_()
@@ -201,7 +199,12 @@ def _evaluate(model, x_adv: Tensor, y: Tensor, target: Tensor, loss_fn) -> tuple
     return losses.detach().masked_fill(misclassified(logits.detach(), y), torch.inf), gradient
 
 
-def _loss_function(loss) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def checked_loss(loss: str | Callable[[Tensor, Tensor], Tensor],
+                 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """loss_fn(logits, y, target) -> [B] of a name in LOSSES or a function of logits and labels."""
+    if isinstance(loss, str) and loss not in LOSSES:
+        names = ", ".join(LOSSES)
+        raise ValueError(f"unknown loss {loss!r}: choose one of {names}, or a function of logits and labels")
     function = LOSSES.get(loss, loss) if isinstance(loss, str) else loss
     return lambda logits, y, _: function(logits, y)
 

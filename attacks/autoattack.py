@@ -2,6 +2,7 @@
 Ensemble of Diverse Parameter-free Attacks", ICML 2020): APGD on the cross-entropy, APGD on the targeted DLR
 loss, FAB-T, Square, each on what the ones before it left.
 
+In l_1: APGD of "Mind the box" (ICML 2021) on both losses, and FAB with ALMA and PDPGD from its end.
 This is our own implementation, on the project's own attacks. Differs from the released code: an example
 leaves an attack as soon as it is fooled; its random numbers depend on its key alone, not on its batch;
 nothing counts before a plain forward pass has confirmed it. `attacks.reference` runs the released code.
@@ -11,19 +12,33 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from attacks.alma import alma
 from attacks.apgd import apgd, apgd_targeted
+from attacks.apgd_l1 import apgd_l1, apgd_l1_targeted
 from attacks.checks import check_batch, check_classes
 from attacks.fab import fab_targeted
 from attacks.frozen import predict
 from attacks.geometry import inside, radii
 from attacks.noise import example_keys
+from attacks.pdpgd import pdpgd
 from attacks.square import square
 from losses.margin import misclassified
+
+
+def descents(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: Tensor, norm: str, keys: Tensor) -> Tensor:
+    """FAB, and from its end ALMA and PDPGD: in l_1 FAB alone ends far from the boundary's nearest point."""
+    x_adv = fab_targeted(model, x, y, norm=norm, num_steps=30, epsilon=epsilon, keys=keys)
+    for attack in (alma, pdpgd):
+        x_adv = attack(model, x, y, norm=norm, num_steps=300, start=x_adv)
+    return x_adv
+
 
 Member = tuple[str, Callable[..., Tensor]]  # name, attack(model, x, y, *, epsilon, norm, keys) -> x_adv
 STANDARD: tuple[Member, ...] = (("apgd-ce", apgd), ("apgd-t", apgd_targeted), ("fab-t", fab_targeted),
                                 ("square", square))
-NORMS = ("linf", "l2")  # those of every member
+# Auto-PGD in l_1 finds what descents do not where gradients are good, and little where they mislead.
+IN_L1: tuple[Member, ...] = (("apgd-ce", apgd_l1), ("descents", descents), ("apgd-t", apgd_l1_targeted))
+NORMS = ("linf", "l2", "l1")
 # In place of the member that broke an example:
 STANDING = -1       # none did
 MISCLASSIFIED = -2  # it is misclassified without a perturbation
@@ -33,11 +48,11 @@ def autoattack(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float | Tenso
                keys: Tensor | None = None, batch_size: int = 250) -> Tensor:
     """x_adv of the standard ensemble: misclassified within epsilon where any member succeeded, else x itself.
 
-    Arguments as in `attacks.apgd.apgd`; norm: "linf" or "l2"; batch_size: images at a time, which changes no
-    verdict but by the rounding of the forward pass. Errors as there.
+    Arguments as in `attacks.apgd.apgd`; norm: "linf", "l2" or "l1"; batch_size: images at a time, which
+    changes no verdict but by the rounding of the forward pass. Errors as there.
     """
-    return run_ensemble(model, x, y, STANDARD, epsilon=epsilon, norm=norm, keys=keys,
-                        batch_size=batch_size)[0]
+    members = IN_L1 if norm == "l1" else STANDARD
+    return run_ensemble(model, x, y, members, epsilon=epsilon, norm=norm, keys=keys, batch_size=batch_size)[0]
 
 
 def run_ensemble(model: nn.Module, x: Tensor, y: Tensor, members: Sequence[Member], *,

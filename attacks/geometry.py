@@ -94,6 +94,25 @@ def project_ball(delta: Tensor, radius: float | Tensor, norm: str) -> Tensor:
     return shrink(delta, per_example(_l1_threshold(delta.flatten(1).abs(), radius.flatten()), delta))
 
 
+def project_l1_box(delta: Tensor, x: Tensor, radius: Tensor) -> Tensor:
+    """The nearest point to delta, in l_2, of the l_1 ball around 0 for which x + delta is in [0, 1].
+
+    It is sign(delta_i) min(max(|delta_i| - theta, 0), room_i) (Croce & Hein, ICML 2021, Prop. 2.1). Its l_1
+    norm falls in theta, linearly between the values |delta_i|, below which coordinate i leaves 0, and
+    |delta_i| - room_i, below which it stays at its bound. radius: [B, 1, 1, 1].
+    """
+    size, reach = delta.flatten(1).abs(), radius.flatten()
+    room = torch.where(delta > 0, 1.0 - x, x).flatten(1)
+    knees, order = torch.cat([size, size - room], dim=1).sort(dim=1, descending=True)  # [B, 2 D]
+    sign = torch.where(order < size.shape[1], 1.0, -1.0).to(delta)
+    slope, total = sign.cumsum(1), (sign * knees).cumsum(1)  # the norm at theta is total - slope * theta
+    last = ((total - slope * knees <= reach[:, None]).sum(1, keepdim=True) - 1).clamp_min_(0)
+    theta = ((total.gather(1, last) - reach[:, None]) / slope.gather(1, last).clamp_min(1.0)).clamp_min_(0.0)
+    length = torch.minimum((size - theta).clamp_min_(0.0), room)
+    length = length * (reach / length.sum(1).clamp_min(SMALLEST)).clamp_max_(1.0)[:, None]  # for rounding
+    return delta.sign() * length.view_as(delta)
+
+
 def shrink(delta: Tensor, threshold: Tensor) -> Tensor:
     """Soft thresholding, sign(delta) * max(|delta| - threshold, 0): the proximal operator of the l_1 norm."""
     return delta.sign() * (delta.abs() - threshold).clamp_(min=0)

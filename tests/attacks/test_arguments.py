@@ -7,6 +7,7 @@ from torch import nn
 
 from attacks.alma import alma
 from attacks.apgd import apgd, apgd_targeted
+from attacks.apgd_l1 import apgd_l1, apgd_l1_targeted
 from attacks.autoattack import autoattack
 from attacks.bim import bim_bisection
 from attacks.bisection import apgd_bisection, pgd_bisection
@@ -29,6 +30,8 @@ ATTACKS = {
     "pdpgd": partial(pdpgd, num_steps=3), "fab": partial(fab_targeted, num_steps=3),
     "apgd": partial(apgd, epsilon=0.1, num_steps=3),
     "apgd_targeted": partial(apgd_targeted, epsilon=0.1, num_steps=3),
+    "apgd_l1": partial(apgd_l1, epsilon=1.0, num_steps=5),
+    "apgd_l1_targeted": partial(apgd_l1_targeted, epsilon=1.0, num_steps=5),
     "autoattack": partial(autoattack, epsilon=1.0),
     "bim_bisection": lambda *task: bim_bisection(*task, num_steps=2, num_growths=2, num_bisections=2)[0],
     "pgd_bisection": partial(pgd_bisection, num_steps=3, num_rounds=2),
