@@ -37,7 +37,7 @@ from models import build_model
 @dataclass(frozen=True)
 class Config(RunOptions, CompileOptions):
     dataset: str = "cifar10"            # mnist, cifar10, cifar100, svhn, tiny-imagenet, digits, or a folder
-    model: str = "resnet18"             # lenet, small_cnn, resnet18, wrn34_10, wrn28_10, or file.py:callable
+    model: str = "resnet18"             # lenet, small_cnn, resnet18[_w16], wrn34_10, wrn28_10, file.py:name
     normalize: bool = False             # make (x - mean) / std of the training set the model's first layer
     alpha: float = 0.0                  # weight exp(-alpha * margin); 0 is plain adversarial training
     epsilon: float = 8 / 255            # l_inf radius, pixels in [0, 1]

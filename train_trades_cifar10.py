@@ -41,7 +41,7 @@ from models import build_model
 @dataclass(frozen=True)
 class Config(RunOptions, CompileOptions):
     dataset: str = "cifar10"            # mnist, cifar10, cifar100, svhn, tiny-imagenet, digits, or a folder
-    model: str = "resnet18"             # lenet, small_cnn, resnet18, wrn34_10, wrn28_10, or file.py:callable
+    model: str = "resnet18"             # lenet, small_cnn, resnet18[_w16], wrn34_10, wrn28_10, file.py:name
     normalize: bool = False             # make (x - mean) / std of the training set the model's first layer
     beta: float = 5.0                   # 1 / lambda, the weight of the KL term
     alpha: float = 0.0                  # KL term's weight exp(-alpha * margin); 0 is plain TRADES

@@ -73,7 +73,7 @@ class Config(RunOptions, CompileOptions):
     dataset: str = "cifar10"        # cifar10, cifar100, svhn, tiny-imagenet, mnist, digits, or a folder [VIR]
     extra_data: str | None = None       # .npz file of generated images, such as EDM's [VIR, Table 8]
     extra_fraction: float = 0.7         # part of every batch drawn from extra_data [unstated]
-    model: str = "resnet18"        # resnet18, wrn34_10, wrn28_10, lenet, small_cnn, or file.py:callable [VIR]
+    model: str = "resnet18"        # resnet18[_w16], wrn34_10, wrn28_10, lenet, small_cnn, file.py:name [VIR]
     normalize: bool = False             # first layer: (x - mean) / std of the training set [unstated]
     epsilon: float = 8 / 255            # l_inf radius, pixels in [0, 1] [VIR]
     step_size: float = 2 / 255          # PGD step, pixels in [0, 1] [VIR]

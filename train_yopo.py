@@ -41,7 +41,7 @@ from models import build_model
 @dataclass(frozen=True)
 class Config(RunOptions):
     dataset: str = "cifar10"            # cifar10, cifar100, svhn, tiny-imagenet, mnist, digits, or a folder
-    model: str = "resnet18"             # resnet18, wrn34_10, wrn28_10, lenet, small_cnn, or file.py:callable
+    model: str = "resnet18"             # resnet18[_w16], wrn34_10, wrn28_10, lenet, small_cnn, file.py:name
     normalize: bool = False             # make (x - mean) / std of the training set the model's first layer
     epsilon: float = 8 / 255            # l_inf radius, pixels in [0, 1]
     step_size: float = 2 / 255          # step of the inner updates, pixels in [0, 1]

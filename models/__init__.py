@@ -18,6 +18,7 @@ MODELS = {
     "lenet": lambda num_classes, in_channels: LeNet(num_classes, in_channels),
     "small_cnn": lambda num_classes, in_channels: SmallCNN(num_classes, in_channels),
     "resnet18": lambda num_classes, in_channels: ResNet((2, 2, 2, 2), num_classes, in_channels),
+    "resnet18_w16": lambda num_classes, in_channels: ResNet((2, 2, 2, 2), num_classes, in_channels, width=16),
     "wrn34_10": lambda num_classes, in_channels: WideResNet(34, 10, num_classes, in_channels),
     "wrn28_10": lambda num_classes, in_channels: WideResNet(28, 10, num_classes, in_channels),
 }

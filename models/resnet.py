@@ -24,19 +24,19 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Four stages of 64, 128, 256 and 512 channels; any image size through the global average pool.
+    """Four stages of width, 2, 4 and 8 width channels; any image size through the global average pool.
 
     Parameter names are those of the checkpoints published with TRADES, MART, MAIL and Zeng et al.
     """
 
     def __init__(self, num_blocks: tuple[int, ...] = (2, 2, 2, 2), num_classes: int = 10,
-                 in_channels: int = 3):
+                 in_channels: int = 3, width: int = 64):
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, 64, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
-        in_planes = 64
-        for stage, (planes, blocks) in enumerate(zip((64, 128, 256, 512), num_blocks), 1):
-            layers = []
+        self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        in_planes = width
+        for stage, blocks in enumerate(num_blocks, 1):
+            planes, layers = width * 2 ** (stage - 1), []
             for block in range(blocks):
                 layers.append(BasicBlock(in_planes, planes, stride=2 if stage > 1 and block == 0 else 1))
                 in_planes = planes

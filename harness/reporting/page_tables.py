@@ -15,7 +15,8 @@ RESULTS = ROOT / "results"
 
 ALPHAS = ("1.0", "1.5", "2.0")  # of the attacker
 BUDGETS = ("0.05", "0.2", "0.5")  # of his KL divergence, in nats
-NETWORKS = {"lenet": "LeNet", "small_cnn": "SmallCNN", "resnet18": "ResNet-18", "wrn34_10": "WRN-34-10",
+NETWORKS = {"lenet": "LeNet", "small_cnn": "SmallCNN", "resnet18": "ResNet-18",
+            "resnet18_w16": "ResNet-18, width 16", "wrn34_10": "WRN-34-10",
             "wrn28_10": "WRN-28-10"}
 MNIST = {"at": ("AT", "PGD"), "at-alpha0.5": ("AT, alpha 0.5", "PGD+ours"),  # folder -> ours, the paper's
          "trades": ("TRADES", "TRADES"), "trades-alpha2": ("TRADES, alpha 2", "TRADES+ours")}
@@ -120,8 +121,8 @@ def equal_strength(rows: dict[tuple[str, ...], list[str]], head: list[str], sour
                    at: str = "A_rob") -> str:
     """A_sa at equal alpha and at equal KL budgets, over seeds, with ranks; rows: labels -> result files.
 
-    A_sa at a budget is the middle of what results/budget/SOURCE.json says it may be, at A_rob's examples or
-    at the worst case under strong attacks.
+    A_sa at a budget is what the result measured; in older ones, which did not, the middle of what
+    results/budget/SOURCE.json says it may be; at A_rob's examples or at the worst case under strong attacks.
     """
     found = {row["file"]: row["A_sa_kl"] for row in load(f"budget/{source}.json")["rows"] if row["at"] == at}
 
@@ -129,8 +130,9 @@ def equal_strength(rows: dict[tuple[str, ...], list[str]], head: list[str], sour
         """A_rob or the worst case, A_sa at alpha 2 and at BUDGETS."""
         result = load(file)
         place = result | {"accuracy": result["A_rob"]} if at == "A_rob" else result[at]
-        middles = [statistics.mean(found[f"results/{file}"][budget]) for budget in BUDGETS]
-        return [place["accuracy"], place["A_sa"]["2.0"], *middles]
+        at_budgets = place.get("A_sa_kl") or {budget: statistics.mean(found[f"results/{file}"][budget])
+                                              for budget in BUDGETS}
+        return [place["accuracy"], place["A_sa"]["2.0"], *(at_budgets[budget] for budget in BUDGETS)]
 
     columns = [list(zip(*map(values, files))) for files in rows.values()]
     means = [[statistics.mean(column) for column in row] for row in columns]
@@ -156,6 +158,14 @@ def equal_budget_family() -> str:
                               for folder in sorted((RESULTS / "vir" / name).glob("seed*"))]
             for name in FAMILY}
     return equal_strength(rows, ["defense"])
+
+
+def equal_budget_full() -> str:
+    """Attackers of equal strength on the runs with today's recipes."""
+    runs = over_seeds(file.parent for file in (RESULTS / "stability/full").glob("*/eval.json"))
+    rows = {(name_of(config), NETWORKS[config["model"]]):
+            [f"stability/full/{folder.name}/eval.json" for folder in folders] for config, _, folders in runs}
+    return equal_strength(rows, ["defense", "network"])
 
 
 def equal_budget_strong() -> str:
@@ -388,5 +398,6 @@ def recipes() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {table.__name__: table for table in (
-    mnist, family, equal_budget, equal_budget_family, equal_budget_strong, fast, full, strong, attacks,
-    curves, mean_budget, stability, train_step, gains, precisions, expectation, memory, evaluation, recipes)}
+    mnist, family, equal_budget, equal_budget_family, equal_budget_full, equal_budget_strong, fast, full,
+    strong, attacks, curves, mean_budget, stability, train_step, gains, precisions, expectation, memory,
+    evaluation, recipes)}

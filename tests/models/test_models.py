@@ -54,8 +54,8 @@ def test_an_example_has_the_same_finite_logits_alone_and_in_a_batch(name, size):
 
 
 @pytest.mark.parametrize(("name", "in_channels", "count"), (
-    ("lenet", 1, 61_706), ("small_cnn", 1, 312_202), ("resnet18", 3, 11_173_962), ("wrn34_10", 3, 46_160_474),
-    ("wrn28_10", 3, 36_479_194)))
+    ("lenet", 1, 61_706), ("small_cnn", 1, 312_202), ("resnet18", 3, 11_173_962),
+    ("resnet18_w16", 3, 701_466), ("wrn34_10", 3, 46_160_474), ("wrn28_10", 3, 36_479_194)))
 def test_parameter_counts_are_the_known_ones(name, in_channels, count):
     assert sum(parameter.numel() for parameter in on_meta(name, 10, in_channels).parameters()) == count
 
