@@ -24,7 +24,8 @@ torch.ones(1, requires_grad=True).sum().backward()
 def _run(barrier, name, words, cwd, variables):
     os.chdir(cwd)
     os.environ.update(variables)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup around the tests has it ignored
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup around the tests has it ignored, and the shell
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # has this one, in a background job
     for number, kind in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{kind}-{os.getpid()}", os.O_WRONLY | os.O_CREAT, 0o600), number)
     sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
@@ -102,9 +103,12 @@ def torchrun(name, *words, cwd, count=2):
     return subprocess.CompletedProcess([name, *words], code, output, errors)
 
 
-def run(name, *words, cwd):
-    """A script run to its end, as `subprocess.run` gives it, with its output as text."""
-    process, = start(name, words, cwd=cwd)
+def run(name, *words, cwd, **variables):
+    """A script run to its end, as `subprocess.run` gives it, with its output as text.
+
+    variables: what it finds in its environment besides.
+    """
+    process, = start(name, words, cwd=cwd, variables=[variables])
     process.join(240)
     output, errors = (said(process, kind, cwd) for kind in ("stdout", "stderr"))
     done = subprocess.CompletedProcess([name, *words], process.exitcode, output, errors)

@@ -2,17 +2,12 @@
 a closed form, refusals."""
 import csv
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 
 from harness import distributed
 from harness.datasets.batches import first_examples, load_dataset, to_unit
@@ -23,6 +18,7 @@ from harness.evaluation.budget import accuracy_at_budget
 from harness.evaluation.verdict import Certificate
 from harness.evaluation.worst_case import columns_of, worst_case
 from models import build_model
+from tests.forks import start
 
 COUNT = 24
 FLAGS = ("--checkpoint", "net.pt", "--arch", "lenet", "--dataset", "digits", "--epsilon", 0.1,
@@ -131,19 +127,18 @@ def test_a_budget_below_0_is_refused(evaluated):
 
 
 @pytest.mark.slow
-def test_verdicts_do_not_depend_on_batch_size_shards_or_interruptions(evaluated, script, tmp_path):
+def test_verdicts_do_not_depend_on_batch_size_shards_or_interruptions(evaluated, script):
     whole = evaluated("whole.json", "--batch_size", 500)
     assert same(whole, evaluated("small.json", "--batch_size", 5))
     assert evaluated("parts.json", "--shard", "1/2") is None
     assert same(whole, evaluated("parts.json", "--shard", "0/2"))
     flags = *FLAGS, "--out", "killed.json", "--batch_size", 1, "--attacks", "fgsm", "cw"
-    process = subprocess.Popen([sys.executable, str(ROOT / "eval_mnist.py"), *map(str, flags)], cwd=tmp_path,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    process, = start("eval_mnist.py", flags)
     deadline = time.monotonic() + 60
     while len(list(Path("killed.record").rglob("*.npz"))) < COUNT + 5 and time.monotonic() < deadline:
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert not Path("killed.json").exists()
     script("eval_mnist", "--resume", "killed.json")
     assert same(whole, dict(np.load("killed.npz")))

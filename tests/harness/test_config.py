@@ -3,10 +3,8 @@ import dataclasses
 import importlib
 import inspect
 import json
-import os
 import re
 import signal
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,7 @@ import pytest
 
 from harness.config import LIMITS, parse_config
 from harness.errors import UserError
+from tests import forks
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted(path.stem for kind in ("train", "eval") for path in ROOT.glob(f"{kind}_*.py"))
@@ -358,9 +357,7 @@ if __name__ == "__main__":
 def end_of(tmp_path, *words, **environment):
     """Exit code and standard error of a program that ends as it is told."""
     (tmp_path / "program.py").write_text(PROGRAM)
-    environment = {"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"]} | environment
-    done = subprocess.run([sys.executable, "program.py", *words], cwd=tmp_path, env=environment,
-                          capture_output=True, text=True, timeout=60)
+    done = forks.run(tmp_path / "program.py", *words, cwd=tmp_path, **environment)
     return done.returncode, done.stderr
 
 

@@ -259,11 +259,13 @@ def test_an_unknown_name_lists_the_choices(name):
 # Importing
 
 IMPORT_EVERYTHING = """
-import importlib, sys, torch
+import importlib, os, sys, torch
 torch.manual_seed(1234)
 state = torch.get_rng_state()
-for name in sys.argv[1:]:
+files = os.listdir(".")
+for name in sys.argv[1:-1]:
     importlib.import_module(name)
+assert os.listdir(".") == files, "a file was written"
 assert torch.initial_seed() == 1234 and torch.equal(torch.get_rng_state(), state), "the generator moved"
 assert torch.get_default_dtype() == torch.float32 and torch.is_grad_enabled(), "a global setting changed"
 assert not torch.are_deterministic_algorithms_enabled(), "a global setting changed"
@@ -272,13 +274,14 @@ assert not torch.backends.cudnn.benchmark, "a global setting changed"
 
 
 @pytest.mark.slow
-def test_importing_models_attacks_and_losses_does_nothing_else():
+def test_importing_scripts_models_attacks_and_losses_does_nothing_else():
     root = Path(__file__).parents[2]
     files = [path for package in ("models", "attacks", "losses")
              for path in sorted((root / package).glob("*.py"))]
     names = [".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
              for path in files]
-    assert {"models", "models.wide_resnet", "attacks.pgd", "losses.margin"} <= set(names)
-    result = subprocess.run([sys.executable, "-c", IMPORT_EVERYTHING, *names], cwd=root, capture_output=True,
-                            text=True, timeout=120)
+    names += [path.stem for kind in ("train", "eval") for path in sorted(root.glob(f"{kind}_*.py"))]
+    assert {"models", "models.wide_resnet", "attacks.pgd", "losses.margin", "train_vir"} <= set(names)
+    result = subprocess.run([sys.executable, "-c", IMPORT_EVERYTHING, *names, "--nonsense"], cwd=root,
+                            capture_output=True, text=True, timeout=120)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")

@@ -96,15 +96,15 @@ def test_a_curve_killed_at_random_moments_has_the_same_distances(script, seed=0,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
-@pytest.mark.parametrize(("name", "words", "says"), [
-    ("train_at_mnist", ("--recipe", "digits", "--out_dir", "out"),
-     "go on with: python train_at_mnist.py --resume out"),
-    ("eval_mnist", (*EVAL, "--num_steps", 2000, "--out", "out.json"),
+@pytest.mark.parametrize(("name", "number", "words", "says"), [
+    *(("train_at_mnist", number, ("--recipe", "digits", "--out_dir", "out"),
+       "go on with: python train_at_mnist.py --resume out")
+      for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)),
+    ("eval_mnist", signal.SIGHUP, (*EVAL, "--num_steps", 2000, "--out", "out.json"),
      "go on with: python eval_mnist.py --resume out.record"),
-    ("generate_robustness_curves", (*CURVE, "--n_points", 360, "--out", "out"),
+    ("generate_robustness_curves", signal.SIGTERM, (*CURVE, "--n_points", 360, "--out", "out"),
      "go on with: python generate_robustness_curves.py compute --resume out")])
-def test_a_signal_says_how_to_go_on(name, words, says, number, script):
+def test_a_signal_says_how_to_go_on(name, number, words, says, script):
     script("train_at_mnist", *TINY, "--out_dir", "run")
     process, = start(f"{name}.py", words)
     deadline = time.monotonic() + 60

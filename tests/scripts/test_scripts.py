@@ -63,17 +63,6 @@ def test_twins_differ_in_docstring_and_presets_only(mnist, cifar10):
     assert code_of(mnist) == code_of(cifar10)
 
 
-@pytest.mark.slow
-def test_importing_a_script_does_nothing_else(tmp_path):
-    program = (f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import torch\n"
-               "before = torch.initial_seed(), os.listdir('.')\n"
-               f"import {', '.join(SCRIPTS)}\n"
-               "assert (torch.initial_seed(), os.listdir('.')) == before")
-    done = subprocess.run([sys.executable, "-c", program, "--nonsense"], capture_output=True, text=True,
-                          cwd=tmp_path)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_default_has_a_comment_that_the_help_shows(name, script, capsys):
     with pytest.raises(SystemExit) as ended:
@@ -139,41 +128,6 @@ def test_a_run_cannot_be_resumed_to_fewer_epochs_than_are_done(script):
     assert {path.name: path.read_bytes() for path in Path("run").iterdir()} == before
 
 
-@pytest.mark.slow
-def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(shell, tmp_path):
-    flags = ("--recipe", "digits", "--epochs", 3, "--num_steps", 5)
-    assert shell("train_at_mnist.py", *flags, "--out_dir", "whole").returncode == 0
-    process = subprocess.Popen([sys.executable, str(ROOT / "train_at_mnist.py"), *map(str, flags),
-                                "--out_dir", "killed"], cwd=tmp_path,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "killed/last.pt").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(0.3 * np.random.default_rng().random())
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    epochs = torch.load(tmp_path / "killed/last.pt", weights_only=True)["epoch"]
-    assert shell("train_at_mnist.py", "--resume", "killed").returncode == 0
-    assert epochs < 3
-    assert same_bits(weights(tmp_path / "whole/last.pt"), weights(tmp_path / "killed/last.pt"))
-
-
-@pytest.mark.slow
-def test_ctrl_c_says_how_to_go_on(shell, tmp_path):
-    process = subprocess.Popen([sys.executable, str(ROOT / "train_at_mnist.py"), "--recipe", "digits",
-                                "--out_dir", "run"], cwd=tmp_path,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                               # a shell's background jobs ignore SIGINT
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "run/last.pt").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "go on with: python train_at_mnist.py --resume run" in errors and "Traceback" not in errors
-
-
 def test_a_second_run_never_touches_the_first(script):
     script("train_at_mnist", *TINY, "--out_dir", "run")
     before = {path: path.read_bytes() for path in Path("run").iterdir()}
@@ -186,13 +140,12 @@ def test_a_second_run_never_touches_the_first(script):
 
 
 @pytest.mark.slow
-def test_torchrun_gives_the_weights_of_one_process(shell, tmp_path):
+def test_torchrun_gives_the_weights_of_one_process(script, torchrun, tmp_path):
     # 65: an uneven split
     flags = (*TINY, "--max_batches", 4, "--batch_size", 65, "--precision", "float32",
              "--epsilon_warmup_epochs", 0, "--val_size", 41, "--ema_decay", 0.5)
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    assert shell("train_at_mnist.py", *flags, "--out_dir", "one").returncode == 0
-    done = shell("train_at_mnist.py", *flags, "--out_dir", "two", launcher=torchrun)
+    script("train_at_mnist", *flags, "--out_dir", "one")
+    done = torchrun("train_at_mnist.py", *flags, "--out_dir", "two")
     assert done.returncode == 0, done.stderr
     one, two = weights(tmp_path / "one/last.pt"), weights(tmp_path / "two/last.pt")
     assert max(float((one[name] - two[name]).abs().max()) for name in one) <= 1e-5
