@@ -39,7 +39,7 @@ class Budget:
     round_steps: int      # of each of them
     polish_steps: int
     num_queries: int      # of the walk in l_inf; a fifth of them in l_2 and l_1
-    thorough: bool = False  # FAB, targeted attacks in l_2 and bisection by targeted APGD too
+    thorough: bool = False  # FAB in every norm, targeted attacks in l_2 and bisection by targeted APGD too
 
 
 BUDGETS = {
@@ -57,6 +57,8 @@ FROM = {"linf": "l2", "l2": "linf", "l1": "l2"}
 BEGIN = {"linf": (pdpgd,), "l2": (alma,), "l1": (pdpgd, alma)}
 TARGETED = {"linf": pdpgd, "l2": alma, "l1": pdpgd}
 TARGETED_ALWAYS = ("linf", "l1")
+# A second chain begins where FAB in l_2 ends, and goes from end to end: it comes to other basins.
+SECOND = {"l2": (alma,), "l1": (alma, pdpgd)}
 # Then a walk goes on from the closest in the norm itself, and these from where it ends.
 REFINE = {"linf": (partial(pdpgd, step_size=0.02),), "l2": (alma,), "l1": (alma, pdpgd)}
 BACK = {"l2": "l1", "linf": "l2"}  # at last once more, from the norm that came later
@@ -91,11 +93,12 @@ def minimal_distances(model: nn.Module, x: Tensor, y: Tensor, *, norms: Sequence
     """Attack every correctly classified example in every norm and keep its closest adversary.
 
     First DDN in l_2. Then norm by norm, l_inf, l_2, l_1, up to the last that is asked for: PGD with bisection
-    in l_inf; PDPGD or ALMA from the closest adversary in another norm; FMN from `starts`; the attacks on
-    `num_targets` classes; the walk, which needs no gradient, and PDPGD or ALMA again from where it ends. At
-    last the norms are gone through backwards, and the best of each is polished. Before a candidate counts it
-    is clamped to [0, 1] and classified once more, in eval mode and the precision of x; only misclassified
-    ones count. Each is measured in all `norms` in float64, so d_linf <= d_l2 <= d_l1 holds of the results.
+    in l_inf; PDPGD or ALMA from the closest adversary in another norm, in l_2 and l_1 also from where FAB
+    ends; FMN from `starts`; the attacks on `num_targets` classes; the walk, which needs no gradient, and
+    PDPGD or ALMA again from where it ends. At last the norms are gone through backwards, and the best of each
+    is polished. Before a candidate counts it is clamped to [0, 1] and classified once more, in eval mode and
+    the precision of x; only misclassified ones count. Each is measured in all `norms` in float64, so d_linf
+    <= d_l2 <= d_l1 holds of the results.
 
     x: [B, C, H, W] in [0, 1]; y: [B]; budget: a name in BUDGETS or a Budget; keys: [B] of
     `attacks.noise.example_keys` for the random start of PGD, which else begins at x, and for the walk;
@@ -144,6 +147,7 @@ class _Pool:
         # in every norm, asked for or not: where the attacks begin
         self.nearest = dict.fromkeys(NORMS, self.x)
         self.targets = self.aimed = None
+        self.second = self.x  # where the second chain has come to
         if budget.num_targets:
             self.targets = ranked_targets(predict(model, self.x), self.y, budget.num_targets)  # [B, T]
 
@@ -175,6 +179,7 @@ class _Pool:
             self.attack("bisection linf", budget.num_rounds * budget.round_steps, pgd_bisection,
                         num_steps=budget.round_steps, num_rounds=budget.num_rounds, keys=keys)
         self.descend(norm, BEGIN[norm], FROM[norm], f"from {FROM[norm]}")
+        self.go_on_with_second_chain(norm)
         for number, start in enumerate(starts):
             self.attack(f"fmn {norm} from start {number}", budget.num_steps, fmn, norm=norm,
                         num_steps=budget.num_steps, start=start)
@@ -194,22 +199,36 @@ class _Pool:
             self.attack(f"{name} {norm} {note}", self.budget.num_steps, attack, norm=norm,
                         num_steps=self.budget.num_steps, start=self.nearest[source])
 
+    def go_on_with_second_chain(self, norm: str) -> None:
+        """FAB in l_2; then from its end the attacks of SECOND, each from the end of the one before."""
+        budget = self.budget
+        if norm == "l2":
+            targets = max(1, budget.num_targets)
+            self.second = self.attack("fab l2", budget.round_steps * targets, fab_targeted, norm=norm,
+                                      num_steps=budget.round_steps, num_targets=targets)
+        for attack in SECOND.get(norm, ()):
+            self.second = self.attack(f"{attack.__name__} {norm} from fab", budget.num_steps, attack,
+                                      norm=norm, num_steps=budget.num_steps, start=self.second)
+
     def attack_thoroughly(self, norm: str, keys: Tensor | None) -> None:
-        """What gains little for its time: FAB towards every class, and bisection by targeted APGD."""
+        """What gains little for its time: FAB in the other norms too, and bisection by targeted APGD."""
         budget, targets = self.budget, self.budget.num_targets
-        self.attack(f"fab {norm}", budget.round_steps * targets, fab_targeted, norm=norm,
-                    num_steps=budget.round_steps, num_targets=targets)
+        if norm != "l2":
+            self.attack(f"fab {norm}", budget.round_steps * targets, fab_targeted, norm=norm,
+                        num_steps=budget.round_steps, num_targets=targets)
         if norm in APGD_NORMS:
             gradients = budget.num_rounds * targets * (budget.round_steps + 1)
             self.attack(f"apgd-t bisection {norm}", gradients, apgd_bisection, norm=norm,
                         num_steps=budget.round_steps, num_rounds=budget.num_rounds, num_targets=targets,
                         upper=self.distance[norm], keys=keys)
 
-    def attack(self, name: str, gradients: int, attack: Callable, **options: object) -> None:
-        """Run one attack on every example and offer what it finds."""
+    def attack(self, name: str, gradients: int, attack: Callable, **options: object) -> Tensor:
+        """Run one attack on every example, offer what it finds, and return that."""
         started = time.monotonic()
-        self.offer(name, attack(self.model, self.x, self.y, **options))
+        x_adv = attack(self.model, self.x, self.y, **options)
+        self.offer(name, x_adv)
         self._count(name, gradients, started)
+        return x_adv
 
     def attack_targets(self, name: str, attack: Callable, **options: object) -> Tensor:
         """Run one attack on every example and target, offer what it finds, and return that: [B * T, ...]."""
