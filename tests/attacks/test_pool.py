@@ -4,6 +4,8 @@ import pytest
 import torch
 from nets import interior, linear, linear_distance, tiny_mlp
 
+from attacks import pool
+from attacks.fab import fab_targeted
 from attacks.geometry import NORMS, norm_of
 from attacks.noise import example_keys
 from attacks.pool import BUDGETS, Budget, minimal_distances
@@ -145,6 +147,28 @@ def test_images_of_other_classes_count_and_fmn_begins_there(digits):
                              extra={"oracle": (lambda *_, norm: result.x_adv[norm], 0)})
     assert (best.single["linf"]["oracle linf"] == result.distance["linf"]).all()
     assert (best.distance["linf"] <= result.distance["linf"]).all()
+
+
+def test_the_second_chain_goes_from_the_end_of_fab_to_the_end_of_each(digits, monkeypatch):
+    begun, ended = [], []
+
+    def recorded(attack):
+        def run(*task, **options):
+            begun.append(options.get("start"))
+            ended.append(attack(*task, **options))
+            return ended[-1]
+
+        run.__name__ = attack.__name__
+        return run
+
+    monkeypatch.setattr(pool, "fab_targeted", recorded(fab_targeted))
+    for norm, attacks in pool.SECOND.items():
+        monkeypatch.setitem(pool.SECOND, norm, tuple(map(recorded, attacks)))
+    model, x, y, _ = digits
+    result = minimal_distances(model, x, y, budget=SMALL)
+    assert {"fab l2", "alma l2 from fab", "alma l1 from fab", "pdpgd l1 from fab"} <= set(result.attacks)
+    assert begun[0] is None and len(begun) == 4
+    assert all(start is end for start, end in zip(begun[1:], ended))
 
 
 def test_the_model_is_left_as_it_was(digits):
