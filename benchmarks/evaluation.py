@@ -154,7 +154,7 @@ def apgd_of_all(model: nn.Module, x: Tensor, y: Tensor, *, keys: Tensor, epsilon
     radius = radii(epsilon, x)
     start = random_point(x, radius, norm, keys)
     with frozen(model) as bare:
-        return apgd._ascend(bare, x, y, y, radius, norm, num_steps, start, apgd._loss_function("ce"))
+        return apgd._ascend(bare, x, y, y, radius, norm, num_steps, start, apgd.checked_loss("ce"))
 
 
 def every_apgd_target(model: nn.Module, x: Tensor, y: Tensor, *, keys: Tensor, epsilon: float, norm: str,

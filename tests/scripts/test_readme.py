@@ -298,13 +298,15 @@ def test_the_figures_about_mean_budgets_are_those_of_their_files():
     for (norm, order), models in curves.items():
         values = {name: [accuracy for _, accuracy in curve] for name, curve in models.items()}
         if order != "inf":
-            assert all(at >= other for name in values for at, other in zip(values["at"], values[name]))
+            assert all(at >= other - 0.002 for curve in values.values()
+                       for at, other in zip(values["at"], curve))
         if norm == "linf" and order != "inf":
             last = [budget for (budget, gairat), *others in zip(models["gairat"], *values.values())
                     if gairat > min(others)]
-            assert max(last) < 0.01 if order == "2" else last == [0.0]
-    behind = [100 * max(a - b for (_, a), (_, b) in zip(models["vir-recipe-at"], models["vir-at"]))
-              for models in (curves["linf", "1"], curves["linf", "2"])]
+            assert max(last) < 0.02
+    behind = {name: [100 * max(a - b for (_, a), (_, b) in zip(models["vir-recipe-at"], models[name]))
+                     for models in (curves["linf", "1"], curves["linf", "2"])]
+              for name in ("gairat", "vir-at")}
     first_order = load("curves/budget/first_order.json")["rows"]
     assert all(row["first_order"] > row["ours"] and row["nearer"] == 0 for row in first_order)
     linf, l2 = ([row["first_order"] for row in first_order if row["norm"] == norm] for norm in ("linf", "l2"))
@@ -312,9 +314,9 @@ def test_the_figures_about_mean_budgets_are_those_of_their_files():
                 f"at least {min(l2):.1f} % in l_2")
     left = load("curves/budget/summary.json")["mean_budget_that_leaves"]
     gairat, at = (left[name]["linf"]["1"]["0.9"] for name in ("gairat", "at"))
-    assert_says("curves", f"at most {behind[0]:.1f} points behind AT by VIR's recipe in l_inf at p = 1, and "
-                          f"{behind[1]:.1f} at p = 2",
-                f"GAIRAT falls to 90 % at a mean budget of {gairat:.3f} (p = 1), half of what AT needs "
+    assert_says("curves", "{:.1f} are left at p = 1 and {:.1f} at p = 2".format(*behind["gairat"]),
+                f"VIR-AT is at most {max(behind['vir-at']):.1f} points behind its base",
+                f"it falls to 90 % at a mean budget of {gairat:.3f} (p = 1), half of what AT needs "
                 f"({at:.3f})")
 
 
@@ -367,9 +369,12 @@ def test_the_figures_about_robustness_curves_are_those_of_their_files():
     norms = [norm for model in models.values() for norm in model["norms"].values()]
     assert len(models) >= 7 and all(norm["n"] == 1000 and not norm["censored"] for norm in norms)
     pairs = load("curves/compare/compare.json")["norms"]
-    for norm in ("linf", "l2"):
-        stretches = [one for pair in pairs[norm] if pair["second"] == "vir-at" for one in pair["stretches"]]
-        assert_says("curves", f"{-100 * min(one['gap'] for one in stretches):.1f} points more")
+    behind = {(norm, pair["second"]): -100 * min(one["gap"] for one in pair["stretches"])
+              for norm in ("linf", "l2") for pair in pairs[norm] if pair["first"] == "vir-recipe-at"}
+    assert_says("curves", "it is {:.1f} points behind, at 0.324".format(behind["linf", "gairat"]),
+                "it is {:.1f} behind at 1.02".format(behind["l2", "gairat"]),
+                "the largest difference, {:.1f} points at 0.332".format(behind["linf", "vir-at"]),
+                "In l_2 it is {:.1f} points behind at 1.03".format(behind["l2", "vir-at"]))
 
 
 def test_the_figures_about_speed_are_those_of_their_files():
