@@ -162,10 +162,13 @@ def equal_budget_family() -> str:
 
 def equal_budget_full() -> str:
     """Attackers of equal strength on the runs with today's recipes."""
-    runs = over_seeds(file.parent for file in (RESULTS / "stability/full").glob("*/eval.json"))
-    rows = {(name_of(config), NETWORKS[config["model"]]):
-            [f"stability/full/{folder.name}/eval.json" for folder in folders] for config, _, folders in runs}
-    return equal_strength(rows, ["defense", "network"])
+    rows = {}
+    for config, _, folders in over_seeds(file.parent for file in
+                                         (RESULTS / "stability/full").glob("*/eval.json")):
+        recipe = "VIR's" if config["script"] == "train_vir" else "short"
+        rows[name_of(config), NETWORKS[config["model"]], recipe] = [
+            f"stability/full/{folder.name}/eval.json" for folder in folders]
+    return equal_strength(rows, ["defense", "network", "recipe"])
 
 
 def equal_budget_strong() -> str:

@@ -45,7 +45,7 @@ def quick(name, flags, colour_folder):
     colour = "cifar10" in name
     data = ("--dataset", colour_folder) if colour else ("--dataset", "digits")
     if name == "tables.py":
-        return ("--paths", ROOT / "results/mnist", ROOT / "results/budget")
+        return ("--paths", ROOT / "results/mnist", ROOT / "results/stability/full")
     if name == "eval_recheck.py":
         return ()
     if name.startswith("eval"):
@@ -269,8 +269,39 @@ def test_the_figures_about_attackers_of_equal_strength_are_those_of_their_files(
                 f"gain {small[0][0]} points (AT) and {small[1][0]} (TRADES) on SmallCNN at alpha 2, and "
                 f"{small[0][1]} and {small[1][1]} at 0.2 nats",
                 f"gains of {lenet[0][0]} and {lenet[1][0]} become losses of {lenet[0][1]} and {lenet[1][1]}")
-    again = load("budget/gairat/eval.json")["A_sa_kl"]
-    assert_says("results", "{:.1f}, {:.1f} and {:.1f} %".format(*again.values()))
+
+
+FAMILY = ("at", "trades", "gairat", "mart", "mail-at", "mail-trades", "vir-at", "vir-trades")
+
+
+def test_the_figures_about_todays_recipes_are_those_of_their_files():
+    def lead(name, base):
+        """In A_rob, A_sa at alpha 2, and A_sa at 0.2 nats."""
+        one, other = (load(f"stability/full/{run}/eval.json") for run in (name, base))
+        return (one["A_rob"] - other["A_rob"], one["A_sa"]["2.0"] - other["A_sa"]["2.0"],
+                one["A_sa_kl"]["0.2"] - other["A_sa_kl"]["0.2"])
+
+    margin, trades = lead("lenet-at-alpha0.5", "lenet-at"), lead("lenet-trades-alpha2", "lenet-trades")
+    (gairat, mail, vir), (vir_trades, mail_trades) = (
+        [lead(name, f"vir-recipe-{base}") for name in names] for base, names in (
+            ("at", ("gairat", "mail-at", "vir-at")), ("trades", ("vir-trades", "mail-trades"))))
+    assert 0 < margin[0] < 0.5 and f"{gairat[1]:.0f}" == f"{mail[1]:.0f}"
+    before = {"lenet-at": "mnist/lenet-at", "lenet-at-alpha0.5": "mnist/lenet-at-alpha0.5",
+              "lenet-trades": "mnist/lenet-trades", "lenet-trades-alpha2": "mnist/lenet-trades-alpha2"}
+    before |= {{"at": "vir-recipe-at", "trades": "vir-recipe-trades"}.get(name, name): f"vir/{name}/seed*"
+               for name in FAMILY}
+    change = {name: load(f"stability/full/{name}/eval.json")["A_rob"] - mean(
+        json.loads(file.read_text())["A_rob"] for file in (ROOT / "results").glob(f"{runs}/eval.json"))
+        for name, runs in before.items()}
+    gained = change.pop("lenet-at-alpha0.5")
+    assert_says("results",
+                f"within {max(map(abs, change.values())):.1f} points of that of before, but for AT at alpha "
+                f"0.5, which gains {gained:.1f}", f"{margin[2]:.1f} points are left at 0.2 nats",
+                f"is {-trades[2]:.1f} points behind TRADES there, and {-trades[0]:.1f} in A_rob",
+                f"by {gairat[1]:.0f} points at alpha 2 and by {gairat[2]:.1f} and {mail[2]:.1f} at 0.2 nats",
+                f"by {vir[1]:.0f} and {vir[2]:.1f}",
+                f"by {vir_trades[1]:.1f} and {mail_trades[1]:.1f} points at alpha 2, and are "
+                f"{-vir_trades[2]:.1f} and {-mail_trades[2]:.1f} behind it at 0.2 nats")
 
 
 def test_the_figures_about_equal_strength_in_the_worst_case_are_those_of_their_files():
