@@ -20,6 +20,7 @@ def ended_by_signals() -> Iterator[None]:
     clock = hasattr(signal, "setitimer")  # not on Windows
 
     def end(number: int, _: object) -> None:
+        """Raise the one exception of all these signals, unless it is dealt with already."""
         nonlocal ending
         if ending is None:
             ending = SystemExit(128 + number)
