@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from attacks.alma import alma
 from attacks.apgd import NORMS as APGD_NORMS
 from attacks.bisection import apgd_bisection, pgd_bisection
-from attacks.checks import check_classes
+from attacks.checks import check_classes, check_keys
 from attacks.ddn import ddn
 from attacks.fab import fab_targeted
 from attacks.fmn import fmn
 from attacks.frozen import frozen, predict
 from attacks.geometry import NORMS, choose, norm_of
 from attacks.minimal import check_arguments
+from attacks.noise import example_keys
 from attacks.pdpgd import pdpgd
 from attacks.polish import polish
 from attacks.walk import walk
@@ -39,16 +40,18 @@ class Budget:
     round_steps: int      # of each of them
     polish_steps: int
     num_queries: int      # of the walk in l_inf; a fifth of them in l_2 and l_1
+    num_walks: int        # of as many queries in l_inf that begin at the image
     thorough: bool = False  # FAB in every norm, targeted attacks in l_2 and bisection by targeted APGD too
 
 
 BUDGETS = {
     "fast": Budget(num_steps=100, target_steps=50, num_targets=2, num_rounds=6, round_steps=20,
-                   polish_steps=20, num_queries=500),
+                   polish_steps=20, num_queries=500, num_walks=0),
     "standard": Budget(num_steps=200, target_steps=100, num_targets=4, num_rounds=8, round_steps=40,
-                       polish_steps=40, num_queries=2000),
+                       polish_steps=40, num_queries=2000, num_walks=3),
     "strong": Budget(num_steps=1000, target_steps=300, num_targets=9, num_rounds=10, round_steps=100,
-                     polish_steps=100, num_queries=10000, thorough=True),
+                     polish_steps=100, num_queries=10000, num_walks=5,
+                     thorough=True),
 }
 
 # Each norm's attacks begin at the closest adversary in another norm: those met there lie in other basins, and
@@ -60,8 +63,9 @@ TARGETED_ALWAYS = ("linf", "l1")
 # A second chain begins where FAB in l_2 ends, and goes from end to end: it comes to other basins.
 SECOND = {"l2": (alma,), "l1": (alma, pdpgd)}
 # Then a walk goes on from the closest in the norm itself, and these from where it ends.
-REFINE = {"linf": (partial(pdpgd, step_size=0.02),), "l2": (alma,), "l1": (alma, pdpgd)}
-BACK = {"l2": "l1", "linf": "l2"}  # at last once more, from the norm that came later
+SMALL_STEPS = partial(pdpgd, step_size=0.02), partial(pdpgd, step_size=0.01)
+REFINE = {"linf": SMALL_STEPS, "l2": (alma,), "l1": (alma, pdpgd)}
+BACK = {"l2": "l1", "linf": "l2"}  # once more, from the norm that came later
 
 
 @dataclass
@@ -95,10 +99,10 @@ def minimal_distances(model: nn.Module, x: Tensor, y: Tensor, *, norms: Sequence
     First DDN in l_2. Then norm by norm, l_inf, l_2, l_1, up to the last that is asked for: PGD with bisection
     in l_inf; PDPGD or ALMA from the closest adversary in another norm, in l_2 and l_1 also from where FAB
     ends; FMN from `starts`; the attacks on `num_targets` classes; the walk, which needs no gradient, and
-    PDPGD or ALMA again from where it ends. At last the norms are gone through backwards, and the best of each
-    is polished. Before a candidate counts it is clamped to [0, 1] and classified once more, in eval mode and
-    the precision of x; only misclassified ones count. Each is measured in all `norms` in float64, so d_linf
-    <= d_l2 <= d_l1 holds of the results.
+    PDPGD or ALMA again from where it ends; in l_inf the same from the image itself, `num_walks` times. At
+    last the norms are gone through backwards, and the best of each is polished. Before a candidate counts it
+    is clamped to [0, 1] and classified once more, in eval mode and the precision of x; only misclassified
+    ones count. Each is measured in all `norms` in float64, so d_linf <= d_l2 <= d_l1 holds of the results.
 
     x: [B, C, H, W] in [0, 1]; y: [B]; budget: a name in BUDGETS or a Budget; keys: [B] of
     `attacks.noise.example_keys` for the random start of PGD, which else begins at x, and for the walk;
@@ -191,6 +195,8 @@ class _Pool:
         self.attack(f"walk {norm}", 0, walk, norm=norm, keys=keys, start=self.nearest[norm],
                     num_queries=budget.num_queries // (1 if norm == "linf" else 5))
         self.descend(norm, REFINE[norm], norm, "from the walk")
+        if norm == "linf":
+            self.walk_from_the_image(keys)
 
     def descend(self, norm: str, attacks: tuple[Callable, ...], source: str, note: str) -> None:
         """Each of the attacks in `norm`, from the closest adversary in the norm `source`."""
@@ -209,6 +215,16 @@ class _Pool:
         for attack in SECOND.get(norm, ()):
             self.second = self.attack(f"{attack.__name__} {norm} from fab", budget.num_steps, attack,
                                       norm=norm, num_steps=budget.num_steps, start=self.second)
+
+    def walk_from_the_image(self, keys: Tensor | None) -> None:
+        """Walks in l_inf from the image itself, each to another basin, and PDPGD from where each ends."""
+        budget, keys = self.budget, check_keys(keys, self.x)
+        for number in range(1, 1 + budget.num_walks):
+            end = self.attack("walk linf from the image", 0, walk, start=self.x,
+                              keys=example_keys(keys, number), num_queries=budget.num_queries)
+            for attack in REFINE["linf"]:
+                end = self.attack("pdpgd linf from that walk", budget.num_steps, attack,
+                                  num_steps=budget.num_steps, start=end)
 
     def attack_thoroughly(self, norm: str, keys: Tensor | None) -> None:
         """What gains little for its time: FAB in the other norms too, and bisection by targeted APGD."""
@@ -268,5 +284,5 @@ class _Pool:
                 result.x_adv[norm][self.rows] = self.nearest[norm]
 
     def _count(self, name: str, gradients: int, started: float) -> None:
-        self.result.gradients[name] = gradients
-        self.result.seconds[name] = time.monotonic() - started
+        self.result.gradients[name] = self.result.gradients.get(name, 0) + gradients
+        self.result.seconds[name] = self.result.seconds.get(name, 0.0) + time.monotonic() - started

@@ -24,7 +24,7 @@ from attacks.until_broken import pgd_until_broken
 from attacks.walk import walk
 
 SMALL = Budget(num_steps=5, target_steps=3, num_targets=2, num_rounds=2, round_steps=3, polish_steps=3,
-               num_queries=20, thorough=True)
+               num_queries=20, num_walks=1, thorough=True)
 ATTACKS = {
     "alma": partial(alma, num_steps=3), "ddn": partial(ddn, num_steps=3), "fmn": partial(fmn, num_steps=3),
     "pdpgd": partial(pdpgd, num_steps=3), "fab": partial(fab_targeted, num_steps=3),

@@ -1,5 +1,7 @@
 """The pool: closed forms in every norm, what it guarantees of its results,
 and the exact distances of a small network as its measure."""
+from dataclasses import replace
+
 import pytest
 import torch
 from nets import interior, linear, linear_distance, tiny_mlp
@@ -8,12 +10,14 @@ from attacks import pool
 from attacks.fab import fab_targeted
 from attacks.geometry import NORMS, norm_of
 from attacks.noise import example_keys
+from attacks.pdpgd import pdpgd
 from attacks.pool import BUDGETS, Budget, minimal_distances
+from attacks.walk import walk
 from harness.evaluation.predictions import BatchInvariant
 from losses.margin import misclassified
 
 SMALL = Budget(num_steps=40, target_steps=20, num_targets=2, num_rounds=4, round_steps=10, polish_steps=10,
-               num_queries=100)
+               num_queries=100, num_walks=2)
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +173,30 @@ def test_the_second_chain_goes_from_the_end_of_fab_to_the_end_of_each(digits, mo
     assert {"fab l2", "alma l2 from fab", "alma l1 from fab", "pdpgd l1 from fab"} <= set(result.attacks)
     assert begun[0] is None and len(begun) == 4
     assert all(start is end for start, end in zip(begun[1:], ended))
+
+
+def test_walks_begin_at_the_image_with_windows_of_their_own_and_pdpgd_goes_on_from_each(digits, monkeypatch):
+    model, x, y, _ = digits
+    walked, descended = [], []
+
+    def recorded_walk(*task, keys=None, start=None, **options):
+        walked.append((keys, start, walk(*task, keys=keys, start=start, **options)))
+        return walked[-1][2]
+
+    def recorded_pdpgd(*task, start=None, **options):
+        descended.append((start, pdpgd(*task, start=start, **options)))
+        return descended[-1][1]
+
+    monkeypatch.setattr(pool, "walk", recorded_walk)
+    monkeypatch.setitem(pool.REFINE, "linf", (recorded_pdpgd, recorded_pdpgd))
+    result = minimal_distances(model, x, y, norms=("linf",), budget=SMALL, keys=example_keys(torch.arange(8)))
+    assert len(walked) == 3 and len(descended) == 6  # the walk from the closest comes first
+    for (_, start, end), first, second in zip(walked[1:], descended[2::2], descended[3::2]):
+        assert torch.equal(start, x) and first[0] is end and second[0] is first[1]
+    assert len({tuple(keys.tolist()) for keys, *_ in walked}) == 3
+    assert result.gradients["pdpgd linf from that walk"] == 4 * SMALL.num_steps
+    without = minimal_distances(model, x, y, norms=("linf",), budget=replace(SMALL, num_walks=0))
+    assert "walk linf from the image" in set(result.attacks) - set(without.attacks)
 
 
 def test_the_model_is_left_as_it_was(digits):

@@ -15,7 +15,7 @@ from curves.certified import affine_layers, forward
 from curves.exact import exact_distances
 
 QUICK = Budget(num_steps=40, target_steps=0, num_targets=0, num_rounds=4, round_steps=10, polish_steps=10,
-               num_queries=50)
+               num_queries=50, num_walks=1)
 
 pytestmark = pytest.mark.filterwarnings("ignore:highspy is not installed")
 
