@@ -10,7 +10,7 @@ the best loss has changed since then.
 """
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from attacks.frozen import frozen, predict
 from attacks.geometry import choose, per_example, projection, radii, random_point, steepest
 from attacks.noise import example_keys
 from attacks.pgd import cross_entropy
+from attacks.standing import Standing
 from losses.margin import misclassified, ranked_targets
 
 MOMENTUM = 0.75     # alpha: the share of the gradient step
@@ -71,20 +72,28 @@ def apgd_targeted(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float | Te
     check_at_least(0, num_steps=num_steps)
     check_at_least(1, num_targets=num_targets)
     with frozen(model) as bare:
-        logits = predict(bare, x)
-        check_classes(y, logits)
-        targets = ranked_targets(logits, y, num_targets)
-        x_adv = x
-        logits_adv = logits
-        for rank in range(targets.shape[1]):
-            standing = (~misclassified(logits_adv, y)).nonzero().squeeze(1)
-            if not len(standing):
-                break
-            found = _attack_towards(bare, x[standing], y[standing], targets[standing, rank], radius[standing],
-                                    norm, num_steps, example_keys(keys[standing], rank))
-            x_adv = x_adv.index_copy(0, standing, found)
-            logits_adv = logits_adv.index_copy(0, standing, predict(bare, found))
-        return x_adv
+        return towards_each_target(bare, x, y, num_targets, lambda rows, target, rank: _attack_towards(
+            bare, x[rows], y[rows], target, radius[rows], norm, num_steps, example_keys(keys[rows], rank)))
+
+
+def towards_each_target(bare: nn.Module, x: Tensor, y: Tensor, num_targets: int,
+                        attack: Callable[[Tensor, Tensor, int], Tensor]) -> Tensor:
+    """attack(rows [b], target [b], rank) -> x_adv [b, ...] on one class after the other, by descending logit.
+
+    Each attacks what stands. Returns the last that was found of each example [B, ...], x where there was no
+    need.
+    """
+    logits, x_adv = predict(bare, x), x
+    check_classes(y, logits)
+    targets = ranked_targets(logits, y, num_targets)
+    for rank in range(targets.shape[1]):
+        rows = (~misclassified(logits, y)).nonzero().squeeze(1)
+        if not len(rows):
+            break
+        found = attack(rows, targets[rows, rank], rank)
+        x_adv = x_adv.index_copy(0, rows, found)
+        logits = logits.index_copy(0, rows, predict(bare, found))
+    return x_adv
 
 
 def checkpoints(num_steps: int) -> list[int]:
@@ -97,9 +106,8 @@ def checkpoints(num_steps: int) -> list[int]:
 
 
 @dataclass
-class _Walk:
+class _Walk(Standing):
     """The examples still attacked, one row each: their task, iterates and schedule."""
-    row: Tensor          # [B] position in the batch
     x: Tensor            # [B, C, H, W] clean image
     y: Tensor            # [B]
     target: Tensor       # [B] what the loss takes beside the logits and y; y itself for an untargeted loss
@@ -115,11 +123,6 @@ class _Walk:
     rises: Tensor        # [B] steps since the last checkpoint that raised the loss
     checked_loss: Tensor  # [B] best loss at the last checkpoint
     halved: Tensor       # [B] whether the last checkpoint halved the step size
-
-    def keep(self, rows: Tensor) -> None:
-        """Go on with these rows [b] alone."""
-        for field in fields(self):
-            setattr(self, field.name, getattr(self, field.name)[rows])
 
 
 def _attack_standing(model, x, y, clean_logits, radius, norm, num_steps, first, loss_fn):
@@ -147,13 +150,8 @@ def _ascend(model: nn.Module, x: Tensor, y: Tensor, target: Tensor, radius: Tens
     last_check = 0
     checks = set(checkpoints(num_steps))
     for k in range(1, num_steps + 1):
-        if (k - 1) % COMPACT_EVERY == 0:
-            left = (~walk.best_loss.isposinf()).nonzero().squeeze(1)  # the one wait for the device
-            if len(left) < len(walk.row):
-                result[walk.row] = walk.x_best
-                walk.keep(left)
-            if not len(left):
-                return result
+        if (k - 1) % COMPACT_EVERY == 0 and not walk.keep(~walk.best_loss.isposinf(), (result, walk.x_best)):
+            return result
         _step(model, walk, norm, 1.0 if k == 1 else MOMENTUM, loss_fn)
         if k in checks:
             _check(walk, k - last_check)

@@ -9,18 +9,19 @@ Every 4 % of the steps k_max becomes ||x_best - x||_0 / 1.5. If the best point h
 is epsilon again and the example returns to that point; otherwise eta falls by 1.5, down to epsilon / 10.
 """
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from attacks.apgd import COMPACT_EVERY, checked_loss, evaluate
+from attacks.apgd import COMPACT_EVERY, checked_loss, evaluate, towards_each_target
 from attacks.checks import check_at_least, check_batch, check_classes
 from attacks.dlr import targeted_dlr_loss
 from attacks.frozen import frozen, predict
 from attacks.geometry import choose, per_example, project_l1_box, radii
 from attacks.noise import example_keys, keyed_normal
-from losses.margin import misclassified, ranked_targets
+from attacks.standing import Standing
+from losses.margin import misclassified
 
 SPARSITY = 0.2       # share of the pixels that the first steps change
 SPARSER = 1.5        # how much fewer than the best point has changed the next steps do
@@ -65,24 +66,14 @@ def apgd_l1_targeted(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float |
     check_at_least(1, num_targets=num_targets)
     radius, x = radii(epsilon, x), x.detach()
     with frozen(model) as bare:
-        logits = predict(bare, x)
-        check_classes(y, logits)
-        targets, x_adv = ranked_targets(logits, y, num_targets), x
-        for rank in range(targets.shape[1]):
-            rows = (~misclassified(logits, y)).nonzero().squeeze(1)
-            if not len(rows):
-                break
-            found = _within(bare, x[rows], y[rows], targets[rows, rank], radius[rows], num_steps,
-                            example_keys(keys[rows], rank), targeted_dlr_loss)
-            x_adv = x_adv.index_copy(0, rows, found)
-            logits = logits.index_copy(0, rows, predict(bare, found))
-        return x_adv
+        return towards_each_target(bare, x, y, num_targets, lambda rows, target, rank: _within(
+            bare, x[rows], y[rows], target, radius[rows], num_steps, example_keys(keys[rows], rank),
+            targeted_dlr_loss))
 
 
 @dataclass
-class _Walk:
+class _Walk(Standing):
     """The examples still attacked, one row each."""
-    row: Tensor        # [B] position in the batch
     x: Tensor          # [B, ...] clean image
     y: Tensor          # [B]
     target: Tensor     # [B] what the loss takes beside the logits and y; y itself for an untargeted loss
@@ -95,11 +86,6 @@ class _Walk:
     eta: Tensor        # [B, 1, ...] step size
     k_max: Tensor      # [B] pixels that a step changes
     changed: Tensor    # [B] pixels changed in the best point at the last check
-
-    def keep(self, rows: Tensor) -> None:
-        """Go on with these rows [b] alone."""
-        for field in fields(self):
-            setattr(self, field.name, getattr(self, field.name)[rows])
 
 
 def _within(model: nn.Module, x: Tensor, y: Tensor, target: Tensor, radius: Tensor, num_steps: int,
@@ -125,13 +111,8 @@ def _ascend(model: nn.Module, x: Tensor, y: Tensor, target: Tensor, radius: Tens
                  k_max * SPARSER)
     result, period = first.clone(), max(1, round(CHECK_SHARE * num_steps))
     for k in range(num_steps):
-        if k % COMPACT_EVERY == 0:
-            left = (~walk.best_loss.isposinf()).nonzero().squeeze(1)  # the one wait for the device
-            if len(left) < len(walk.row):
-                result[walk.row] = walk.x_best
-                walk.keep(left)
-            if not len(left):
-                return result
+        if k % COMPACT_EVERY == 0 and not walk.keep(~walk.best_loss.isposinf(), (result, walk.x_best)):
+            return result
         _step(model, walk, loss_fn)
         if (k + 1) % period == 0:
             _check(walk)

@@ -11,7 +11,7 @@ projection onto that hyperplane within the box [0, 1],
 and a misclassified x_{k+1} is drawn back towards x by a tenth. No random numbers: the first iterate is x.
 """
 import itertools
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from attacks.checks import check_at_least, check_batch, check_classes
 from attacks.frozen import frozen, predict
 from attacks.geometry import NORMS, TINY, choose, norm_of, per_example, radii
+from attacks.standing import Standing
 from losses.margin import logit_margin, misclassified, ranked_targets
 
 ALPHA_MAX = 0.1         # largest pull towards the hyperplane's point nearest to x
@@ -124,9 +125,8 @@ def _fill_by_rate(room: Tensor, rate: Tensor, amount: Tensor) -> Tensor:
 
 
 @dataclass
-class _Walk:
+class _Walk(Standing):
     """The examples still walking, one row each."""
-    row: Tensor       # [B] position in the batch
     x: Tensor         # [B, C, H, W] clean image
     y: Tensor         # [B]
     target: Tensor    # [B] class
@@ -134,11 +134,6 @@ class _Walk:
     x_adv: Tensor     # x_k
     found: Tensor     # nearest misclassified point so far
     distance: Tensor  # [B] its distance, infinite where there is none
-
-    def keep(self, rows: Tensor) -> None:
-        """Go on with these rows [b] alone."""
-        for field in fields(self):
-            setattr(self, field.name, getattr(self, field.name)[rows])
 
 
 def _walk_to(model, x: Tensor, y: Tensor, target: Tensor, enough: Tensor, norm: str,
@@ -148,14 +143,9 @@ def _walk_to(model, x: Tensor, y: Tensor, target: Tensor, enough: Tensor, norm: 
                  torch.full_like(enough, torch.inf))
     found, distance = x.clone(), walk.distance.clone()
     for k in range(num_steps):
-        if k % COMPACT_EVERY == 0:
-            left = (~(walk.distance <= walk.enough)).nonzero().squeeze(1)  # a wait for the device
-            if len(left) < len(walk.row):
-                found[walk.row] = walk.found
-                distance[walk.row] = walk.distance
-                walk.keep(left)
-            if not len(left):
-                return found, distance
+        if k % COMPACT_EVERY == 0 and not walk.keep(~(walk.distance <= walk.enough), (found, walk.found),
+                                                    (distance, walk.distance)):
+            return found, distance
         _step(model, walk, norm)
     found[walk.row] = walk.found
     distance[walk.row] = walk.distance

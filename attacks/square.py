@@ -6,7 +6,7 @@ Every proposal changes one window of the best point so far, and is kept if it lo
 an image comes from its key.
 """
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from attacks.checks import check_at_least, check_batch, check_classes, check_pic
 from attacks.frozen import frozen
 from attacks.geometry import TINY, choose, norm_of, per_example, radii
 from attacks.noise import example_keys, keyed_uniform
+from attacks.standing import Standing
 from losses.margin import logit_margin, misclassified
 
 # queries after which the share halves (Sec. 4.2 there), not rescaled
@@ -54,11 +55,7 @@ def square(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float | Tensor, n
         search = _Search(rows, x, y, keys, radius, x, logit_margin(logits, y), misclassified(logits, y))
         for query in range(num_queries):
             if query % BLOCK == 0:
-                left = (~search.fooled).nonzero().squeeze(1)  # the one wait for the device
-                if len(left) < len(search.row):
-                    result[search.row] = search.x_adv
-                    search.keep(left)
-                if not len(left):
+                if not search.keep(~search.fooled, (result, search.x_adv)):
                     return result
                 draws = keyed_uniform(example_keys(search.keys, query // BLOCK + 1), (BLOCK, 5 + x.shape[1]))
             if query == 0:
@@ -77,9 +74,8 @@ def share_of_window(p_init: float, query: int) -> float:
 
 
 @dataclass
-class _Search:
+class _Search(Standing):
     """The images still searched, one row each."""
-    row: Tensor     # [B] position in the batch
     x: Tensor       # [B, C, H, W] clean image
     y: Tensor       # [B]
     keys: Tensor    # [B]
@@ -87,11 +83,6 @@ class _Search:
     x_adv: Tensor   # best point
     margin: Tensor  # [B] z_y - max_{k != y} z_k there
     fooled: Tensor  # [B] whether it is misclassified
-
-    def keep(self, rows: Tensor) -> None:
-        """Go on with these rows [b] alone."""
-        for field in fields(self):
-            setattr(self, field.name, getattr(self, field.name)[rows])
 
     def accept(self, point: Tensor, logits: Tensor, always: bool = False) -> None:
         """Go on from `point` where its margin is lower, or always, as from the first one, a corner."""
