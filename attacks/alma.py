@@ -48,13 +48,10 @@ def alma(model: nn.Module, x: Tensor, y: Tensor, *, norm: str = "l2", num_steps:
     x = x.detach()
     closest = Closest(x, norm)
     x_adv = x if start is None else start.detach()
-    rho = torch.ones_like(closest.distance)
-    mu = torch.ones_like(closest.distance)
+    penalty = _Penalty(closest.distance)
     velocity = torch.zeros_like(x)
     square = None
     step_size = None
-    met = torch.zeros_like(y, dtype=torch.bool)
-    before = torch.full_like(rho, torch.inf)
     with frozen(model, mode) as bare, torch.enable_grad():
         with torch.no_grad():
             logits = bare(x)
@@ -67,19 +64,12 @@ def alma(model: nn.Module, x: Tensor, y: Tensor, *, norm: str = "l2", num_steps:
             margin, wrong, gradient = descend(bare, x_adv, y, aim)
             constraint = margin / scale
             closest.offer(x_adv, wrong)
-            met = met | wrong
-            if step:
-                mu = (0.9 * mu + 0.1 * _penalty_slope(constraint, rho, mu)).clamp_(*MULTIPLIER)
-            if step and step % CHECK_EVERY == 0:
-                rho = torch.where(~met & (constraint > SHRINKS * before), rho * GROWTH, rho)
-                met, before = torch.zeros_like(met), constraint
-            slope = per_example(_penalty_slope(constraint, rho, mu) / scale, x)
+            penalty.follow(step, constraint, wrong)
+            slope = per_example(penalty.slope(constraint) / scale, x)
             pull = _norm_gradient(x_adv - x, norm) + gradient * slope
             length = norm_of(pull, "l2").clamp_(min=1e-12)
-            if step_size is None:  # one beyond the boundary may end at another class's, which is farther
-                boundary = margin.abs() / dual_norm_of(gradient, norm).clamp_(min=1e-12)
-                begun = (x_adv != x).flatten(1).any(1)  # at an adversary, which may lie on the boundary
-                distance = torch.where(begun, FIRST_DISTANCE[norm], boundary.clamp_(max=FIRST_DISTANCE[norm]))
+            if step_size is None:
+                distance = _first_distance(x, x_adv, margin, gradient, norm)
                 step_size = _first_step(x, pull / per_example(length, x), norm, distance)
             decay = 0.9 + 0.09 * step / num_steps
             square = decay * square + (1 - decay) * length.square() if step else length.square()
@@ -110,10 +100,39 @@ def _norm_gradient(delta: Tensor, norm: str) -> Tensor:
     return delta / per_example(norm_of(delta, norm).clamp_(min=1e-12), delta)
 
 
-def _penalty_slope(constraint: Tensor, rho: Tensor, mu: Tensor) -> Tensor:
-    """dP/dc of the penalty P2, all [B]: mu at c = 0, growing above, falling towards 0 below."""
-    above = mu + 2 * mu * rho * constraint + (rho * constraint).square() / 2
-    return torch.where(constraint >= 0, above, mu / (1 - rho * constraint.clamp(max=0)).square())
+class _Penalty:
+    """P(c, rho, mu) of each example, and how rho and mu follow the constraint."""
+
+    def __init__(self, like: Tensor):
+        self.rho, self.mu = torch.ones_like(like), torch.ones_like(like)
+        self.met = torch.zeros_like(like, dtype=torch.bool)  # an adversary, since the last look
+        self.before = torch.full_like(like, torch.inf)       # the constraint at the last look
+
+    def follow(self, step: int, constraint: Tensor, wrong: Tensor) -> None:
+        """Set mu by this step's constraint [B], and rho where it is time to look; wrong: [B] bool."""
+        self.met = self.met | wrong
+        if step:
+            self.mu = (0.9 * self.mu + 0.1 * self.slope(constraint)).clamp_(*MULTIPLIER)
+        if step and step % CHECK_EVERY == 0:
+            far = ~self.met & (constraint > SHRINKS * self.before)
+            self.rho = torch.where(far, self.rho * GROWTH, self.rho)
+            self.met, self.before = torch.zeros_like(self.met), constraint
+
+    def slope(self, constraint: Tensor) -> Tensor:
+        """dP/dc of the penalty P2 at c [B]: mu at c = 0, growing above, falling towards 0 below."""
+        rho, mu = self.rho, self.mu
+        above = mu + 2 * mu * rho * constraint + (rho * constraint).square() / 2
+        return torch.where(constraint >= 0, above, mu / (1 - rho * constraint.clamp(max=0)).square())
+
+
+def _first_distance(x: Tensor, x_adv: Tensor, margin: Tensor, gradient: Tensor, norm: str) -> Tensor:
+    """How far the first step goes: from x no farther than the boundary of the linearised margin.  [B]
+
+    One beyond it may end at another class's boundary, which is farther.
+    """
+    boundary = margin.abs() / dual_norm_of(gradient, norm).clamp_(min=1e-12)
+    begun = (x_adv != x).flatten(1).any(1)  # at an adversary, which may lie on the boundary
+    return torch.where(begun, FIRST_DISTANCE[norm], boundary.clamp_(max=FIRST_DISTANCE[norm]))
 
 
 def _first_step(x: Tensor, direction: Tensor, norm: str, distance: Tensor) -> Tensor:

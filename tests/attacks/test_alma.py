@@ -3,7 +3,7 @@ import pytest
 import torch
 from nets import interior, linear, linear_distance, tiny_mlp
 
-from attacks.alma import _penalty_slope, alma
+from attacks.alma import _Penalty, alma
 from attacks.geometry import NORMS, norm_of
 from attacks.polish import nearest_loss, polish
 from losses.margin import logit_margin, misclassified
@@ -75,11 +75,12 @@ def test_alma_leaves_a_far_adversary_that_lies_on_the_boundary(norm):
 
 def test_the_penalty_slope_is_the_derivative_of_p2():
     constraint = torch.linspace(-2, 2, 9, dtype=torch.float64).requires_grad_()
-    rho, mu = torch.full_like(constraint, 1.5), torch.full_like(constraint, 0.7)
+    p2 = _Penalty(constraint)
+    p2.rho, p2.mu = rho, mu = torch.full_like(constraint, 1.5), torch.full_like(constraint, 0.7)
     above = mu * constraint + mu * rho * constraint.square() + rho.square() * constraint ** 3 / 6
     penalty = torch.where(constraint >= 0, above, mu * constraint / (1 - rho * constraint.clamp(max=0)))
     slope, = torch.autograd.grad(penalty.sum(), constraint)
-    torch.testing.assert_close(_penalty_slope(constraint.detach(), rho, mu), slope)
+    torch.testing.assert_close(p2.slope(constraint.detach()), slope)
 
 
 def test_the_norms_are_l2_and_l1():
