@@ -11,10 +11,16 @@ import sys
 from pathlib import Path
 
 from harness.errors import UserError
-from harness.reporting.page_tables import TABLES
+from harness.reporting import page_tables, speed_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK = re.compile(r"^<!-- table: (\S+) -->\n(.*?)^<!-- end -->$", re.MULTILINE | re.DOTALL)
+MADE_BY = {page_tables: ("mnist", "family", "equal_budget", "equal_budget_family", "equal_budget_full",
+                         "equal_budget_strong", "fast", "full", "strong", "attacks", "curves",
+                         "mean_budget", "stability"),
+           speed_tables: ("train_step", "gains", "precisions", "expectation", "memory", "evaluation",
+                          "recipes")}
+TABLES = {name: getattr(module, name) for module, names in MADE_BY.items() for name in names}
 
 
 def pages() -> list[Path]:

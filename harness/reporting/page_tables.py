@@ -1,23 +1,17 @@
 """The tables of README.md and docs/, each made from the files in results/ as one piece of Markdown."""
 import csv
-import json
 import re
 import statistics
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from harness.reporting.cells import NETWORKS, RESULTS, extremes, load, number, pair, rows_of, spread
 from harness.reporting.tables import defense, markdown
-
-ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "results"
 
 # ---- what is written by hand: the order of rows, and their labels ------------------------------------------
 
 ALPHAS = ("1.0", "1.5", "2.0")  # of the attacker
 BUDGETS = ("0.05", "0.2", "0.5")  # of his KL divergence, in nats
-NETWORKS = {"lenet": "LeNet", "small_cnn": "SmallCNN", "resnet18": "ResNet-18",
-            "resnet18_w16": "ResNet-18, width 16", "wrn34_10": "WRN-34-10",
-            "wrn28_10": "WRN-28-10"}
 MNIST = {"at": ("AT", "PGD"), "at-alpha0.5": ("AT, alpha 0.5", "PGD+ours"),  # folder -> ours, the paper's
          "trades": ("TRADES", "TRADES"), "trades-alpha2": ("TRADES, alpha 2", "TRADES+ours")}
 FAMILY = ("at", "trades", "mart", "gairat", "mail-at", "mail-trades", "vir-at", "vir-trades")
@@ -34,52 +28,12 @@ ATTACKS = {"fgsm": "FGSM", "pgd100": "PGD-100", "cw": "CW-20", "apgd-ce": "APGD-
 SEVERAL_SEEDS = ("md", "autoattack")
 CURVES = {"at": "AT", "at-alpha0.5": "AT, alpha 0.5", "trades": "TRADES", "trades-alpha2": "TRADES, alpha 2",
           "vir-recipe-at": "AT, VIR's recipe", "vir-at": "VIR-AT", "gairat": "GAIRAT"}
-PROOF = {"fast": "bfloat16", "rounding": "bfloat16, other rounding",
-         "sixteen-bits": "bfloat16, first layer to sixteen bits", "float32": "float32, eager"}
-EVALUATED = {"autoattack": "AutoAttack (ours)", "pgd100": "PGD-100", "cw": "CW, 20 steps"}
+KINDS = {"at": "AT", "gairat": "GAIRAT", "wong_kolter_mnist": "certified", "plain": "plain"}
 HELD_OUT = {"A_nat": "A_nat", "A_rob": "A_rob", "test_A_nat": "A_nat, test set",
             "test_A_rob": "A_rob, test set"}
-CIFAR_TRAINED_ON = 49_000  # images of CIFAR-10 without those held out
 
 
-# ---- reading and formatting --------------------------------------------------------------------------------
-
-def load(path: str | Path) -> dict:
-    """A JSON file under results/."""
-    return json.loads((RESULTS / path).read_text(encoding="utf-8"))
-
-
-def rows_of(*names: str) -> list[dict]:
-    """The rows of these files of results/speed, one after the other."""
-    return [row for name in names for row in load(f"speed/{name}.json")["rows"]]
-
-
-def number(value: float, digits: int = 2) -> str:
-    return f"{value:,.{digits}f}"
-
-
-def numbers(row: dict, **digits: int) -> list[str]:
-    """The values of these names in a row, each with so many digits."""
-    return [number(row[name], count) for name, count in digits.items()]
-
-
-def pair(ours: float, theirs: float, digits: int = 1) -> str:
-    return f"{number(ours, digits)} / {number(theirs, digits)}"
-
-
-def spread(values: Iterable[float]) -> str:
-    """Mean ± sample standard deviation; of one value, the value."""
-    values = list(values)
-    if len(values) == 1:
-        return number(values[0])
-    return f"{number(statistics.mean(values))} ± {number(statistics.stdev(values))}"
-
-
-def extremes(values: list[float]) -> str:
-    """Minimum / median / maximum; of no values, nothing."""
-    found = (min(values), statistics.median(values), max(values)) if values else ()
-    return " / ".join(number(value, 1) for value in found)
-
+# ---- metrics and results -----------------------------------------------------------------------------------
 
 def metrics(alphas: Iterable[str] = ALPHAS) -> list[str]:
     """The columns of `measures`."""
@@ -94,8 +48,6 @@ def measures(folders: Iterable[Path], alphas: Iterable[str] = ALPHAS) -> list[st
     return found + [spread(result[metric][alpha] for result in results)
                     for metric in ("A_sa", "A_tr") for alpha in alphas]
 
-
-# ---- the results -------------------------------------------------------------------------------------------
 
 def mnist() -> str:
     """The four defenses of Zeng et al. on both networks, beside the paper's Table 1."""
@@ -291,6 +243,19 @@ def mean_budget() -> str:
     return markdown(["network", *heads], rows, left=1)
 
 
+def members() -> str:
+    """What each attack of the pool gains in l_inf, on networks of four kinds."""
+    found = {(row["member"], row["model"]): row for row in load("curves-check/members.json")["rows"]
+             if row["norm"] == "linf"}
+    rows = []
+    for name in dict.fromkeys(member for member, _ in found):
+        each = [found[name, model] for model in KINDS]
+        if any(row["gain"] is None or row["gain"] >= 0.01 for row in each):
+            gains = ["-" if row["gain"] is None else number(row["gain"]) for row in each]
+            rows.append([name, number(each[0]["seconds"], 3), *gains])
+    return markdown(["attack", "s a point (AT)", *KINDS.values()], rows, left=1)
+
+
 # ---- stability ---------------------------------------------------------------------------------------------
 
 def stability_table(rows: list[dict]) -> str:
@@ -317,90 +282,3 @@ def stability() -> str:
         link = f"[`results/stability/{file.name}`](../results/stability/{file.name})"
         parts.append(f"{link}{note}:\n\n{stability_table(rows)}")
     return "\n\n".join(parts)
-
-
-# ---- speed -------------------------------------------------------------------------------------------------
-
-def train_step() -> str:
-    """Training steps beside the published form."""
-    rows = []
-    for row in rows_of("train_step_resnet18", "train_step_wrn34_10", "train_step_mnist"):
-        step = numbers(row, batch_size=0, num_steps=0, ours_seconds=3, published_form_seconds=3, ratio=2)
-        images = pair(row["images_per_second"], row["published_form_images_per_second"])
-        overhead, gflops, peak = numbers(row, overhead_percent=1, gflops=0, peak_percent=1)
-        rows.append([NETWORKS[row["model"]], row["method"].upper(), *step, images, f"{overhead} %", gflops,
-                     f"{peak} %", pair(row["ours_mb"], row["published_form_mb"], 0)])
-    head = ["network", "method", "batch", "attack steps", "ours, s", "published form, s", "ratio",
-            "images/s, ours / published form", "overhead", "GFLOP/s", "of peak", "MB, ours / published form"]
-    return markdown(head, rows, left=2)
-
-
-def gains() -> str:
-    """What each measure gains over the published form."""
-    steps = {(row["model"], row["method"]): row for row in rows_of("train_step_resnet18", "train_step_mnist")}
-    rows = []
-    for model in ("resnet18", "small_cnn", "lenet"):
-        before = [load(f"speed/step_{model}_{precision}.json") for precision in ("float32", "bf16")]
-        ratios = [number(row["ratio"]) for row in (*before, steps[model, "trades"])]
-        rows.append([NETWORKS[model], "1", *ratios])
-    head = ["network, TRADES", "published form", "frozen parameters, one clean pass, channels last",
-            "and bfloat16", "and fused layers"]
-    return markdown(head, rows, left=1)
-
-
-def precisions() -> str:
-    """The same trainings in bfloat16 and in float32."""
-    shown, rows = ("A_nat", "A_rob", "A_sa 1", "A_sa 2"), []
-    for path, label in PROOF.items():
-        folders = [RESULTS / f"proof/{path}-seed{seed}" for seed in range(3)]
-        cells = dict(zip(metrics(), measures(folders)))
-        each = ", ".join(number(load(folder / "eval.json")["A_rob"]) for folder in folders)
-        rows.append([label, *map(cells.get, shown), each])
-    return markdown(["path", *shown, "A_rob of each seed"], rows, left=1)
-
-
-def expectation() -> str:
-    """What a user's machine takes for two usual jobs."""
-    at = next(row for row in rows_of("cost") if row["result"] == "results/mnist/lenet-at")
-    trades = next(row for row in rows_of("train_step_resnet18") if row["method"] == "trades")
-    steps = trades, load("speed/step_resnet18_float32.json")
-    fast, slow = (row["ours_seconds"] * CIFAR_TRAINED_ON / row["batch_size"] for row in steps)
-    whole_run, epoch = f"{number(at['seconds'] / 60, 1)} minutes", f"{number(fast / 60, 0)} minutes"
-    rows = [["two cores with AMX", whole_run, epoch],
-            ["two cores without", "not measured", f"{number(slow / 3600, 1)} hours (`--precision float32`)"],
-            ["one GPU, or several", "not measured", "not measured"]]
-    head = ["you have", "MNIST, LeNet, ten epochs of AT", "CIFAR-10, ResNet-18, one epoch of TRADES"]
-    return markdown(head, rows, left=3)
-
-
-def memory() -> str:
-    """The memory of a run."""
-    rows = [[row["dataset"], NETWORKS[row["model"]],
-             *numbers(row, batches=0, images_mb=0, first_mb=0, end_mb=0, peak_mb=0)]
-            for row in rows_of("memory", "memory_mnist_epoch", "memory_tiny-imagenet")]
-    head = ["data set", "network", "batches", "images, MB", "after twenty batches, MB", "at the end, MB",
-            "at most, MB"]
-    return markdown(head, rows, left=2)
-
-
-def evaluation() -> str:
-    """Attacks whose broken images leave the batch, beside the same with every step."""
-    rows = [[EVALUATED[row["attack"]], str(row["epsilon"]),
-             *numbers(row, num_examples=0, robust_percent=2, compacted_seconds=1, whole_seconds=1, ratio=2,
-                      bound=2)]
-            for row in rows_of("evaluation", "evaluation_pgd")]
-    head = ["attack", "epsilon", "images", "robust, %", "s", "all steps, s", "ratio", "1 / R"]
-    return markdown(head, rows, left=1)
-
-
-def recipes() -> str:
-    """One step of every recipe of train_vir.py, over that of AT."""
-    rows = [[row["recipe"], *numbers(row, seconds=4, spread=4, ratio=3, expected_ratio=3)]
-            for row in rows_of("recipes_lenet")]
-    return markdown(["recipe", "s per step", "spread", "over AT", "expected"], rows, left=1)
-
-
-TABLES: dict[str, Callable[[], str]] = {table.__name__: table for table in (
-    mnist, family, equal_budget, equal_budget_family, equal_budget_full, equal_budget_strong, fast, full,
-    strong, attacks, curves, mean_budget, stability, train_step, gains, precisions, expectation, memory,
-    evaluation, recipes)}
