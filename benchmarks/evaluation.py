@@ -29,12 +29,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository: 
 import torch
 from torch import Tensor, nn
 
-from attacks import apgd, fab, square
+from attacks import apgd, fab
 from attacks.autoattack import STANDARD, STANDING, confirmed, run_ensemble
 from attacks.frozen import frozen, predict
 from attacks.geometry import radii, random_point
 from attacks.noise import example_keys
 from attacks.pgd import cross_entropy, pgd
+from attacks.standing import Standing
 from attacks.until_broken import pgd_until_broken
 from benchmarks import common
 from harness.config import run_script
@@ -138,14 +139,18 @@ def whole_ensemble(model: nn.Module, x: Tensor, y: Tensor, keys: Tensor, batch_s
 @contextmanager
 def nobody_leaves() -> Iterator[None]:
     """Within it the searches of APGD, FAB and Square keep the images that they are done with."""
-    searches = [(search, search.keep) for search in (apgd._Walk, fab._Walk, square._Search)]
+    keep = Standing.keep
+
+    def keep_all(self: Standing, standing: Tensor, *results: tuple[Tensor, Tensor]) -> bool:
+        for whole, values in results:
+            whole[self.row] = values
+        return bool(standing.any())
+
+    Standing.keep = keep_all
     try:
-        for search, _ in searches:
-            search.keep = lambda self, rows: None
         yield
     finally:
-        for search, keep in searches:
-            search.keep = keep
+        Standing.keep = keep
 
 
 def apgd_of_all(model: nn.Module, x: Tensor, y: Tensor, *, keys: Tensor, epsilon: float, norm: str,

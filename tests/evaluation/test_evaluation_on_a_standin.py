@@ -68,7 +68,7 @@ JUSTIFIED = {
     "harness/evaluation/sanity.py": "the probe's figures, once",
     "harness/evaluation/verdict.py": "the probe's images, once",
     "harness/evaluation/result.py": "the labels, once", "harness/evaluation/accuracies.py": "labels, once",
-    **dict.fromkeys((f"attacks/{name}.py" for name in ("until_broken", "apgd", "fab", "square", "spsa",
+    **dict.fromkeys((f"attacks/{name}.py" for name in ("until_broken", "apgd", "fab", "standing", "spsa",
                                                        "margin_decomposition")), "once a round, see above"),
 }
 
