@@ -290,13 +290,14 @@ def test_the_figures_about_todays_recipes_are_those_of_their_files():
               "lenet-trades": "mnist/lenet-trades", "lenet-trades-alpha2": "mnist/lenet-trades-alpha2"}
     before |= {{"at": "vir-recipe-at", "trades": "vir-recipe-trades"}.get(name, name): f"vir/{name}/seed*"
                for name in FAMILY}
+    before |= {name: f"fast/{name}" for name in ("free", "yopo", "iaat")}
     change = {name: load(f"stability/full/{name}/eval.json")["A_rob"] - mean(
         json.loads(file.read_text())["A_rob"] for file in (ROOT / "results").glob(f"{runs}/eval.json"))
         for name, runs in before.items()}
-    gained = change.pop("lenet-at-alpha0.5")
+    gained, lost = change.pop("lenet-at-alpha0.5"), -change.pop("yopo")
     assert_says("results",
                 f"within {max(map(abs, change.values())):.1f} points of that of before, but for AT at alpha "
-                f"0.5, which gains {gained:.1f}", f"{margin[2]:.1f} points are left at 0.2 nats",
+                f"0.5, which gains {gained:.1f}, and YOPO, which loses {lost:.1f}", f"{margin[2]:.1f} points are left at 0.2 nats",
                 f"is {-trades[2]:.1f} points behind TRADES there, and {-trades[0]:.1f} in A_rob",
                 f"by {gairat[1]:.0f} points at alpha 2 and by {gairat[2]:.1f} and {mail[2]:.1f} at 0.2 nats",
                 f"by {vir[1]:.0f} and {vir[2]:.1f}",
