@@ -297,7 +297,8 @@ def test_the_figures_about_todays_recipes_are_those_of_their_files():
     gained, lost = change.pop("lenet-at-alpha0.5"), -change.pop("yopo")
     assert_says("results",
                 f"within {max(map(abs, change.values())):.1f} points of that of before, but for AT at alpha "
-                f"0.5, which gains {gained:.1f}, and YOPO, which loses {lost:.1f}", f"{margin[2]:.1f} points are left at 0.2 nats",
+                f"0.5, which gains {gained:.1f}, and YOPO, which loses {lost:.1f}",
+                f"{margin[2]:.1f} points are left at 0.2 nats",
                 f"is {-trades[2]:.1f} points behind TRADES there, and {-trades[0]:.1f} in A_rob",
                 f"by {gairat[1]:.0f} points at alpha 2 and by {gairat[2]:.1f} and {mail[2]:.1f} at 0.2 nats",
                 f"by {vir[1]:.0f} and {vir[2]:.1f}",
