@@ -201,9 +201,15 @@ class _Pool:
     def descend(self, norm: str, attacks: tuple[Callable, ...], source: str, note: str) -> None:
         """Each of the attacks in `norm`, from the closest adversary in the norm `source`."""
         for attack in attacks:
+            self.go_on(norm, (attack,), self.nearest[source], note)
+
+    def go_on(self, norm: str, attacks: tuple[Callable, ...], start: Tensor, note: str) -> Tensor:
+        """The attacks in `norm`, the first from `start`, each other from where the one before ends."""
+        for attack in attacks:
             name = getattr(attack, "func", attack).__name__
-            self.attack(f"{name} {norm} {note}", self.budget.num_steps, attack, norm=norm,
-                        num_steps=self.budget.num_steps, start=self.nearest[source])
+            start = self.attack(f"{name} {norm} {note}", self.budget.num_steps, attack, norm=norm,
+                                num_steps=self.budget.num_steps, start=start)
+        return start
 
     def go_on_with_second_chain(self, norm: str) -> None:
         """FAB in l_2; then from its end the attacks of SECOND, each from the end of the one before."""
@@ -212,9 +218,7 @@ class _Pool:
             targets = max(1, budget.num_targets)
             self.second = self.attack("fab l2", budget.round_steps * targets, fab_targeted, norm=norm,
                                       num_steps=budget.round_steps, num_targets=targets)
-        for attack in SECOND.get(norm, ()):
-            self.second = self.attack(f"{attack.__name__} {norm} from fab", budget.num_steps, attack,
-                                      norm=norm, num_steps=budget.num_steps, start=self.second)
+        self.second = self.go_on(norm, SECOND.get(norm, ()), self.second, "from fab")
 
     def walk_from_the_image(self, keys: Tensor | None) -> None:
         """Walks in l_inf from the image itself, each to another basin, and PDPGD from where each ends."""
@@ -222,9 +226,7 @@ class _Pool:
         for number in range(1, 1 + budget.num_walks):
             end = self.attack("walk linf from the image", 0, walk, start=self.x,
                               keys=example_keys(keys, number), num_queries=budget.num_queries)
-            for attack in REFINE["linf"]:
-                end = self.attack("pdpgd linf from that walk", budget.num_steps, attack,
-                                  num_steps=budget.num_steps, start=end)
+            self.go_on("linf", REFINE["linf"], end, "from that walk")
 
     def attack_thoroughly(self, norm: str, keys: Tensor | None) -> None:
         """What gains little for its time: FAB in the other norms too, and bisection by targeted APGD."""

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository: a script finds its own folder
 
@@ -37,7 +38,7 @@ COLUMNS = (("model", "model", "<16"), ("norm", "norm", "<5"), ("member", "member
 @dataclass(frozen=True)
 class Config:
     results: tuple[str, ...] = ()     # folders that generate_robustness_curves.py compute wrote
-    budget: str = "standard"          # fast, standard or strong
+    budget: Literal["fast", "standard", "strong"] = "standard"
     num_points: int = 100             # the first so many correctly classified points
     seed: int = 0                     # of the attacks
     out: str | None = None            # JSON file to write, never over another

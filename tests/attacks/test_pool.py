@@ -187,6 +187,7 @@ def test_walks_begin_at_the_image_with_windows_of_their_own_and_pdpgd_goes_on_fr
         descended.append((start, pdpgd(*task, start=start, **options)))
         return descended[-1][1]
 
+    recorded_pdpgd.__name__ = "pdpgd"
     monkeypatch.setattr(pool, "walk", recorded_walk)
     monkeypatch.setitem(pool.REFINE, "linf", (recorded_pdpgd, recorded_pdpgd))
     result = minimal_distances(model, x, y, norms=("linf",), budget=SMALL, keys=example_keys(torch.arange(8)))
