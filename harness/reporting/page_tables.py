@@ -245,15 +245,20 @@ def mean_budget() -> str:
 
 def members() -> str:
     """What each attack of the pool gains in l_inf, on networks of four kinds."""
-    found = {(row["member"], row["model"]): row for row in load("curves-check/members.json")["rows"]
-             if row["norm"] == "linf"}
+    found, before = ({(row["member"], row["model"]): row for row in load(f"curves-check/{file}.json")["rows"]
+                      if row["norm"] == "linf"} for file in ("members", "members-before"))
     rows = []
     for name in dict.fromkeys(member for member, _ in found):
         each = [found[name, model] for model in KINDS]
         if any(row["gain"] is None or row["gain"] >= 0.01 for row in each):
             gains = ["-" if row["gain"] is None else number(row["gain"]) for row in each]
-            rows.append([name, number(each[0]["seconds"], 3), *gains])
-    return markdown(["attack", "s a point (AT)", *KINDS.values()], rows, left=1)
+            seconds = [number(file[name, "at"]["seconds"], 3) if (name, "at") in file else "-"
+                       for file in (before, found)]
+            rows.append([name, *seconds, *gains])
+    total = [number(sum(row["seconds"] for (_, model), row in file.items() if model == "at"), 3)
+             for file in (before, found)]
+    rows.append(["all, in three norms", *total, *("" for _ in KINDS)])
+    return markdown(["attack", "s a point (AT), before", "now", *KINDS.values()], rows, left=1)
 
 
 # ---- stability ---------------------------------------------------------------------------------------------
