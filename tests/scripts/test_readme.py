@@ -140,7 +140,8 @@ def test_no_command_is_left_out():
         rf"{CURVES}|benchmarks/|^torchrun|^python -m (?:harness\.|pytest|tests\.)", line)]
     assert not others and len(SCRIPTS) >= 30
     named = {shlex.split(command)[1] for command in COMMANDS if command.startswith("python ")}
-    assert named >= {path.name for path in ROOT.glob("*.py")}
+    ours = {path.name for path in ROOT.glob("*.py") if "run_script(" in path.read_text(encoding="utf-8")}
+    assert len(ours) >= 13 and named >= ours  # a network in a file of the user's own may stand there too
 
 
 def test_the_quickstart_is_two_commands_and_the_second_is_what_ci_runs():
