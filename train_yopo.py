@@ -75,7 +75,7 @@ RECIPES = {
                     epochs=40, lr=0.01, lr_drop_after=(30, 35, 39), crop_padding=0, flip=False,
                     val_step_size=0.03),
     "short": Config(dataset="mnist", model="lenet", epsilon=0.3, step_size=0.03, epsilon_warmup_epochs=2,
-                    epochs=10, batch_size=128, lr=0.1, max_grad_norm=5, lr_drop_after=(6, 8),
+                    epochs=10, batch_size=128, lr=0.03, max_grad_norm=5, lr_drop_after=(6, 8),
                     lr_drop_factor=0.2, crop_padding=0, flip=False, val_size=0, val_step_size=0.03),
     "digits": Config(dataset="digits", model="lenet", epsilon=0.1, step_size=0.02, epsilon_warmup_epochs=3,
                      epochs=20, batch_size=64, lr=0.1, max_grad_norm=5, lr_drop_after=(15,), crop_padding=0,
