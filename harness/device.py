@@ -169,7 +169,7 @@ def free_memory(device: torch.device) -> int:
 
 def release_memory(device: torch.device) -> None:
     """Give back what an accelerator's allocator keeps for later."""
-    if hasattr(module := getattr(torch, device.type), "empty_cache"):
+    if hasattr(module := getattr(torch, device.type, None), "empty_cache"):
         module.empty_cache()
 
 
