@@ -5,6 +5,8 @@ from conftest import TINY
 
 from harness import device, distributed
 from harness.errors import UserError
+from harness.evaluation.options import EvalConfig
+from harness.evaluation.pipeline import begin
 from harness.training.run import Run
 from tests import standin, standin_runs
 
@@ -50,6 +52,10 @@ def test_a_process_of_torchrun_takes_its_own_gpu_before_it_touches_one(name, mon
     assert touched == [("current", "cuda:2"), ("memory", "cuda:2")]
     assert distributed.start(chosen) == (2, 4)
     assert (group["backend"], group["device_id"]) == ("nccl", torch.device("cuda", 2))
+    group.clear()
+    job = begin(EvalConfig(device=name))  # an evaluation's processes exchange two paths
+    assert (job.shard, str(job.device)) == ((2, 4), "cuda:2")
+    assert group == {"backend": "gloo", "timeout": distributed.PATIENCE}
 
 
 def test_more_processes_than_gpus_are_one_line(monkeypatch):
