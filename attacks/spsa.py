@@ -31,10 +31,11 @@ def spsa(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float, num_steps: i
     """Ascend the CW loss within the l_inf ball by estimated gradients, from x.
 
     x: [B, C, H, W] in [0, 1]; y: [B]; keys: [B] int64 from `attacks.noise.example_keys`, those of the
-    positions by default; max_probes: images in one forward pass, at least 64, which bounds the memory and
-    changes no direction. Needs float32: in bfloat16 the differences of the logits drown in rounding. Returns
-    x_adv: misclassified where an iterate was, else the last one. Raises ValueError for images outside [0, 1],
-    labels or keys that do not fit, and num_samples that is not a positive multiple of 32.
+    positions by default; max_probes: images in one forward pass, at least 64, which are halved as long as an
+    accelerator's memory is too small and change no direction. Needs float32: in bfloat16 the differences of
+    the logits drown in rounding. Returns x_adv: misclassified where an iterate was, else the last one. Raises
+    ValueError for images outside [0, 1], labels or keys that do not fit, and num_samples that is not a
+    positive multiple of 32.
     """
     keys = check_batch(x, y, "linf", ("linf",), keys)
     if num_samples < 1 or num_samples % SAMPLES_AT_A_TIME:
@@ -42,9 +43,17 @@ def spsa(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float, num_steps: i
     result = x.detach().clone()
     size = max(1, max_probes // (2 * SAMPLES_AT_A_TIME))
     with frozen(model) as bare, torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        for rows in torch.arange(len(x), device=x.device).split(size):
-            result[rows] = _ascend(bare, x[rows].detach(), y[rows], keys[rows], epsilon, num_steps,
-                                   num_samples, delta, lr)
+        done = 0
+        while done < len(x):
+            rows = slice(done, done + size)
+            try:
+                result[rows] = _ascend(bare, x[rows].detach(), y[rows], keys[rows], epsilon, num_steps,
+                                       num_samples, delta, lr)
+                done += size
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise
+                size //= 2
     return result
 
 

@@ -134,7 +134,7 @@ def main(cfg: Config) -> None:
     out, (results, *others) = common.out_file(cfg.out), store.find((cfg.results,))
     if others:
         raise UserError(f"{cfg.results} holds {1 + len(others)} models: name the folder of one")
-    device, subject = choose_device(cfg.device), reopen(results.about, build_model)
+    device, subject = choose_device(cfg.device, wide=True), reopen(results.about, build_model)
     points, rows = pick(subject.split, results.columns["index"]).to(device), []
     x, y = to_unit(points.images), points.labels
     print(common.head(COLUMNS))

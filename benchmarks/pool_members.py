@@ -64,7 +64,8 @@ def members(found: MinimalDistances) -> Iterator[dict]:
 
 
 def main(cfg: Config) -> None:
-    out, several, device = common.out_file(cfg.out), store.find(cfg.results), choose_device(cfg.device)
+    out, several = common.out_file(cfg.out), store.find(cfg.results)
+    device = choose_device(cfg.device, wide=True)
     rows: list[dict] = []
     print(common.head(COLUMNS))
     for results in tqdm(several, unit="network", disable=None, leave=False):

@@ -7,10 +7,12 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from harness.device import allows_tf32, forbid_tf32
 from harness.errors import UserError
 from harness.folder import whole_file
 
@@ -258,10 +260,7 @@ def model_from(contents: dict, path: str | Path, arch: str | None = None, num_cl
         num_classes, in_channels, mean, std = (own[key] for key in known)
         notes = []
     arch = architecture_of(contents, path, arch)
-    try:
-        model = build(arch, num_classes, in_channels, mean, std)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    model = built(build, arch, num_classes, in_channels, mean, std)
     try:
         _fill(model, parameters, notes, ignore_extra)
     except ValueError as error:
@@ -269,6 +268,21 @@ def model_from(contents: dict, path: str | Path, arch: str | None = None, num_cl
     if notes and report:
         report(f"{path}: {', '.join(notes)}")
     return model.eval()
+
+
+def built(build: Callable[..., nn.Module], *given: Any) -> nn.Module:
+    """build(*given); where TF32 is forbidden it stays so, whatever the file of a user's network sets.
+
+    Raises UserError for a ValueError of build.
+    """
+    forbidden = not allows_tf32()
+    try:
+        return build(*given)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    finally:
+        if forbidden:
+            forbid_tf32()
 
 
 def _spellings(parameters: dict[str, Tensor]) -> Iterator[tuple[dict[str, Tensor], list[str]]]:

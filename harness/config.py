@@ -16,7 +16,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from harness.errors import Collapsed, RunError, UserError
+from harness.errors import Collapsed, RunError, UserError, out_of_memory
 from harness.folder import forget
 from harness.resumption import AnyConfig, fields_of, refuse_changes, resumed
 from harness.signals import ended_by_signals
@@ -80,7 +80,7 @@ def run_script(main: Callable[[C], object], cls: type[C], recipes: dict[str, C] 
     except KeyboardInterrupt:
         _fail(name, "interrupted", 130)
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":
+        if not out_of_memory(error):
             raise
         _fail(name, "the accelerator's memory is full: try a smaller --batch_size", 1)
     if os.environ.get("TORCHELASTIC_RUN_ID"):

@@ -5,9 +5,11 @@ import platform
 import shlex
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +32,7 @@ def choose_device(name: str, wide: bool = False) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     _keep_freed_memory()
-    _forbid_tf32()
+    forbid_tf32()
     try:
         device = _own(torch.device(name))
         torch.empty(1, device=device)
@@ -73,10 +75,33 @@ def _try_arithmetic(device: torch.device) -> None:
     getattr(torch, device.type).get_rng_state(device)
 
 
-def _forbid_tf32() -> None:
-    """A GPU may not round the factors of float32 convolutions and products to ten bits."""
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_tf32 = False
+def forbid_tf32() -> None:
+    """No device may round the factors of float32 convolutions and products to fewer bits.
+
+    Torch's older switches are set too: it refuses to read them where the newer ones say something else.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch 2.9's, that there are newer ones
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
+    for switch in _switches():
+        switch.fp32_precision = "ieee"
+
+
+def allows_tf32() -> bool:
+    """Whether some device may round them so."""
+    if switches := _switches():
+        return any(switch.fp32_precision not in ("ieee", "none") for switch in switches)
+    return torch.backends.cudnn.allow_tf32 or torch.get_float32_matmul_precision() != "highest"
+
+
+def _switches() -> list[Any]:
+    """Torch's newer switches of float32, those for everything and those for one kind; none before 2.9."""
+    cudnn, onednn = torch.backends.cudnn, torch.backends.mkldnn
+    if not hasattr(cudnn, "conv"):
+        return []
+    return [torch.backends, cudnn, torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn,
+            onednn.matmul, onednn.conv, onednn.rnn]
 
 
 @contextmanager
@@ -169,7 +194,7 @@ def free_memory(device: torch.device) -> int:
 
 def release_memory(device: torch.device) -> None:
     """Give back what an accelerator's allocator keeps for later."""
-    if hasattr(module := getattr(torch, device.type), "empty_cache"):
+    if hasattr(module := getattr(torch, device.type, None), "empty_cache"):
         module.empty_cache()
 
 
@@ -205,17 +230,17 @@ def resident(field: str) -> int | None:
 
 def environment(device: torch.device) -> dict[str, object]:
     """Hardware and versions behind a number."""
-    if device.type == "cuda":
-        hardware = torch.cuda.get_device_name(device)
+    if name_of := getattr(getattr(torch, device.type, None), "get_device_name", None):
+        hardware = name_of(device)
     else:
         lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
         names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-        hardware = next(names, platform.processor())
-    tf32 = torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32
+        shared = {"cpu": "", "mps": "Apple MPS, "}.get(device.type, f"{device.type}, ")  # with the processor
+        hardware = shared + next(names, platform.processor())
     return {"device": device.type, "hardware": hardware, **_gpu(device),
             "instructions": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads(),
             "torch": torch.__version__, "python": platform.python_version(), "system": platform.system(),
-            "commit": _commit(), "tf32": tf32}
+            "commit": _commit(), "tf32": allows_tf32()}
 
 
 def _gpu(device: torch.device) -> dict[str, object]:

@@ -43,9 +43,10 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
-def start(device: torch.device) -> tuple[int, int]:
+def start(device: torch.device, tensors: bool = True) -> tuple[int, int]:
     """Join torchrun's process group if there is one; device: this process's own.  Returns (rank, world_size).
 
+    tensors: the processes will exchange tensors of `device`, not objects alone, for which they need no GPU.
     Raises UserError for an accelerator that several processes cannot train on together.
     """
     _, world_size = expected()
@@ -55,7 +56,7 @@ def start(device: torch.device) -> tuple[int, int]:
         raise UserError(f"torchrun does not work with --device {device.type}: one process, or --device cpu")
     if not dist.is_initialized():  # with --seeds the runs of a process share its group
         options: dict[str, Any] = {"backend": "gloo"}
-        if device.type == "cuda":
+        if device.type == "cuda" and tensors:
             options = {"backend": "nccl", "device_id": device}
         dist.init_process_group(**options, timeout=PATIENCE)
         atexit.register(dist.destroy_process_group)

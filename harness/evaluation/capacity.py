@@ -1,5 +1,7 @@
 """How many images an evaluation attacks at once by default: what fits, and on a CPU what is fast."""
 from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -7,8 +9,10 @@ from torch import Tensor, nn
 from harness.datasets.batches import to_unit
 from harness.datasets.split import Split
 from harness.device import free_memory, peak_memory, release_memory
+from harness.errors import out_of_memory
 from harness.evaluation.predictions import MULTIPLE, BatchInvariant
 
+T = TypeVar("T")
 PROBE = MULTIPLE  # images of the pass that is measured: attacks pad their batches to multiples of it
 SHARE = 0.5       # of the free memory for a forward and backward pass; the rest is for the attacks' own
 # On a CPU larger batches gain next to nothing, and an interrupted evaluation loses one.
@@ -26,25 +30,28 @@ def fitting_batch_size(model: nn.Module, split: Split, copies: int = 1, free: Ca
     other programs and the libraries' own needs are not counted. No verdict depends on it. free(device) and
     peak(device, work) -> bytes.
     """
-    device = split.images.device
-    each = copies * max(peak(device, lambda: input_gradient(model, split.images)) / PROBE, 1.0)
+    device, gradient = split.images.device, partial(input_gradient, model, split.images)
+    measured = _unless_full(device, lambda: peak(device, gradient))
+    each = copies * max((free(device) if measured is None else measured) / PROBE, 1.0)
     fit = int(SHARE * free(device) / each)
     fit = fit // PROBE * PROBE if fit >= PROBE else max(fit, 1)
     fit = min(fit, FASTEST_ON_CPU if device.type == "cpu" else fit, -(-len(split) // PROBE) * PROBE)
-    while device.type not in ("cpu", "meta") and fit > 1 and not _runs(model, split.images, copies * fit):
+    tried = device.type not in ("cpu", "meta")
+    while tried and fit > 1 and _unless_full(device, partial(gradient, copies * fit)) is None:
         fit = fit // 2 // PROBE * PROBE or fit // 2
     return fit
 
 
-def _runs(model: nn.Module, images: Tensor, count: int) -> bool:
-    """Whether a pass of so many images, and back, fits in the device's memory."""
+def _unless_full(device: torch.device, work: Callable[[], T]) -> T | None:
+    """What work() returns, None where the device's memory is too small for it."""
     try:
-        input_gradient(model, images, count)
-        return True
-    except torch.OutOfMemoryError:
-        return False
+        return work()
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        return None
     finally:
-        release_memory(images.device)
+        release_memory(device)
 
 
 def input_gradient(model: nn.Module, images: Tensor, count: int = PROBE) -> Tensor:

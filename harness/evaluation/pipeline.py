@@ -123,7 +123,7 @@ def begin(cfg: EvalConfig) -> Job:
         raise UserError(str(error)) from None
     shard = _shard(cfg.shard)
     device = choose_device(cfg.device)
-    rank, world_size = distributed.start(device)
+    rank, world_size = distributed.start(device, tensors=False)  # so that each process leaves when it is done
     if world_size > 1 and cfg.shard:
         raise UserError("torchrun gives every process its shard: leave --shard out")
     return Job(device, columns, (rank, world_size) if world_size > 1 else shard, rank, world_size)

@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
 from harness import distributed
+from harness.checkpoint import built
 from harness.datasets.batches import Dataset, batch_places, to_unit
 from harness.datasets.split import Split
 from harness.device import choose_device, choose_dtype
@@ -87,10 +88,7 @@ class Run(Steps):
         """The configured network for this data set: on the device, in its precision, parallel in torchrun."""
         mean, std = self.data.channel_statistics() if self.cfg.normalize else (None, None)
         channels = self.data.image_shape[0]
-        try:
-            model = build_model(self.cfg.model, self.data.num_classes, channels, mean, std)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        model = built(build_model, self.cfg.model, self.data.num_classes, channels, mean, std)
         self.architecture = {"name": self.cfg.model, "num_classes": self.data.num_classes,
                              "in_channels": channels, "mean": mean, "std": std}
         self.dtype = choose_dtype(self.cfg.precision, self.device, model)

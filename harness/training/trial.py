@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.datasets.batches import to_unit
-from harness.errors import UserError
+from harness.errors import UserError, out_of_memory
 from harness.training.undisturbed import undisturbed
 
 TRIED = 4    # images
@@ -79,9 +79,9 @@ def _passed(network: nn.Module, x: Tensor) -> Tensor:
     given = x if x.requires_grad else x.clone(memory_format=torch.preserve_format)
     try:
         outputs = network(given)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # of any kind: it is the user's own code
+        if out_of_memory(error):
+            raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
         wanted = ", with a gradient for them" if x.requires_grad else ""
         raise UserError(f"the network does not take images of {'x'.join(map(str, x.shape[1:]))}{wanted} "

@@ -57,6 +57,26 @@ def test_spsa_stays_in_ball_and_box_and_does_not_depend_on_the_batch():
     assert torch.equal(spsa(model, x, y, epsilon=0.0, num_steps=2, num_samples=32), x)
 
 
+def test_probes_that_do_not_fit_in_memory_are_halved():
+    whole, x, seen = linear(), images(9), []
+
+    def full(x):
+        seen.append(len(x))
+        if len(x) > 150:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(x)
+
+    model, y = nn.Sequential(whole), whole(x).argmax(1)
+    options = {"epsilon": 0.1, "num_steps": 5, "num_samples": 32}
+    expected = spsa(model, x, y, max_probes=128, **options)
+    model.forward = full
+    assert torch.equal(spsa(model, x, y, max_probes=512, **options), expected)
+    assert [size for size in seen if size > 150] == [8 * 64, 4 * 64] and 128 in seen
+    whole.forward = lambda x: full(torch.zeros(151))
+    with pytest.raises(torch.OutOfMemoryError):
+        spsa(model, x, y, **options)
+
+
 def test_what_is_wrong_already_is_left_alone_and_costs_one_forward_pass():
     model, x, seen = linear(), images(3), []
     y = (model(x).argmax(1) + 1) % 3

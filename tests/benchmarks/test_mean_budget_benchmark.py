@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from attacks.geometry import norm_of
+from benchmarks import mean_budget
 from benchmarks.mean_budget import Config, first_order, main, shrink, spent
 from curves.budget import Knapsack
 from harness.config import parse_config
@@ -86,3 +87,13 @@ def test_the_benchmark_holds_both_against_each_other(tmp_path, script):
                and row["spent"] <= row["mean_budget"] * (1 + 1e-5) and row["nearer"] == 0 for row in rows)
     with pytest.raises(UserError, match="name a folder"):
         main(parse_config(Config, []))
+
+
+def test_it_needs_a_device_with_float64(monkeypatch):
+    def refuse(name, wide):
+        raise UserError(f"{name}, wide: {wide}")
+
+    monkeypatch.setattr(mean_budget.store, "find", lambda folders: [None])
+    monkeypatch.setattr(mean_budget, "choose_device", refuse)
+    with pytest.raises(UserError, match="mps, wide: True"):
+        main(Config(results="curve", device="mps"))

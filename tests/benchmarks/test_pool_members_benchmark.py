@@ -51,6 +51,16 @@ def test_it_writes_a_row_for_each_attack_of_the_correctly_classified_points(monk
         assert means and means == sorted(means, reverse=True)
 
 
+def test_it_needs_a_device_with_float64(monkeypatch):
+    def refuse(name, wide):
+        raise UserError(f"{name}, wide: {wide}")
+
+    monkeypatch.setattr(pool_members.store, "find", lambda folders: [])
+    monkeypatch.setattr(pool_members, "choose_device", refuse)
+    with pytest.raises(UserError, match="mps, wide: True"):
+        main(Config(device="mps"))
+
+
 def test_without_results_it_is_refused():
     with pytest.raises(UserError, match="name folders"):
         main(parse_config(Config, []))

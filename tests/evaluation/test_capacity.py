@@ -10,12 +10,21 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from harness.config import run_script
 from harness.datasets.split import Split
 from harness.device import free_memory, peak_memory
 from harness.evaluation import capacity
 from harness.evaluation.capacity import FASTEST_ON_CPU, PROBE, fitting_batch_size
+from harness.evaluation.options import EvalConfig
 from harness.training.precision import TrainingPrecision
+from harness.training.trial import trial_pass
 from models import build_model
+from models.wide_resnet import WideResNet
+
+IN_THE_WORDS_OF = (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("MPS backend out of memory"),
+                   RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+                   RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+                   RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
 
 
 def split_of(count, device="cpu"):
@@ -37,13 +46,14 @@ def test_half_of_an_accelerators_memory_in_whole_multiples(each, free, expected)
     assert found == expected and (found < PROBE or found % PROBE == 0)
 
 
+@pytest.mark.parametrize("error", IN_THE_WORDS_OF)
 @pytest.mark.parametrize(("holds", "expected"),
-                         ((10**9, 6400), (6399, 3200), (1600, 1600), (100, 96), (33, 32), (20, 16)))
-def test_a_batch_that_does_not_fit_after_all_is_halved(holds, expected, monkeypatch):
+                         ((10**9, 6400), (6399, 3200), (1600, 1600), (100, 96), (33, 32), (20, 16), (3, 2)))
+def test_a_batch_that_does_not_fit_after_all_is_halved(holds, expected, error, monkeypatch):
     class Full(nn.Module):  # as an accelerator whose memory others use too
         def forward(self, x):
             if len(x) > holds:
-                raise torch.OutOfMemoryError("CUDA out of memory")
+                raise error
             return x.flatten(1)[:, :10]
 
     class OnAGpu:
@@ -56,7 +66,31 @@ def test_a_batch_that_does_not_fit_after_all_is_halved(holds, expected, monkeypa
     monkeypatch.setattr(capacity, "input_gradient", lambda model, images, count=PROBE: model(
         torch.zeros(count, 1, 4, 4)))
     assert fitting_batch_size(Full(), OnAGpu(), free=lambda device: 2 * 1000 * 6400,
-                              peak=lambda device, work: 1000 * PROBE) == expected
+                              peak=lambda device, work: work() is None or 1000 * PROBE) == expected
+
+
+@pytest.mark.parametrize("error", IN_THE_WORDS_OF)
+def test_a_script_whose_accelerator_is_full_ends_in_one_line(error, monkeypatch, capsys):
+    class Full(nn.Linear):
+        def forward(self, x):
+            raise error
+
+    def main(cfg):
+        trial_pass(Full(1, 1), split_of(8).images, 10)
+
+    monkeypatch.setattr("sys.argv", ["eval_mnist.py"])
+    with pytest.raises(SystemExit):
+        run_script(main, EvalConfig)
+    said = capsys.readouterr().err
+    assert "the accelerator's memory is full: try a smaller --batch_size" in said and said.count("\n") == 1
+
+
+def test_any_other_error_of_the_trial_is_not_hidden():
+    def fails(device, work):
+        raise RuntimeError("CUDNN_STATUS_EXECUTION_FAILED")
+
+    with pytest.raises(RuntimeError, match="EXECUTION"):
+        fitting_batch_size(lenet(), split_of(3), peak=fails)
 
 
 def test_on_a_cpu_no_more_than_is_fast_and_no_more_than_there_are():
@@ -122,8 +156,8 @@ def test_an_evaluation_that_chooses_has_the_verdicts_of_any_other(script, monkey
             and chosen["class_accuracy"] == given["class_accuracy"])
 
 
-def test_wide_resnet_trains_on_a_gpu_of_24_gb():
-    """A count from shapes: the tensors that autograd keeps of WRN-34-10's training pass at batch 128."""
+def kept_by(model, x):
+    """The logits, and the bytes of the tensors that autograd keeps of a training pass."""
     kept = {}  # storage -> itself, so that its number is not given to another
 
     def keep(tensor):
@@ -131,12 +165,18 @@ def test_wide_resnet_trains_on_a_gpu_of_24_gb():
             kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
         return tensor
 
-    with FakeTensorMode(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        logits = model(x)
+    return logits, sum(storage.nbytes() for storage in kept.values())
+
+
+def test_wide_resnet_trains_on_a_gpu_of_24_gb():
+    """A count from shapes, for WRN-34-10 at batch 128; the attack's view needs numbers, and keeps as much."""
+    with FakeTensorMode():
         model = build_model("wrn34_10", 10, 3)
         model = TrainingPrecision(model, torch.bfloat16, None, attack_view=False)
-        logits = model(torch.empty(128, 3, 32, 32))
+        logits, a_pass = kept_by(model, torch.empty(128, 3, 32, 32))
         parameters = sum(parameter.numel() for parameter in model.parameters())
-    a_pass = sum(storage.nbytes() for storage in kept.values())
     assert logits.shape == (128, 10) and parameters == 46_160_474
     # a block keeps the inputs of its two BatchNorms and the outputs of its two ReLUs, in bfloat16, a stage
     # has five of them; the shortcuts' inputs are among these; the weights once more, in bfloat16
@@ -146,3 +186,11 @@ def test_wide_resnet_trains_on_a_gpu_of_24_gb():
     assert (round(gibibytes, 1), round(2 * gibibytes, 1)) == (1.5, 2.9)  # AT; TRADES, with two passes
     # weights, gradients, momentum in float32: a quarter of the card is not in use by half
     assert 2 * a_pass + 12 * parameters < 24e9 / 4
+
+
+def test_the_attack_view_keeps_no_more_for_the_training_step():
+    torch.manual_seed(0)
+    network, x = WideResNet(16, 1, 10, 3).train(), torch.rand(2, 3, 32, 32)
+    plain, seen = (TrainingPrecision(network, torch.bfloat16, None, view) for view in (False, True))
+    seen(x)  # makes the form
+    assert kept_by(seen, x)[1] <= kept_by(plain, x)[1] and seen.view.used

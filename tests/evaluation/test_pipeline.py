@@ -233,7 +233,7 @@ def test_under_torchrun_a_plain_evaluation_is_shared_and_no_collective_follows(e
         monkeypatch.setattr(distributed.dist, name, lambda *given, **options: pytest.fail("a collective"))
     monkeypatch.setattr(distributed, "from_first", lambda place: (Path("r.json"), Path("r.record")))
     for rank in (1, 0):  # the first process comes half an hour later
-        monkeypatch.setattr(distributed, "start", lambda device, rank=rank: (rank, 2))
+        monkeypatch.setattr(distributed, "start", lambda device, tensors, rank=rank: (rank, 2))
         evaluated("r.json", attacks=())
         done = [np.load(path)["position"] for path in Path("r.record/net/A_rob").glob("*.npz")]
         assert Path("r.json").exists() == (rank == 0)

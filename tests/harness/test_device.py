@@ -1,10 +1,16 @@
 """Which device a process takes, and the arithmetic on it."""
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import TINY
 
 from harness import device, distributed
+from harness.checkpoint import built
 from harness.errors import UserError
+from harness.evaluation.options import EvalConfig
+from harness.evaluation.pipeline import begin
 from harness.training.run import Run
 from tests import standin, standin_runs
 
@@ -14,10 +20,9 @@ needs_standin = pytest.mark.skipif(bool(standin.missing()), reason=str(standin.m
 
 @pytest.fixture
 def as_torch_comes():
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
     yield
-    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+    device.forbid_tf32()
 
 
 def test_float32_is_float32_from_the_choice_of_a_device_on(as_torch_comes):
@@ -28,6 +33,37 @@ def test_float32_is_float32_from_the_choice_of_a_device_on(as_torch_comes):
     with device.torchs_own_settings():  # the published form's
         assert torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
     assert not torch.backends.cudnn.allow_tf32
+
+
+NEWER = pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="before torch 2.9")
+
+
+@pytest.mark.parametrize("switches", [
+    'set_float32_matmul_precision("high")\ntorch.backends.cudnn.allow_tf32 = True',
+    'backends.fp32_precision = "tf32"',
+    pytest.param('backends.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "tf32"', marks=NEWER)])
+def test_the_file_of_a_network_does_not_allow_tf32(switches, as_torch_comes, script):
+    Path("net.py").write_text(f"import torch\ntorch.{switches}\nNet = lambda: torch.nn.Sequential("
+                              "torch.nn.Flatten(), torch.nn.Linear(784, 10))\n")
+    few = ("--num_examples", 4, "--num_steps", 1, "--num_restarts", 1, "--alphas", 1)
+    script("train_at_mnist", *TINY, "--model", "net.py:Net", "--out_dir", "run")
+    assert not device.allows_tf32() and torch.get_float32_matmul_precision() == "highest"
+    script("eval_mnist", "--checkpoint", "run/last.pt", "--arch", "net.py:Net", *few, "--out", "result.json")
+    assert not device.allows_tf32() and not torch.backends.cudnn.allow_tf32
+    facts = [json.loads(Path(file).read_text())["environment"] for file in ("run/config.json", "result.json")]
+    assert [found["tf32"] for found in facts] == [False, False]
+
+
+def test_where_nothing_forbids_tf32_a_network_that_is_loaded_does_not_either(as_torch_comes):
+    built(torch.nn.Identity)
+    assert device.allows_tf32()
+
+
+@pytest.mark.parametrize(("kind", "name"), [("xpu", "Arc"), ("mps", "Apple MPS, "), ("cpu", "")])
+def test_the_hardware_is_the_accelerator(kind, name, monkeypatch):
+    monkeypatch.setattr(torch.xpu, "get_device_name", lambda device: "Arc")
+    processor = "" if kind == "xpu" else device.environment(CPU)["hardware"]
+    assert device.environment(torch.device(kind))["hardware"] == name + processor
 
 
 def in_torchrun(monkeypatch, rank, world_size):
@@ -50,6 +86,10 @@ def test_a_process_of_torchrun_takes_its_own_gpu_before_it_touches_one(name, mon
     assert touched == [("current", "cuda:2"), ("memory", "cuda:2")]
     assert distributed.start(chosen) == (2, 4)
     assert (group["backend"], group["device_id"]) == ("nccl", torch.device("cuda", 2))
+    group.clear()
+    job = begin(EvalConfig(device=name))  # an evaluation's processes exchange two paths
+    assert (job.shard, str(job.device)) == ((2, 4), "cuda:2")
+    assert group == {"backend": "gloo", "timeout": distributed.PATIENCE}
 
 
 def test_more_processes_than_gpus_are_one_line(monkeypatch):
