@@ -18,7 +18,7 @@ from attacks.apgd_l1 import apgd_l1, apgd_l1_targeted
 from attacks.checks import check_batch, check_classes
 from attacks.fab import fab_targeted
 from attacks.frozen import predict
-from attacks.geometry import inside, radii
+from attacks.geometry import choose, inside, radii
 from attacks.noise import example_keys
 from attacks.pdpgd import pdpgd
 from attacks.square import square
@@ -70,7 +70,7 @@ def run_ensemble(model: nn.Module, x: Tensor, y: Tensor, members: Sequence[Membe
     for rows in torch.arange(len(x), device=x.device).split(batch_size):
         logits = predict(model, x[rows])
         check_classes(y[rows], logits)
-        broken_by[rows[misclassified(logits, y[rows])]] = MISCLASSIFIED
+        broken_by[rows] = torch.where(misclassified(logits, y[rows]), MISCLASSIFIED, STANDING)
     for number, (_, attack) in enumerate(members):
         for rows in (broken_by == STANDING).nonzero().squeeze(1).split(batch_size):
             if not len(rows):
@@ -78,8 +78,8 @@ def run_ensemble(model: nn.Module, x: Tensor, y: Tensor, members: Sequence[Membe
             task = {"epsilon": radius[rows], "norm": norm}
             found = attack(model, x[rows], y[rows], keys=example_keys(keys[rows], number), **task)
             broken = confirmed(model, found, x[rows], y[rows], **task)
-            x_adv[rows[broken]] = found[broken]
-            broken_by[rows[broken]] = number
+            x_adv[rows] = choose(broken, found, x_adv[rows])
+            broken_by[rows] = torch.where(broken, number, broken_by[rows])
     return x_adv, broken_by
 
 

@@ -36,7 +36,7 @@ def bim_bisection(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float = 0.
         logits = bare(x).detach()
         check_classes(y, logits)
         already = misclassified(logits, y)
-        reached[already] = 0.0
+        reached = reached.masked_fill(already, 0.0)
         for turn in range(num_growths + num_bisections + 1):
             active = ~already & (reached.isfinite() | torch.full_like(already, turn <= num_growths))
             rows = active.nonzero().squeeze(1)
@@ -45,9 +45,9 @@ def bim_bisection(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float = 0.
             x_adv, found = _bim(bare, x[rows], y[rows], radius[rows], num_steps, steps_per_radius)
             distance = norm_of(x_adv - x[rows], "linf")
             better = found & (distance < reached[rows])
-            best[rows[better]] = x_adv[better]
-            reached[rows[better]] = distance[better]
-            failed[rows[~found]] = torch.maximum(failed[rows[~found]], radius[rows[~found]])
+            best[rows] = choose(better, x_adv, best[rows])
+            reached[rows] = distance.where(better, reached[rows])
+            failed[rows] = failed[rows].where(found, torch.maximum(failed[rows], radius[rows]))
             radius = torch.where(reached.isfinite(), (failed + reached) / 2, radius * growth)
     return best, reached
 
@@ -59,7 +59,9 @@ def _bim(bare: nn.Module, x: Tensor, y: Tensor, radius: Tensor, num_steps: int,
     project = projection(x, bound, "linf")
     x_adv = x.clone()
     found = torch.zeros_like(y, dtype=torch.bool)
-    for _ in range(num_steps):
+    for step in range(num_steps):
+        if step and bool(found.all()):
+            break
         x_adv.requires_grad_()
         with torch.enable_grad():
             gradient, = torch.autograd.grad(cross_entropy(bare(x_adv), y).sum(), x_adv)
@@ -68,6 +70,4 @@ def _bim(bare: nn.Module, x: Tensor, y: Tensor, radius: Tensor, num_steps: int,
         x_adv = choose(found, x_adv, moved)
         with torch.no_grad():
             found = misclassified(bare(x_adv), y)
-        if bool(found.all()):
-            break
     return x_adv, found

@@ -10,7 +10,6 @@ projection onto that hyperplane within the box [0, 1],
 
 and a misclassified x_{k+1} is drawn back towards x by a tenth. No random numbers: the first iterate is x.
 """
-import itertools
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from attacks.checks import check_at_least, check_batch, check_classes
 from attacks.frozen import frozen, predict
 from attacks.geometry import NORMS, TINY, choose, norm_of, per_example, radii
+from attacks.polish import duration, greedily
 from attacks.standing import Standing
 from losses.margin import logit_margin, misclassified, ranked_targets
 
@@ -28,7 +28,8 @@ BACKWARD = 0.9          # beta: what is left of the perturbation after a misclas
 SEARCH_STEPS = 3        # of the final search on the segment to x
 SHORT = 0.99            # share of the way to the crossing that a step goes: on it, rounding would decide
 COMPACT_EVERY = 5       # steps between two removals of the examples that are done
-LOOK_EVERY = 8          # Newton steps between two looks at whether they are at the root; most need 3 to 5
+NEWTON_ON = ("cpu",)     # where Newton's method takes a small part of a sort's time; elsewhere each of its
+                        # looks at whether it is at the root would be a wait for the device
 
 
 def fab_targeted(model: nn.Module, x: Tensor, y: Tensor, *, norm: str = "linf", num_steps: int = 100,
@@ -84,16 +85,28 @@ def project_box(x: Tensor, w: Tensor, c: Tensor, norm: str) -> Tensor:
     sign = -torch.sign(c)[:, None] * w.sign()
     room = (sign.clamp_min(0.0) - x).abs_() * sign.abs()  # the way to 1 or to 0
     rate = w.abs()
-    step = _fill_by_rate(room, rate, c.abs()) if norm == "l1" else _fill_evenly(room, rate, c.abs(), norm)
+    step = greedily(rate, room, c.abs()) if norm == "l1" else _fill_evenly(room, rate, c.abs(), norm)
     return (x + sign * step).clamp_(0.0, 1.0)
 
 
 def _fill_evenly(room: Tensor, rate: Tensor, amount: Tensor, norm: str) -> Tensor:
     """min(room, lambda * g), g = 1 ("linf") or rate ("l2"), where sum(rate * min(room, lambda * g)) = amount.
 
+    An amount beyond reach leads to lambda = inf, hence to room.
+    """
+    if room.device.type in NEWTON_ON:
+        level = _by_newton(room, rate, amount, norm)
+    else:
+        level = duration(rate, torch.ones_like(rate) if norm == "linf" else rate, room, amount)
+    level = level[:, None].clamp_max(torch.finfo(room.dtype).max)
+    return torch.minimum(room, level if norm == "linf" else level * rate)
+
+
+def _by_newton(room: Tensor, rate: Tensor, amount: Tensor, norm: str) -> Tensor:
+    """The lambda of `_fill_evenly`, [B].
+
     The sum is concave and piecewise linear in lambda, so Newton's method from 0 approaches the root from
-    below, and is there as soon as no further coordinate fills its room. An amount beyond reach leads to
-    lambda = inf, hence to room.
+    below, and is there as soon as no further coordinate fills its room.
     """
     slope = rate if norm == "linf" else rate.square()
     knee = room if norm == "linf" else room / rate.clamp_min(TINY)
@@ -102,26 +115,14 @@ def _fill_evenly(room: Tensor, rate: Tensor, amount: Tensor, norm: str) -> Tenso
     count = torch.full_like(amount, -1.0)
     full = torch.empty_like(knee)  # 0 or 1: arithmetic on a bool would cast it anew each time
     open_ = torch.empty_like(knee)
-    every = 1 if room.device.type == "cpu" else LOOK_EVERY  # at the root a step of Newton's changes nothing
-    for number in itertools.count():
+    while True:
         filled = torch.le(knee, level[:, None], out=full).sum(1)
-        if number % every == every - 1 and bool((filled == count).all()):
-            break
+        if torch.equal(filled, count):
+            return level
         count = filled
         rest = torch.gt(knee, level[:, None], out=open_).mul_(slope).sum(1)
         missing = (amount - full.mul_(gain).sum(1)).clamp_min_(0.0)
         level = torch.maximum(level, torch.where(rest > TINY * scale, missing / rest, torch.inf))
-    level = level[:, None].clamp_max(torch.finfo(room.dtype).max)
-    return torch.minimum(room, level if norm == "linf" else level * rate)
-
-
-def _fill_by_rate(room: Tensor, rate: Tensor, amount: Tensor) -> Tensor:
-    order = rate.argsort(dim=1, descending=True)
-    rate, room = rate.gather(1, order), room.gather(1, order)
-    gain = rate * room
-    before = gain.cumsum(1) - gain
-    step = torch.minimum(room, (amount[:, None] - before).clamp_min_(0.0) / rate.clamp_min(TINY))
-    return torch.zeros_like(step).scatter_(1, order, step)
 
 
 @dataclass
@@ -143,8 +144,9 @@ def _walk_to(model, x: Tensor, y: Tensor, target: Tensor, enough: Tensor, norm: 
                  torch.full_like(enough, torch.inf))
     found, distance = x.clone(), walk.distance.clone()
     for k in range(num_steps):
-        if k % COMPACT_EVERY == 0 and not walk.keep(~(walk.distance <= walk.enough), (found, walk.found),
-                                                    (distance, walk.distance)):
+        done = walk.distance <= walk.enough
+        if k and k % COMPACT_EVERY == 0 and not walk.keep(~done, (found, walk.found),
+                                                          (distance, walk.distance)):
             return found, distance
         _step(model, walk, norm)
     found[walk.row] = walk.found
@@ -156,7 +158,7 @@ def _step(model, walk: _Walk, norm: str) -> None:
     x, x_k = walk.x.flatten(1), walk.x_adv.flatten(1)
     w, c = _linearise(model, walk.x_adv, walk.y, walk.target)
     w, at_x = w.flatten(1), c + (w.flatten(1) * (x - x_k)).sum(1)
-    points = torch.cat([x_k, x])  # both projections at once: another wait for the device
+    points = torch.cat([x_k, x])  # both projections at once
     d_k, d = (project_box(points, w.repeat(2, 1), torch.cat([c, at_x]), norm) - points).chunk(2)
     length_k, length = norm_of(d_k, norm), norm_of(d, norm)
     alpha = (length_k / (length_k + length).clamp_min(TINY)).clamp_max(ALPHA_MAX)[:, None]

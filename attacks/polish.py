@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from attacks.checks import check_classes
 from attacks.frozen import frozen
-from attacks.geometry import norm_of
+from attacks.geometry import choose, norm_of
 from attacks.minimal import check_arguments, descend
 from losses.margin import misclassified, ranked_targets
 
@@ -39,17 +39,17 @@ def polish(model: nn.Module, x: Tensor, y: Tensor, x_adv: Tensor, *, norm: str, 
         with torch.no_grad():
             logits = bare(result)
             check_classes(y, logits)
-            active = misclassified(logits, y).nonzero().squeeze(1)
+            active = misclassified(logits, y)
         for _ in range(num_steps):
-            if not len(active):
+            rows = active.nonzero().squeeze(1)  # the one wait for the device
+            if not len(rows):
                 break
-            here, clean, label = result[active], x[active], y[active]
+            here, clean, label = result[rows], x[rows], y[rows]
             before = norm_of(here - clean, norm)
             moved = _line_search(bare, here, _behind_boundary(bare, clean, label, here, norm), label)
             after = norm_of(moved - clean, norm)
-            closer = after < before
-            result[active[closer]] = moved[closer]
-            active = active[after < before * (1 - STALLED)]
+            result[rows] = choose(after < before, moved, here)
+            active[rows] = after < before * (1 - STALLED)
     return result
 
 
@@ -66,16 +66,11 @@ def _behind_boundary(bare: nn.Module, x: Tensor, y: Tensor, x_adv: Tensor, norm:
 @torch.no_grad()
 def _line_search(bare: nn.Module, x_adv: Tensor, goal: Tensor, y: Tensor) -> Tensor:
     """The first of goal, (goal + x_adv) / 2, ... that is misclassified, x_adv where none of them is."""
-    result = x_adv.clone()
-    pending = torch.arange(len(y), device=y.device)
-    share = 1.0
-    for _ in range(HALVINGS):
-        trial = (x_adv[pending] + share * (goal[pending] - x_adv[pending])).clamp_(0, 1)
-        wrong = misclassified(bare(trial), y[pending])
-        result[pending[wrong]] = trial[wrong]
-        pending, share = pending[~wrong], share / 2
-        if not len(pending):
-            break
+    result, pending = x_adv, torch.ones_like(y, dtype=torch.bool)
+    for number in range(HALVINGS):
+        trial = (x_adv + 0.5**number * (goal - x_adv)).clamp_(0, 1)
+        found = pending & misclassified(bare(trial), y)
+        result, pending = choose(found, trial, result), pending & ~found
     return result
 
 
@@ -90,14 +85,14 @@ def nearest_loss(x: Tensor, gradient: Tensor, level: Tensor, norm: str) -> Tenso
     weight = gradient.flatten(1).abs()  # [B, D]
     room = torch.where(gradient > 0, x, 1 - x).flatten(1)
     if norm == "l1":
-        moved = _greedily(weight, room, level)
+        moved = greedily(weight, room, level)
     else:
         speed = torch.ones_like(weight) if norm == "linf" else weight
-        moved = torch.minimum(speed * _duration(weight, speed, room, level)[:, None], room)
+        moved = torch.minimum(speed * duration(weight, speed, room, level)[:, None], room)
     return -gradient.sign() * moved.view_as(x)
 
 
-def _greedily(weight: Tensor, room: Tensor, level: Tensor) -> Tensor:
+def greedily(weight: Tensor, room: Tensor, level: Tensor) -> Tensor:
     """How far each pixel goes, the most effective first, until sum weight * moved = level.  -> [B, D]."""
     ranked, order = weight.sort(dim=1, descending=True, stable=True)
     gain = ranked * room.gather(1, order)
@@ -106,7 +101,7 @@ def _greedily(weight: Tensor, room: Tensor, level: Tensor) -> Tensor:
     return torch.zeros_like(weight).scatter_(1, order, torch.minimum(moved, room.gather(1, order)))
 
 
-def _duration(weight: Tensor, speed: Tensor, room: Tensor, level: Tensor) -> Tensor:
+def duration(weight: Tensor, speed: Tensor, room: Tensor, level: Tensor) -> Tensor:
     """The least s with sum weight * min(speed * s, room) >= level, inf where there is none.  -> [B]."""
     ends, order = torch.where(weight > 0, room / speed.clamp(min=1e-30),
                               torch.full_like(room, torch.inf)).sort(dim=1)

@@ -281,7 +281,8 @@ class _Pool:
                 nothing = torch.where(result.misclassified, 0.0, torch.inf).double()
                 single = result.single[norm].setdefault(name, nothing)
                 single[self.rows] = torch.minimum(single[self.rows], distance)
-                result.winner[norm][self.rows[better]] = result.attacks.index(name)
+                number = result.attacks.index(name)
+                result.winner[norm][self.rows] = torch.where(better, number, result.winner[norm][self.rows])
                 result.distance[norm][self.rows] = self.distance[norm]
                 result.x_adv[norm][self.rows] = self.nearest[norm]
 

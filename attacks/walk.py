@@ -86,8 +86,7 @@ class _Restoring:
         height, width = self.sizes
         rows = min(max(round(math.sqrt(share * height * width)), 1), height)
         columns = min(max(round(share * height * width / rows), 1), width)
-        ends = draws.new_tensor([height - rows + 1, width - columns + 1])
-        top, left = (draws[:, :2] * ends).long().unbind(1)
+        top, left = (draws[:, 0] * (height - rows + 1)).long(), (draws[:, 1] * (width - columns + 1)).long()
         down, right = (torch.arange(n, device=draws.device) for n in (rows, columns))
         pixels = (top * width + left)[:, None, None] + down[:, None] * width + right
         return pixels.flatten(1)[:, None].expand(-1, self.clean.shape[1], -1)

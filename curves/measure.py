@@ -84,7 +84,7 @@ def measure(model: nn.Module, x: Tensor, y: Tensor, norms: tuple[str, ...], atta
         sizes = norms_of(candidate.double() - x[rows].double())
         adversarial = misclassified(found, y[rows])
         for norm in norms:
-            better = adversarial & (sizes[norm] < distance[norm][rows])
+            better = (adversarial & (sizes[norm] < distance[norm][rows])).nonzero().squeeze(1)
             for target, new in ((distance, sizes[norm]), (margin, value), (x_adv, candidate),
                                 (winner, candidates.winner[source])):
                 target[norm][rows[better]] = new[better]

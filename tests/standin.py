@@ -225,12 +225,15 @@ def _note(counter: collections.Counter, what: str) -> None:
 
 
 def place() -> str:
-    """FILE:LINE of the innermost frame in the project."""
+    """FILE:LINE FUNCTION of the innermost frame in the project; a comprehension's is that around it."""
     frame = sys._getframe(1)
     while frame is not None:
         file = frame.f_code.co_filename
         if file.startswith(str(ROOT)) and not file.startswith(OWN):
-            return f"{os.path.relpath(file, ROOT)}:{frame.f_lineno} {frame.f_code.co_name}"
+            line = frame.f_lineno
+            while frame.f_code.co_name.startswith("<") and frame.f_back.f_code.co_filename == file:
+                frame = frame.f_back
+            return f"{os.path.relpath(file, ROOT)}:{line} {frame.f_code.co_name}"
         frame = frame.f_back
     return "elsewhere"
 

@@ -1,4 +1,5 @@
 """A script on the CPU and on the stand-in, in one process that has both: what it wrote, where it waited."""
+import collections
 import concurrent.futures
 import contextlib
 import functools
@@ -15,9 +16,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from attacks import catalogue
+from attacks import autoattack, catalogue, fab
+from attacks.apgd import apgd
 from attacks.frozen import predict
 from attacks.pgd import pgd
+from attacks.polish import polish
+from attacks.pool import BUDGETS, Budget, minimal_distances
+from attacks.walk import walk
 from harness.config import parse_config
 from harness.datasets.batches import load_dataset, to_unit
 from harness.evaluation import sanity
@@ -26,6 +31,7 @@ from harness.reporting import figures
 from harness.training import fused, steps
 from harness.training.precision import TrainingPrecision
 from harness.training.run import Run
+from models import build_model
 from tests import forks, standin
 
 # a layer of every kind that the attack's view knows: BatchNorm behind a convolution and before one, pooling
@@ -64,6 +70,9 @@ FEW = {"apgd": {"num_steps": 8}, "apgd_targeted": {"num_steps": 6, "num_targets"
        "fab_targeted": {"num_steps": 6, "num_targets": 2}, "square": {"num_queries": 60},
        "md": {"num_steps": 6, "change_step": 2}, "mdmt": {"num_steps": 6, "change_step": 2, "num_targets": 2},
        "spsa": {"num_steps": 2, "num_samples": 32}, "fmn": {"num_steps": 8}}
+# and the pool, in which every attack has its turn
+BUDGETS["fast"] = Budget(num_steps=4, target_steps=3, num_targets=2, num_rounds=2, round_steps=3,
+                         polish_steps=2, num_queries=20, num_walks=1, thorough=True)
 
 
 @dataclass
@@ -75,6 +84,23 @@ class Found:
     copies: dict[str, int] = field(default_factory=dict)
     queued: dict[str, int] = field(default_factory=dict)
     casts: dict[str, int] = field(default_factory=dict)
+
+    def counts(self):
+        """Waits, copies and queued copies by "FILE: FUNCTION"."""
+        return {name: _by_function(getattr(self, name)) for name in ("waits", "copies", "queued")}
+
+    def places(self):
+        """Where it waited or copied, each a "FILE: FUNCTION"."""
+        counts = self.counts()
+        return counts["waits"].keys() | counts["copies"].keys()
+
+
+def _by_function(counts):
+    found = collections.Counter()
+    for place, count in counts.items():  # FILE:LINE FUNCTION: OPERATION
+        file, _, line_and_function = place.split(": ")[0].partition(":")
+        found[f"{file}: {line_and_function.split(' ')[-1]}"] += count
+    return dict(found)
 
 
 def child():
@@ -89,6 +115,7 @@ def _begin():
     fused.ENABLED = False                    # the CPU takes the same forms as a GPU
     fused._is_elsewhere = lambda kind: True
     fused.is_plain = lambda tensor: True     # a stand-in's tensor too
+    fab.NEWTON_ON = ()
     for name, few in FEW.items():
         setattr(catalogue, name, functools.partial(getattr(catalogue, name), **few))
     sanity.STEPS, sanity.RADII = (0, 1, 2), (1.0,)
@@ -111,33 +138,60 @@ def trained(script, words, folder, mutation=None):
     return _found([name for name in same if not is_equal(found["cpu"].get(name), found["cuda"].get(name))])
 
 
-def evaluated(script, words, folder):
-    """Train a network on the CPU and evaluate it there and on the stand-in, by attacks of a few steps."""
+def evaluated(script, words, folder, written="{}.npz"):
+    """Train a network on the CPU and evaluate it there and on the stand-in, by attacks of a few steps.
+
+    written: the file of what was found, of `--out {}.json` or {}.
+    """
     os.chdir(folder)
     Path("net.py").write_text(NET)
     if not Path("run").exists():
         _run("train_at_mnist", ("--recipe", "digits", "--model", "net.py:plain", "--epochs", 1, "--val_size",
                                 40, "--epsilon_warmup_epochs", 0, "--num_steps", 1, "--precision", "float32",
                                 "--out_dir", "run"), "cpu")
-    written = {}
+    found = {}
     for device in ("cpu", "cuda"):
-        _run(script, (*words, "--out", f"{device}.json"), device)
-        written[device] = dict(np.load(f"{device}.npz"))
-    return _found([name for name in written["cpu"]
-                   if not np.array_equal(written["cpu"][name], written["cuda"][name])])
+        _run(script, (*words, "--out", device if "/" in written else f"{device}.json"), device)
+        found[device] = dict(np.load(written.format(device)))
+    return _found([name for name in found["cpu"]
+                   if found["cpu"][name].tobytes() != found["cuda"][name].tobytes()])
 
 
 def attacked(attack, arguments):
     """The adversaries of attack(model, x, y, **arguments) on the CPU and on the stand-in."""
     model, x, y = _digits_network()
     expected = attack(model, x, y, **arguments)
-    with standin.StandinMode(), standin.without_float64():
+    narrow = contextlib.nullcontext() if attack is pooled else standin.without_float64()
+    with standin.StandinMode(), narrow:
         model, x, y = model.to("cuda"), x.to("cuda"), y.to("cuda")
         pgd(model, x, y, epsilon=0.1, step_size=0.1, num_steps=1)  # the forms of the network are checked
         predict(model, x)
         standin.forget()
         found = attack(model, x, y, **arguments)
     return _found([] if is_equal(expected, standin.unwrapped(found)) else ["x_adv"])
+
+
+def walked(model, x, y, **options):
+    """The walk, from the images turned into their negatives."""
+    return walk(model, x, y, 1 - x, **options)
+
+
+def polished(model, x, y, **options):
+    """The polish of the images turned into their negatives."""
+    return polish(model, x, y, 1 - x, **options)
+
+
+def pooled(model, x, y):
+    """What the pool finds in every norm."""
+    found = minimal_distances(model, x, y, budget="fast", starts=[x.flip(0)])
+    return [found.distance, found.x_adv, found.winner, found.single]
+
+
+def ensembled(model, x, y, **task):
+    """An ensemble of two attacks."""
+    members = {"apgd": apgd, "fab": functools.partial(fab.fab_targeted, num_targets=2)}
+    members = [(name, functools.partial(attack, num_steps=6)) for name, attack in members.items()]
+    return autoattack.run_ensemble(model, x, y, members, **task)
 
 
 def _digits_network():
@@ -155,10 +209,16 @@ def _digits_network():
     return BatchInvariant(network.eval()), to_unit(data.test.images[:12]), data.test.labels[:12]
 
 
-def casts_in_a_step(mode):
-    """How many tensors one step more of an attack in bfloat16 casts; mode: of the network meanwhile."""
+def casts_in_a_step(mode, name=None):
+    """How many tensors one step more of an attack in bfloat16 casts; mode: of the network meanwhile.
+
+    name: a network of the scripts, on two images of 8 x 8 pixels.
+    """
     network, x, y = _digits_network()
-    network = TrainingPrecision(network.network, torch.bfloat16)
+    network = network.network
+    if name:
+        network, x, y = build_model(name, in_channels=1), x[:2, :, 10:18, 10:18], y[:2]
+    network = TrainingPrecision(network, torch.bfloat16)
     counts = []
     with standin.StandinMode():
         network, x, y = network.to("cuda"), x.to("cuda"), y.to("cuda")
@@ -198,7 +258,8 @@ def _run(script, words, device):
     with contextlib.ExitStack() as around, contextlib.redirect_stdout(io.StringIO()):
         if device == "cuda":
             around.enter_context(standin.StandinMode())
-            around.enter_context(standin.without_float64())
+            if script != "generate_robustness_curves":  # distances are float64
+                around.enter_context(standin.without_float64())
         module.main(parse_config(module.Config, words, getattr(module, "RECIPES", None)))
 
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
+from attacks import fab
 from attacks.fab import fab_targeted, project_box
 from attacks.geometry import inside, norm_of, radii
 from tests.attack_models import (
@@ -47,20 +48,43 @@ def nearest_distance(x, w, c, norm):
     return solved.fun
 
 
+@pytest.mark.parametrize("newton_on", (("cpu",), ()), ids=("newton", "sort"))
 @every_norm
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10**6), size=st.integers(1, 12), share=st.floats(-0.98, 0.98), flat=st.booleans())
-def test_the_projection_is_the_nearest_point_of_hyperplane_and_box(norm, seed, size, share, flat):
+def test_the_projection_is_the_nearest_point_of_hyperplane_and_box(norm, newton_on, seed, size, share,
+                                                                      flat):
     random = np.random.default_rng(seed)
     # ties, zeros and bounds
     x, w = random.random(size).round(1 if flat else 8), random.normal(size=size).round(0 if flat else 8)
     reach = np.maximum(w * (1 - x), -w * x).sum() if share < 0 else np.maximum(-w * (1 - x), w * x).sum()
     c = share * reach
-    z = project_box(torch.tensor(x)[None], torch.tensor(w)[None], torch.tensor([c]), norm)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fab, "NEWTON_ON", newton_on)
+        z = project_box(torch.tensor(x)[None], torch.tensor(w)[None], torch.tensor([c]), norm)
     assert z.min() >= 0 and z.max() <= 1
     assert float(w @ (z[0].numpy() - x) + c) == pytest.approx(0.0, abs=1e-8)
     assert (norm_of(z - torch.tensor(x), norm).item()
             == pytest.approx(nearest_distance(x, w, c, norm), rel=1e-6, abs=1e-7))
+
+
+@pytest.mark.parametrize("norm", ("linf", "l2"))
+@pytest.mark.parametrize(("dtype", "far"), ((torch.float32, 1e-5), (torch.float64, 1e-12)), ids=str)
+def test_newtons_method_and_the_sort_of_other_devices_give_the_same_point(norm, dtype, far, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(40, 300, generator=generator, dtype=dtype)
+    w = torch.randn(40, 300, generator=generator, dtype=dtype)
+    x[10:20], w[10:20] = x[10:20].round(), w[10:20].round()  # ties, zeros and bounds
+    # one room after the other, each half as wide, for which Newton takes the most steps
+    powers = torch.arange(300).clamp(max=20)
+    x[20:30], w[20:30] = 0.5**powers, 1.5**powers
+    reach = torch.where(w > 0, w * x, w * (x - 1)).sum(1)
+    c = reach * torch.linspace(0, 0.98, 40, dtype=dtype)
+    c[30:32] = 2 * reach[30:32] + 1
+    by_newton = project_box(x, w, c, norm)
+    monkeypatch.setattr(fab, "NEWTON_ON", ())
+    torch.testing.assert_close(project_box(x, w, c, norm), by_newton, rtol=0, atol=far)
+    assert not torch.equal(by_newton, x)
 
 
 @every_norm

@@ -3,6 +3,8 @@ import copy
 import os
 import random
 import shutil
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -10,11 +12,13 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import train_vir
+import train_yopo
 from attacks.frozen import frozen, predict
 from attacks.kappa import pgd_kappa
 from attacks.noise import example_keys
 from attacks.pgd import cross_entropy, first_iterate, pgd, steps, whole_step
-from harness.training.compilation import Compilation, distance, untouched
+from harness.training.compilation import Compilation, _network_pass, distance, untouched
+from harness.training.options import CompileOptions
 from harness.training.precision import TrainingPrecision
 from losses.divergence import kl_divergence
 from losses.margin import margin_weights
@@ -64,7 +68,7 @@ def objective_of(method, alpha=0.0):
         return cross_entropy(logits_adv, target[1])
 
     return {"at": (at, lambda model, x, y: y), "trades": (trades, lambda model, x, y: (predict(model, x), y)),
-            "vir": (vir, lambda model, x, y: (None, y))}[method]
+            "vir": (vir, lambda model, x, y: (None, y)), "iaat": (at, lambda model, x, y: y)}[method]
 
 
 OBJECTIVES = [("at", 0.0), ("at", 0.5), ("trades", 0.0), ("trades", 2.0), ("vir", 0.0)]
@@ -73,14 +77,16 @@ OBJECTIVES = [("at", 0.0), ("at", 0.5), ("trades", 0.0), ("trades", 2.0), ("vir"
 # ---- the step in one call ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("method", "norm"),
-                         [(method, "linf") for method in OBJECTIVES]
+                         [(method, "linf") for method in (*OBJECTIVES, ("iaat", 0.0))]
                          + [(method, "l2") for method in OBJECTIVES[1::2]], ids=str)
 def test_the_whole_step_is_one_graph_that_does_what_the_plain_one_does(method, norm):
     model, (x, y) = Network().train(), batch()
     loss_fn, target_of = objective_of(*method)
     radius = 0.1 if norm == "linf" else 0.8
+    if method[0] == "iaat":  # one an example
+        radius = torch.linspace(0.0, 0.2, len(x))[:, None, None, None]
     settings = {"x": x, "target": target_of(model, x, y), "loss_fn": loss_fn, "norm": norm}
-    tensors = {"epsilon": torch.tensor(radius), "step_size": torch.tensor(radius / 3)}
+    tensors = {name: torch.as_tensor(size) for name, size in (("epsilon", radius), ("step_size", radius / 3))}
     counter = CompileCounterWithBackend("eager")
     # which raises where a graph would break
     compiled = torch.compile(whole_step, backend=counter, dynamic=False, fullgraph=True)
@@ -116,7 +122,7 @@ def test_ramps_batches_and_new_closures_need_no_second_graph(method):
 
 @pytest.mark.parametrize(("name", "dtype"),
                          [("lenet", torch.float32), ("small_cnn", torch.bfloat16),
-                          ("resnet18", torch.bfloat16)],
+                          ("resnet18", torch.bfloat16), ("wrn34_10", torch.float32)],
                          ids=str)
 def test_the_networks_of_the_scripts_compile_whole(name, dtype):
     model = TrainingPrecision(build_model(name, 3, 1), dtype)
@@ -128,6 +134,22 @@ def test_the_networks_of_the_scripts_compile_whole(name, dtype):
         expected, found = steps(model, **settings)(x.clone())[0], compiled(model, x, **settings)[0]
     # signs that are rounding
     assert float((found != expected).float().mean()) < (0.01 if dtype == torch.float32 else 0.15)
+
+
+def test_the_pass_of_free_training_is_one_graph_that_gives_both_of_its_gradients():
+    model, (x, y) = TrainingPrecision(Network().train(), torch.float32), batch()
+    compiled = torch.compile(_network_pass, backend="eager", dynamic=False, fullgraph=True)
+    gradients = []
+    for run in (model.plain, partial(compiled, model)):
+        x_adv = x.clone().requires_grad_()
+        loss = cross_entropy(run(x_adv), y).mean()
+        gradients.append(torch.autograd.grad(loss, [x_adv, *model.parameters()]))
+    torch.testing.assert_close(*gradients)
+
+
+def test_yopo_has_no_step_to_compile():
+    """Its inner steps end each pass behind the first layer, in a hook, where a graph would break."""
+    assert not issubclass(train_yopo.Config, CompileOptions)
 
 
 # ---- the comparison ----------------------------------------------------------------------------------------
@@ -351,9 +373,11 @@ def test_the_compilers_own_step_is_used_and_attacks_as_the_plain_one():
         assert len(lines) == 1 and lines[0].startswith("torch.compile: the attack's step is compiled, ")
 
 
-@pytest.mark.parametrize("method", train_vir.METHODS)
-def test_the_weights_and_the_loss_of_every_method_are_one_graph(method):
+@pytest.mark.parametrize(("method", "weights"), [*((method, None) for method in train_vir.METHODS),
+                                                 ("at", "margin"), ("trades", "margin")])
+def test_the_weights_and_the_loss_of_every_method_are_one_graph(method, weights):
     cfg = train_vir.RECIPES[method]
+    cfg = replace(cfg, weights=weights or cfg.weights)
 
     def mean_loss(logits, logits_adv, y, kappa):
         weights = train_vir.instance_weights(logits, logits_adv, y, kappa, cfg.weights, cfg)
@@ -363,4 +387,6 @@ def test_the_weights_and_the_loss_of_every_method_are_one_graph(method):
     logits, logits_adv = torch.randn(2, 8, 10, generator=generator)
     given = logits_adv.requires_grad_(), torch.arange(8), torch.arange(8) % 5
     compiled = torch.compile(mean_loss, backend="eager", dynamic=False, fullgraph=True)
-    torch.testing.assert_close(compiled(logits, *given), mean_loss(logits, *given))
+    found, expected = compiled(logits, *given), mean_loss(logits, *given)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, logits_adv)[0] for loss in (found, expected)))

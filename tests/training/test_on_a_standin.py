@@ -31,16 +31,17 @@ def child():
         yield lambda function, *arguments: pool.submit(function, *arguments).result()
 
 
-@pytest.fixture
-def generated(tmp_path):
+def write_images(folder):
+    """The images of --extra_data."""
     random = np.random.default_rng(0)
-    np.savez(tmp_path / "extra.npz", image=random.integers(0, 256, (60, 28, 28, 1), dtype=np.uint8),
+    np.savez(folder / "extra.npz", image=random.integers(0, 256, (60, 28, 28, 1), dtype=np.uint8),
              label=random.integers(0, 10, 60))
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_script_trains_as_on_the_cpu_and_no_step_waits_for_the_device(name, child, tmp_path, generated):
+def test_a_script_trains_as_on_the_cpu_and_no_step_waits_for_the_device(name, child, tmp_path):
     script, *words = SCRIPTS[name]
+    write_images(tmp_path)
     found = child(standin_runs.trained, script, words, tmp_path)
     assert found.differs == []
     assert found.waits == found.copies == {}  # nothing in a step is justified
