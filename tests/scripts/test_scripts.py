@@ -264,6 +264,7 @@ def trained(script):
 QUICK = ("--num_steps", 3, "--num_restarts", 2, "--num_examples", 60)
 
 
+@pytest.mark.rendered
 def test_no_arguments_evaluate_the_newest_run(script, trained, capsys):
     script("train_at_cifar10", *TINY, "--model", "lenet", "--out_dir", "runs/second")
     os.utime(trained / "last.pt")
