@@ -33,13 +33,15 @@ def sketch(figure, path):
 
 
 @pytest.fixture(autouse=True)
-def sketched(request, monkeypatch):
+def sketched(request):
     """Figures of training and evaluation are composed and not rendered, in forks too: it takes a second each.
 
-    The marker `rendered` has them rendered.
+    The marker `rendered` has them rendered. A patch of its own leaves the tests' order of undoing theirs.
     """
-    if not request.node.get_closest_marker("rendered"):
-        monkeypatch.setattr(figures, "save", sketch)
+    with pytest.MonkeyPatch.context() as patch:
+        if not request.node.get_closest_marker("rendered"):
+            patch.setattr(figures, "save", sketch)
+        yield
 
 
 @pytest.fixture
