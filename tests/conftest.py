@@ -16,11 +16,32 @@ import pytest
 from PIL import Image
 
 from harness.config import parse_config
+from harness.reporting import figures
 from tests import forks
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ("--dataset", "digits", "--val_size", "40", "--num_steps", "2", "--val_num_steps", "2",
         "--max_batches", "2", "--epochs", "1")
+
+
+def sketch(figure, path):
+    """In place of `harness.reporting.figures.save`: the file begins as a picture does, and is none."""
+    from matplotlib import pyplot
+
+    path.write_bytes(b"\x89PNG")
+    pyplot.close(figure)
+
+
+@pytest.fixture(autouse=True)
+def sketched(request):
+    """Figures of training and evaluation are composed and not rendered, in forks too: it takes a second each.
+
+    The marker `rendered` has them rendered. A patch of its own leaves the tests' order of undoing theirs.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if not request.node.get_closest_marker("rendered"):
+            patch.setattr(figures, "save", sketch)
+        yield
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from conftest import TINY
 from PIL import Image
 from scipy.io import loadmat, savemat
 
+from attacks import pool
 from attacks.bim import bim_bisection
 from curves import exact, mat
 from curves import store as curve_store
@@ -75,7 +76,8 @@ def run(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_published_command_line_runs_unchanged(shell, tmp_path, network):
+def test_the_published_command_line_runs_unchanged(shell, tmp_path, network, monkeypatch):
+    monkeypatch.setitem(pool.BUDGETS, "standard", pool.BUDGETS["fast"])  # the fork has it too
     done = shell(SCRIPT, "--dataset=digits", "--n_points=1", f"--model_path={network}", "--nn_type=cnn",
                  "--norms", "inf", "2", "1", "--save=True", "--plot=True")
     assert done.returncode == 0, done.stderr
@@ -159,16 +161,27 @@ def test_an_interrupted_run_goes_on_with_the_points_that_are_left(run, network, 
 
 
 def test_the_curve_is_checked_and_a_stopped_check_goes_on(run, network, monkeypatch, capsys):
-    options = ("--dataset", "digits", "--n_points", 12, "--model", network, "--norms", "inf",
-               "--check_points", 4, "--check_radii", 3, "--budget", "original", "--no-plot")
+    options = ("--dataset", "digits", "--n_points", 12, "--model", network, "--check_points", 4,
+               "--check_radii", 3, "--budget", "original", "--no-plot")
     script = importlib.import_module("generate_robustness_curves")
-    reach = {"linf": 0.02}  # an attack in place of AutoAttack, so that this takes no minute
-    monkeypatch.setattr(script, "autoattack", lambda model, x, y, epsilon, norm, keys: (
-        x + reach[norm] * (1 - 2 * x.round())))
+    asked = set()
+
+    def steps(model, x, y, epsilon, norm, keys):  # in place of AutoAttack, so that this takes no minute
+        asked.add(norm)
+        assert epsilon.shape == y.shape == keys.shape[:1]
+        direction = (1 - 2 * x.round()).flatten(1)
+        order = {"linf": np.inf, "l2": 2, "l1": 1}[norm]
+        size = epsilon / torch.linalg.vector_norm(direction, order, dim=1)
+        return x + (size[:, None] * direction).view_as(x)
+
+    monkeypatch.setattr(script, "autoattack", steps)
     run(*options, "--out", "checked")
-    summary = json.loads(Path("checked/summary.json").read_text())["models"]["digits"]["norms"]["linf"]
-    assert summary["check"]["points"] == 4 and len(summary["check"]["radii"]) == 3
-    assert "digits, linf: 4 points checked" in capsys.readouterr().out
+    norms = json.loads(Path("checked/summary.json").read_text())["models"]["digits"]["norms"]
+    said = capsys.readouterr().out
+    assert asked == {"linf", "l2", "l1"}
+    for norm in asked:
+        assert norms[norm]["check"]["points"] == 4 and len(norms[norm]["check"]["radii"]) == 3
+        assert f"digits, {norm}: 4 points checked" in said
     assert json.loads(Path("checked/config.json").read_text())["check_points"] == 4
 
     def stops(*_, **__):

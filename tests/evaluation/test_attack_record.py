@@ -1,15 +1,10 @@
 """The record on disk: the same for any batch size, shard or interruption; who is attacked;
 what counts as an adversary."""
-import os
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from conftest import ROOT
 from torch import nn
 
 from attacks.catalogue import members_of, strong_attacks, weighted_attacks
@@ -23,6 +18,7 @@ from harness.evaluation.attacking import Task, count_left, inspect, run
 from harness.evaluation.predictions import BatchInvariant
 from losses.margin import cw_loss
 from models import build_model
+from tests import forks
 
 COUNT, EPSILON = 60, 0.1
 
@@ -114,28 +110,27 @@ def test_the_margin_of_a_broken_example_is_that_of_the_last_step(tmp_path):
     assert torch.equal(late["margin"][~fallen].nan_to_num(), early["margin"][~fallen].nan_to_num())
 
 
-PROGRAM = f"""
-import sys
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}, {str(ROOT / "tests" / "evaluation")!r}]
-import time, test_attack_record
-from pathlib import Path
-slow = lambda *args: (time.sleep(0.05), test_attack_record.short_pgd(*args))[1]
-test_attack_record.measured(Path(sys.argv[1]), 2, attacks={{"a": test_attack_record.Fake(slow),
-                     "b": test_attack_record.Fake(slow, everyone=True, num_restarts=2)}})
-"""
+def slowly(folder):
+    """The usual attacks, with time between the batches to be killed in."""
+    def slow(*task):
+        time.sleep(0.05)
+        return short_pgd(*task)
+
+    torch.set_num_threads(1)
+    measured(folder, 2, attacks={"a": Fake(slow), "b": Fake(slow, everyone=True, num_restarts=2)})
 
 
 @pytest.mark.slow
 def test_a_record_killed_twice_goes_on_to_the_same_one(tmp_path):
     whole, killed = measured(tmp_path / "whole", 2), tmp_path / "killed"
     for name in ("a", "b"):
-        process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(killed)],
-                                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+        process = forks.FORK.Process(target=slowly, args=(killed,))
+        process.start()
         deadline = time.monotonic() + 60
         while len(list((killed / name).glob("*.npz"))) < 3 and time.monotonic() < deadline:
             time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
     assert 3 <= len(list((killed / "b").glob("*.npz"))) < 30
     assert same(whole, measured(killed, 2))
 

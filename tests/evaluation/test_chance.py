@@ -107,6 +107,7 @@ def test_at_its_end_a_run_has_no_more_time():
 
 DIES = ("--dataset", "digits", "--val_size", 40, "--num_steps", 2, "--val_num_steps", 2, "--epochs", 6,
         "--epsilon_warmup_epochs", 0, "--max_grad_norm", 0, "--lr", 1.5)
+STUCK = (*DIES, "--lr", 0, "--num_steps", 1, "--val_num_steps", 1)
 QUICK = ("--num_steps", 3, "--num_restarts", 1, "--num_examples", 200)
 
 
@@ -142,14 +143,14 @@ def test_a_run_made_to_die_is_named_while_it_runs_at_its_end_and_wherever_its_nu
 
 
 def test_the_best_checkpoint_of_a_run_that_never_left_chance_is_named_too(script, capsys):
-    script("train_at_mnist", *DIES, "--lr", 0, "--out_dir", "run")
+    script("train_at_mnist", *STUCK, "--out_dir", "run")
     last = capsys.readouterr().out.splitlines()[-1]
     assert "last.pt and best.pt in run are at chance" in last and "since epoch 1 " in last
     assert torch.load("run/best.pt", weights_only=True)["epochs_at_chance"] > 0
 
 
 def test_a_strong_evaluation_of_a_network_at_chance_is_suspicious(script):
-    script("train_at_mnist", *DIES, "--epochs", 1, "--lr", 0, "--out_dir", "run")
+    script("train_at_mnist", *STUCK, "--epochs", 1, "--out_dir", "run")
     script("eval_mnist", *QUICK, "--checkpoint", "run/last.pt", "--attacks", "fgsm", "--out", "r.json")
     assert "above chance" in json.loads(Path("r.json").read_text())["verdict"]
 
@@ -177,14 +178,14 @@ def test_stop_on_collapse_ends_the_run_and_so_does_its_resumption(script, capsys
 
 def test_a_run_that_collapses_in_its_last_epochs_fails_too(script, capsys):
     with pytest.raises(Collapsed, match="has ended at chance, where it has been since epoch 1"):
-        script("train_at_mnist", *DIES, "--epochs", 4, "--lr", 0, "--lr_warmup_epochs", 3,
-               "--stop_on_collapse", "--out_dir", "run")
+        script("train_at_mnist", *STUCK, "--epochs", 4, "--lr_warmup_epochs", 3, "--stop_on_collapse",
+               "--out_dir", "run")
     assert len(read_log("run")) == 4 and "finished, COLLAPSED" in capsys.readouterr().out
 
 
 @pytest.mark.slow
 def test_under_torchrun_a_collapsed_run_keeps_its_last_epoch(shell, torchrun, tmp_path):
-    flags = (*DIES, "--epochs", 12, "--lr", 0, "--stop_on_collapse", "--device", "cpu")
+    flags = (*STUCK, "--epochs", 12, "--stop_on_collapse", "--device", "cpu")
     done = torchrun("train_at_mnist.py", *flags, "--out_dir", "two")
     assert done.returncode != 0 and "last.pt and best.pt in two are at chance" in done.stderr
     alone = shell("train_at_mnist.py", *flags, "--out_dir", "one")
@@ -196,7 +197,7 @@ def test_a_seed_that_collapses_does_not_end_the_others(monkeypatch, tmp_path, ca
     import train_at_mnist
 
     monkeypatch.chdir(tmp_path)
-    flags = (*DIES, "--epochs", 4, "--lr", 0, "--stop_on_collapse", "--seeds", 1, 2, "--out_dir", "runs")
+    flags = (*STUCK, "--epochs", 4, "--stop_on_collapse", "--seeds", 1, 2, "--out_dir", "runs")
     monkeypatch.setattr(sys, "argv", ["train_at_mnist.py", *map(str, flags)])
     with pytest.raises(SystemExit) as ended:
         run_script(train_at_mnist.main, train_at_mnist.Config, train_at_mnist.RECIPES)

@@ -559,6 +559,7 @@ def results_of(*names):
             {name: examples for name, (_, examples) in found.items()})
 
 
+@pytest.mark.rendered
 def test_a_result_is_written_with_the_examples_and_figures_of_every_checkpoint(tmp_path, capsys):
     results, examples = results_of(*CHECKPOINTS)
     report.write(tmp_path / "eval.json", results, examples)

@@ -68,6 +68,7 @@ def same(left, right):
     return left.keys() == right.keys() and all(np.array_equal(left[key], right[key]) for key in exact)
 
 
+@pytest.mark.rendered
 def test_the_report(evaluated, capsys):
     examples = evaluated("r.json", "--num_spsa_examples", 10, "--save_adversaries")
     result, printed = json.loads(Path("r.json").read_text()), capsys.readouterr().out

@@ -106,6 +106,7 @@ def test_an_evaluation_needs_its_architecture_before_its_data(script, monkeypatc
 
 
 @pytest.mark.skipif(os.name == "nt" or sys.platform == "darwin", reason="there a name is always Unicode")
+@pytest.mark.rendered
 def test_names_that_are_not_utf_8_are_names(script, tmp_path):
     odd = os.fsdecode(b"d\xe9")
     for split, count in (("train", 8), ("test", 3)):

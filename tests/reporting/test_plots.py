@@ -16,6 +16,7 @@ from harness.errors import UserError
 from harness.evaluation.metrics import WEIGHT_EDGES, WeightStatistics
 from harness.reporting import figures as plots
 
+pytestmark = pytest.mark.rendered
 NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 

@@ -97,7 +97,7 @@ def test_a_curve_killed_at_random_moments_has_the_same_distances(script, seed=0,
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "number", "words", "says"), [
-    *(("train_at_mnist", number, ("--recipe", "digits", "--out_dir", "out"),
+    *(("train_at_mnist", number, ("--recipe", "digits", "--val_num_steps", 1, "--out_dir", "out"),
        "go on with: python train_at_mnist.py --resume out")
       for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)),
     ("eval_mnist", signal.SIGHUP, (*EVAL, "--num_steps", 2000, "--out", "out.json"),
@@ -105,7 +105,8 @@ def test_a_curve_killed_at_random_moments_has_the_same_distances(script, seed=0,
     ("generate_robustness_curves", signal.SIGTERM, (*CURVE, "--n_points", 360, "--out", "out"),
      "go on with: python generate_robustness_curves.py compute --resume out")])
 def test_a_signal_says_how_to_go_on(name, number, words, says, script):
-    script("train_at_mnist", *TINY, "--out_dir", "run")
+    if name != "train_at_mnist":
+        script("train_at_mnist", *TINY, "--out_dir", "run")
     process, = start(f"{name}.py", words)
     deadline = time.monotonic() + 60
     wanted = {"train_at_mnist": "out/last.pt", "eval_mnist": "out.record/config.json",

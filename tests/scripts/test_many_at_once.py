@@ -102,6 +102,17 @@ class Net(torch.nn.Module):
 """
 LATE = """
 import os, time, torch
+def runs(name):
+    try:
+        with open(name) as file:
+            os.kill(int(file.read()), 0)
+    except (FileNotFoundError, ProcessLookupError) as error:
+        return isinstance(error, FileNotFoundError)  # it has yet to begin
+    return True
+if os.environ["RANK"] == "1":
+    with open("second.tmp", "w") as file:
+        file.write(str(os.getpid()))
+    os.rename("second.tmp", "second")
 class Net(torch.nn.Module):
     waited = False
     def __init__(self):
@@ -110,7 +121,8 @@ class Net(torch.nn.Module):
     def forward(self, x):
         if not Net.waited and os.environ["RANK"] == "0" and os.path.exists("result.record/config.json"):
             Net.waited = True
-            time.sleep(20)
+            while runs("second"):
+                time.sleep(0.01)
         return self.fc(x.flatten(1))
 """
 

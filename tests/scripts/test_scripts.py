@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from harness.errors import RunError, UserError
 from models import build_model
+from tests import forks
 
 TWINS = [("train_at_mnist", "train_at_cifar10"), ("train_trades_mnist", "train_trades_cifar10"),
          ("eval_mnist", "eval_cifar10")]
@@ -96,7 +98,7 @@ def test_two_batches_leave_a_complete_run(name, alpha, script):
 
 def test_training_lowers_the_loss_and_beats_chance(script):
     script("train_at_mnist", "--recipe", "digits", "--epochs", 12, "--epsilon_warmup_epochs", 4,
-           "--num_steps", 4, "--out_dir", "run")
+           "--num_steps", 4, "--val_num_steps", 5, "--val_step_size", 0.04, "--out_dir", "run")
     rows = read_log(Path("run"))
     assert float(rows[-1]["train_loss"]) < 0.7 * float(rows[0]["train_loss"])
     assert float(rows[-1]["val_A_rob"]) > 30
@@ -256,16 +258,26 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(script):
 
 # ---- evaluation --------------------------------------------------------------------------------------------
 
+@pytest.fixture(scope="module")
+def first_run(tmp_path_factory):
+    """The folder of a run, trained once."""
+    place = tmp_path_factory.mktemp("trained")
+    done = forks.run("train_at_mnist.py", "--recipe", "digits", "--epochs", 4, "--num_steps", 2,
+                     "--epsilon_warmup_epochs", 0, "--lr", 0.1, "--epsilon", 0.05, "--out_dir", "runs/first",
+                     cwd=place)
+    assert done.returncode == 0, done.stderr
+    return place / "runs/first"
+
+
 @pytest.fixture
-def trained(script):
-    script("train_at_mnist", "--recipe", "digits", "--epochs", 4, "--num_steps", 2,
-           "--epsilon_warmup_epochs", 0, "--lr", 0.1, "--epsilon", 0.05, "--out_dir", "runs/first")
-    return Path("runs/first")
+def trained(script, first_run):
+    return Path(shutil.copytree(first_run, "runs/first"))
 
 
 QUICK = ("--num_steps", 3, "--num_restarts", 2, "--num_examples", 60)
 
 
+@pytest.mark.rendered
 def test_no_arguments_evaluate_the_newest_run(script, trained, capsys):
     script("train_at_cifar10", *TINY, "--model", "lenet", "--out_dir", "runs/second")
     os.utime(trained / "last.pt")
