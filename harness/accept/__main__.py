@@ -8,6 +8,7 @@ The exit code is 1 if a check fails. The JSON file holds every figure: send it w
 same command goes on with the checks that the file lacks.
 """
 import contextlib
+import gc
 import io
 import shlex
 import signal
@@ -23,7 +24,7 @@ from typing import Any
 from harness.accept import arithmetic, attacks, machine, training
 from harness.accept.check import Check, NotChecked, Site, networks
 from harness.config import run_script
-from harness.device import choose_device, environment, is_real_gpu
+from harness.device import choose_device, environment, is_real_gpu, release_memory
 from harness.errors import RunError, UserError
 from harness.evaluation.report import dumps
 from harness.folder import rows_so_far, write_text
@@ -56,6 +57,8 @@ def main(cfg: Config) -> None:
             with tempfile.TemporaryDirectory() as folder:
                 site = Site(device, is_real_gpu(device), Path(folder), networks())
                 rows[check.name] = row_of(check, site)
+            gc.collect()
+            release_memory(device)  # the next may be in a process of its own
             result = facts | {"checks": [*rows.values()]}
             write_text(Path(cfg.out), dumps(result))  # the next may take minutes
         print(line_of(rows[check.name]), flush=True)

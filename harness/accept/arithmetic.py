@@ -51,5 +51,5 @@ def noise(site: Site) -> Found:
     return Found(uniform == 0 and apart <= 1e-5, text, {"uniform": uniform, "normal": apart})
 
 
-CHECKS = (Check("float32", "float32 is float32", float32, seconds=10),
+CHECKS = (Check("float32", "float32 is float32", float32, seconds=15),
           Check("noise", "keyed noise is the CPU's", noise, seconds=10))

@@ -78,4 +78,4 @@ def fallen_on(site: Site, device: torch.device, path: Path, folder: Path) -> dic
     return {name: broken(record.rows[name], y) for name in ATTACKS}
 
 
-CHECKS = (Check("attacks", "200 images under attack as on the CPU, and as recorded", verdicts, seconds=45),)
+CHECKS = (Check("attacks", "200 images under attack as on the CPU, and as recorded", verdicts, seconds=40),)

@@ -1,4 +1,5 @@
 """Every method and network: a step against the CPU's, no wait in a step, compiling, stopping and going on."""
+import gc
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -32,7 +33,7 @@ METHODS = {
 }
 NETWORKS = {"lenet": 32, "small_cnn": 32, "resnet18": 8, "wrn28_10": 2, "wrn34_10": 2}  # and images a batch
 LR = 0.001     # of a step that is compared: small, or the second of two steps is far more than a step
-SECONDS = 105  # after which `one_step` begins no other pair
+SECONDS = 90   # after which `one_step` begins no other pair
 SMALL = ("--dataset", "digits", "--epochs", 1, "--val_size", 0, "--precision", "float32", "--seed", SEED,
          "--max_grad_norm", 0, "--epsilon_warmup_epochs", 0, "--crop_padding", 2, "--momentum", 0)
 COMMON = "TRADES, margin", "resnet18"  # the method that every network has, and the network of every method
@@ -134,6 +135,7 @@ def first_batches(script: str, words: tuple[object, ...], device: torch.device, 
     prepare: of the new network; watch: after UNWATCHED batches, torch raises where the host waits for the
     device.
     """
+    gc.collect()  # the network of the run before, which a GPU's memory does not ask for
     build, batches, seconds, networks = Run.build, Run.batches, steps.CHECK_SECONDS, []
 
     def note(network: nn.Module) -> None:
@@ -210,7 +212,7 @@ def _resume(folder: Path, site: Site) -> dict:
     return checkpoint.read(folder / "last.pt")
 
 
-CHECKS = (Check("step", "a step of every method and network is the CPU's", one_step, seconds=130),
+CHECKS = (Check("step", "a step of every method and network is the CPU's", one_step, seconds=115),
           Check("no-wait", "the host never waits in a step", no_wait, seconds=80, needs_gpu=True),
           Check("compile", "torch.compile, with graphs and without", compiled, seconds=100, needs_gpu=True),
           Check("resume", "a stopped run goes on", resumed, seconds=20))
