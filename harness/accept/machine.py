@@ -36,7 +36,7 @@ def processes(site: Site) -> Found:
     (site.folder / "late.py").write_text(LATE.format(delay=DELAY, patience=PATIENCE))
     here = ("--device", site.device.type)
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count))
-    trained = (str(ROOT / "train_at_mnist.py"), "--recipe", "digits", "--epochs", "1", "--num_steps", "2",
+    trained = (str(ROOT / "train_at_mnist.py"), "--recipe", "digits", "--epochs", "2", "--num_steps", "2",
                "--precision", "float32", "--out_dir", "run", *here)
     evaluated = (str(ROOT / "eval_mnist.py"), "--checkpoint", "run/last.pt", "--num_steps", "5",
                  "--num_restarts", "1", "--alphas", "1", *here)
