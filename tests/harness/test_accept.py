@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 
 from attacks.noise import keyed_uniform
 from harness.accept import __main__ as accept
@@ -107,6 +108,17 @@ def test_a_check_over_its_time_fails_and_the_next_runs(monkeypatch, tmp_path, ca
 
 def test_all_checks_take_less_than_ten_minutes_with_what_begins_before_them():
     assert sum(check.seconds for check in accept.CHECKS) <= 580
+
+
+@pytest.mark.parametrize("name", ["cpu", "standin"])
+def test_the_committed_results_are_of_these_checks_and_none_has_failed(name):
+    result = json.loads((ROOT / f"results/accept/{name}.json").read_text())
+    assert [row["check"] for row in result["checks"]] == [check.name for check in accept.CHECKS]
+    verdicts = {row["check"]: row["verdict"] for row in result["checks"]}
+    not_checked = {name for name, verdict in verdicts.items() if verdict == "not checked"}
+    assert "FAIL" not in verdicts.values() and not_checked <= set(GPU_LINES)
+    assert result["environment"]["hardware"] == "Stand-in" or name == "cpu"
+    assert not result["environment"]["commit"].endswith("+")
 
 
 def site_in(folder):
