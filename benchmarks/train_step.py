@@ -20,6 +20,8 @@ median.
     python benchmarks/train_step.py --model resnet18 --method trades --batch_size 64 --json
     python benchmarks/train_step.py --model wrn34_10 --batch_size 8 --repeats 3
     python benchmarks/train_step.py --model lenet --repeats 20 --out results/train_step_lenet.json
+
+Stopped, the same command goes on with the rows that its file lacks.
 """
 import copy
 import json
@@ -54,6 +56,7 @@ from harness.datasets.batches import Dataset, to_unit
 from harness.datasets.split import Split
 from harness.device import choose_device, peak_memory, resident, torchs_own_settings
 from harness.errors import UserError
+from harness.folder import rows_so_far
 from harness.training.batch import Batch
 from harness.training.options import RunOptions
 from models import MODELS, build_model
@@ -95,7 +98,7 @@ class Config:
     compile: bool = False        # of our step: torch.compile
     graphs: bool = False         # with compile, on a GPU: replay each compiled piece as one CUDA graph
     json: bool = False           # print one line of JSON and nothing else
-    out: str | None = None       # JSON file to write, never over another
+    out: str | None = None       # JSON file to write, or to go on with
 
 
 # ---- timing ------------------------------------------------------------------------------------------------
@@ -261,14 +264,17 @@ def check(cfg: Config) -> None:
 
 def main(cfg: Config) -> None:
     check(cfg)
-    out, device = common.out_file(cfg.out), choose_device(cfg.device)
+    device = choose_device(cfg.device)
     peak_of = cache(lambda dtype: matrix_peak(cfg.matmul_size, dtype, device, cfg.repeats))
     if not cfg.json:
         print(common.head(COLUMNS), flush=True)
     flags = ("repeats", "warmup_rounds", "matmul_size", "seed")
     facts = {flag: getattr(cfg, flag) for flag in flags} | common.facts(device)
-    pairs, rows = [(name, method) for name in cfg.model for method in cfg.method], []
-    for name, method in tqdm(pairs, desc="timing", leave=False, disable=None):
+    same = {name: fact for name, fact in facts.items() if name != "date"}
+    rows = rows_so_far(Path(cfg.out), "rows", same) if cfg.out else []
+    out = Path(cfg.out) if cfg.out and rows else common.out_file(cfg.out)
+    pairs, result = [(name, method) for name in cfg.model for method in cfg.method], {"rows": rows} | facts
+    for name, method in tqdm(pairs[len(rows):], desc="timing", leave=False, disable=None):
         rows.append(measure(name, method, cfg, peak_of))
         result = (rows[0] if len(pairs) == 1 else {"rows": rows}) | facts
         common.write_json(out, result)  # after each row: the next one may take minutes

@@ -133,6 +133,25 @@ def write_text(path: Path, text: str) -> None:
         file.write(text.encode("utf-8"))
 
 
+def rows_so_far(path: Path, name: str, facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows that a stopped call has left as `name` in a JSON file, [] where there is no file.
+
+    Raises UserError for a file with other facts, which name their `environment`, or of code that no commit
+    names: a result is never overwritten, and its rows are of one machine and one state of the code.
+    """
+    if not path.exists():
+        return []
+    try:
+        found = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):  # something else has this name
+        found = {}
+    same = name in found and all(found.get(key) == value for key, value in facts.items())
+    if not same or str(facts["environment"]["commit"]).endswith("+"):
+        raise UserError(f"{path} exists, and a result is never overwritten: it goes on by the same command, "
+                        "on the same machine, with the code of one commit; name another --out")
+    return found[name]
+
+
 def write_csv(path: Path, rows: list[dict]) -> None:
     """Write rows under the columns of all, as `write_text` does; None and missing values stay empty."""
     names = list(dict.fromkeys(name for row in rows for name in row))

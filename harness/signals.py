@@ -27,7 +27,7 @@ def ended_by_signals() -> Iterator[None]:
             if clock:
                 signal.signal(signal.SIGALRM, end)
                 signal.setitimer(signal.ITIMER_REAL, AGAIN, AGAIN)
-        if not _is_dealt_with(ending):
+        if not is_dealt_with(ending):
             raise ending
 
     for name in ENDING:
@@ -41,7 +41,7 @@ def ended_by_signals() -> Iterator[None]:
             signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def _is_dealt_with(error: BaseException) -> bool:
+def is_dealt_with(error: BaseException) -> bool:
     """Whether the code that runs now does so because of this error."""
     current = sys.exc_info()[1]
     while current is not None and current is not error:

@@ -47,6 +47,7 @@ class Check:
     name: str
     asks: str
     run: Callable[[Site], Found]
+    seconds: int = 60  # that it may take
     needs_gpu: bool = False
 
 
@@ -72,7 +73,8 @@ def train(script: str, words: tuple[object, ...], device: torch.device, folder: 
     return checkpoint.read(folder / "last.pt"), said
 
 
-def weights_of(contents: dict) -> Tensor:
-    """The floating-point parameters and buffers of a checkpoint as one vector, on the CPU."""
-    values = (value.cpu() for value in contents["model"].values())
-    return torch.cat([value.flatten().double() for value in values if value.is_floating_point()])
+def weights_of(state: dict[str, Tensor]) -> Tensor:
+    """The floating-point values of a network's state as one vector, on the CPU."""
+    values = (value.detach().cpu() for value in state.values())
+    values = [value.flatten().double() for value in values if value.is_floating_point()]
+    return torch.cat([torch.empty(0), *values])

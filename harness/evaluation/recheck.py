@@ -16,10 +16,11 @@ BATCH = 256
 
 
 def recheck(folder: Path, checkpoint: Path | None, data_dir: str,
-            build: Callable[..., nn.Module]) -> dict[str, tuple[int, int]]:
+            build: Callable[..., nn.Module], near: float = 0.0) -> dict[str, tuple[int, int]]:
     """Attack -> (adversaries looked at, those that are not as recorded), in float32 on the CPU.
 
-    As recorded means inside ball and box, and of the class that the record says.
+    As recorded means inside ball and box, and of the class that the record says, or of one whose logit is
+    less than `near` above that of the record's.
     """
     about = read_about(folder)
     if about is None:
@@ -36,9 +37,13 @@ def recheck(folder: Path, checkpoint: Path | None, data_dir: str,
     for name in sorted(path.name for path in folder.iterdir() if path.is_dir()):
         prediction, (position, images) = record.read(name)["prediction"], record.images(name)
         position, images = torch.from_numpy(position), torch.from_numpy(images)
+        prediction = prediction[position]
         with torch.no_grad():
-            seen = torch.cat([model(batch).argmax(1) for batch in images.split(BATCH)])
+            logits = torch.cat([model(batch) for batch in images.split(BATCH)])
+        recorded = prediction.clamp(max=logits.shape[1] - 1)[:, None]
+        behind = logits.amax(1) - logits.gather(1, recorded).squeeze(1)
+        other = (logits.argmax(1) != prediction) & ~(behind < near)  # NaN is never near
         far = sizes(images - clean[position], about["norm"]) > farthest
         outside = ~((images >= 0) & (images <= 1)).flatten(1).all(1)  # NaN is outside too
-        found[name] = len(position), int(((seen != prediction[position]) | far | outside).sum())
+        found[name] = len(position), int((other | far | outside).sum())
     return found

@@ -19,7 +19,7 @@ MADE_BY = {page_tables: ("mnist", "family", "equal_budget", "equal_budget_family
                          "equal_budget_strong", "fast", "full", "strong", "attacks", "curves", "members",
                          "mean_budget", "stability"),
            speed_tables: ("train_step", "gains", "precisions", "expectation", "memory", "evaluation",
-                          "recipes")}
+                          "recipes", "accept")}
 TABLES = {name: getattr(module, name) for module, names in MADE_BY.items() for name in names}
 
 

@@ -1,4 +1,4 @@
-"""The tables of docs/speed.md, each made from the files in results/speed as one piece of Markdown."""
+"""The tables of docs/speed.md, each made from the files in results/ as one piece of Markdown."""
 from harness.reporting.cells import NETWORKS, RESULTS, load, number, numbers, pair, rows_of
 from harness.reporting.page_tables import measures, metrics
 from harness.reporting.tables import markdown
@@ -59,6 +59,15 @@ def expectation() -> str:
             ["one GPU, or several", "not measured", "not measured"]]
     head = ["you have", "MNIST, LeNet, ten epochs of AT", "CIFAR-10, ResNet-18, one epoch of TRADES"]
     return markdown(head, rows, left=3)
+
+
+def accept() -> str:
+    """What harness.accept has said where there is no GPU."""
+    files = [load(f"accept/{name}.json")["checks"] for name in ("cpu", "standin")]
+    rows = [[row["asks"], row["verdict"], other["verdict"],
+             (row if other["verdict"] == "not checked" else other)["found"]] for row, other in zip(*files)]
+    head = ["asked", "on a CPU", "on the stand-in", "found, on the stand-in where it is checked"]
+    return markdown(head, rows, left=4)
 
 
 def memory() -> str:

@@ -218,18 +218,32 @@ def test_a_killed_measurement_of_memory_is_told_in_one_line(monkeypatch):
         train_step.peak_mb("ours", "lenet", "at", toy("--memory"))
 
 
-def test_a_row_that_fails_leaves_the_rows_before_it(tmp_path, monkeypatch):
-    measured = train_step.measure
+def test_a_row_that_fails_leaves_the_rows_before_it_and_the_same_command_goes_on(tmp_path, monkeypatch):
+    measured, done, failing = train_step.measure("lenet", "at", toy(), lambda dtype: 1.0), [], [True]
+    facts = {"command": "c", "environment": {"commit": "0123", "hardware": "h", "threads": 1, "torch": "2"}}
 
-    def first_only(name, method, cfg, peak_of):
-        if method == "trades":
+    def measure(name, method, cfg, peak_of):
+        if method == "trades" and failing:
             raise UserError("killed")
-        return measured(name, method, cfg, peak_of)
+        done.append(method)
+        return measured | {"method": method}
 
-    monkeypatch.setattr(train_step, "measure", first_only)
-    with pytest.raises(UserError, match="killed"):
+    def call(date="today", **others):
+        monkeypatch.setattr(train_step.common, "facts", lambda device: facts | others | {"date": date})
         main(toy("--model", "lenet", "--out", str(tmp_path / "rows.json")))
+
+    monkeypatch.setattr(train_step, "measure", measure)
+    with pytest.raises(UserError, match="killed"):
+        call()
     assert [row["method"] for row in json.loads((tmp_path / "rows.json").read_text())["rows"]] == ["at"]
+    failing.clear()
+    for _ in range(2):  # the second time every row is there
+        call("tomorrow")
+        assert done == ["at", "trades", "vir"]
+        rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+        assert [row["method"] for row in rows] == done
+    with pytest.raises(UserError, match="never overwritten"):
+        call(command="d")
 
 
 def die(*arguments):

@@ -20,6 +20,8 @@ with open("commands", "a") as file:
 if os.environ.get("FAILS", "none") in " ".join(words):
     sys.exit(int(os.environ["CODE"]))
 name = words[words.index("--out") + 1] if "--out" in words else None
+if name and pathlib.Path(name).exists() and pathlib.Path(name).read_text() == "of another machine":
+    sys.exit(2)
 if name:
     pathlib.Path(name).write_text("{{}}")
 if "train_vir" in words[0]:
@@ -69,7 +71,7 @@ def test_the_most_valuable_first_by_commands_that_the_scripts_take(lease, tmp_pa
     recipes = [words[words.index("--recipe") + 1] for words in commands if "--recipe" in words]
     assert recipes == ["at", "vir-trades"]
     assert all(words[-2:] == ["--data_dir", "elsewhere"] for words in commands[2:4])
-    assert all(words[words.index("--stop_after_minutes") + 1] == "5" for words in commands[2:4])
+    assert all(words[words.index("--stop_after_minutes") + 1] == "4" for words in commands[2:4])
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"accept.json", "step.json", "at",
                                                                     "vir-trades"}
     assert (tmp_path / "out/at/eval-2.json").exists()
@@ -94,7 +96,7 @@ def test_the_next_lease_goes_on(lease, tmp_path):
 def test_a_part_that_fails_is_named_and_done_again_and_the_others_run(fails, code, lease, tmp_path):
     done, commands = lease(FAILS=fails, CODE=str(code))
     name = "accept.json" if fails == "accept" else "step.json"
-    assert done.returncode == 1 and done.stderr.strip().endswith(f"ten minutes: {name}")
+    assert done.returncode == 1 and done.stderr.strip().endswith(f"for its time: {name}")
     assert len(commands) == 6 and not (tmp_path / "out" / name).exists()
     done, commands = lease()
     assert done.returncode == 0 and (tmp_path / "out" / name).exists()
@@ -106,3 +108,30 @@ def test_a_result_of_accept_with_a_failed_check_is_kept(lease, tmp_path):
     done, commands = lease()
     assert done.returncode == 1 and (tmp_path / "out/accept.json").exists() and len(commands) == 6
     assert names_of(lease()[1])[0] == "train_vir"
+
+
+def test_what_a_part_has_begun_is_left_for_the_next_lease(lease, tmp_path):
+    (tmp_path / "out").mkdir()
+    begun = tmp_path / "out/step.json.part"
+    begun.write_text("begun")
+    done, _ = lease(FAILS="train_step", CODE="124")
+    assert done.returncode == 1 and begun.read_text() == "begun"
+
+
+def test_what_another_machine_has_begun_is_set_aside(lease, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/accept.json.part").write_text("of another machine")
+    done, commands = lease()
+    assert done.returncode == 0 and names_of(commands)[:3] == ["harness", "harness", "train_step"]
+    assert (tmp_path / "out/accept.json").read_text() == "{}"
+    assert (tmp_path / "out/accept.json.before").read_text() == "of another machine"
+
+
+def test_every_part_has_a_limit_and_all_fit_into_half_an_hour(lease, tmp_path):
+    (tmp_path / "timeout").write_text('#!/bin/sh\necho "$3" >> seconds\nshift 3\nexec "$@"\n')
+    (tmp_path / "timeout").chmod(0o755)
+    done, commands = lease(PATH=f"{tmp_path}:{os.environ['PATH']}")
+    limits = [int(line) for line in (tmp_path / "seconds").read_text().splitlines()]
+    assert done.returncode == 0 and len(limits) == len(commands) == 6 and max(limits) <= 600
+    minutes = sum(float(words[words.index("--stop_after_minutes") + 1]) for words in commands[2:4])
+    assert sum(limits[:2] + limits[4:]) / 60 + minutes <= 30
