@@ -1,6 +1,7 @@
 """Check the adversaries that an evaluation has kept (`--save_adversaries`), from its files: no attack is run.
 
-Every image must lie in its ball and box, and the network must see in it the class that the record says.
+Every image must lie in its ball and box, and the network must see in it the class that the record says, or
+one whose logit is within 1e-4 of it: which is the larger may hang on the processor.
 
     python eval_recheck.py --record OUT.record/last                     # the checkpoint that the record names
     python eval_recheck.py --record OUT.record/last --checkpoint FILE   # that checkpoint at another place

@@ -110,6 +110,7 @@ def duration(weight: Tensor, speed: Tensor, room: Tensor, level: Tensor) -> Tens
     gained = gain.cumsum(dim=1) - gain  # by those that ended before this one
     running = slope.flip(1).cumsum(dim=1).flip(1)                            # of those that have not
     times = (level[:, None] - gained) / running.clamp(min=1e-30)
+    times[:, 1:] = torch.maximum(times[:, 1:], ends[:, :-1])  # not before its stretch begins, by rounding
     reached = times <= ends  # from the stretch on in which the level is met
     first = times.gather(1, reached.int().argmax(dim=1, keepdim=True)).squeeze(1)
     return torch.where(reached.any(dim=1), first, torch.full_like(first, torch.inf))

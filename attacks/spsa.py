@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from attacks.checks import check_batch, check_classes
 from attacks.frozen import frozen
 from attacks.geometry import projection
+from attacks.memory import out_of_memory
 from attacks.noise import example_keys, keyed_uniform
 from losses.margin import cw_loss, misclassified
 
@@ -31,8 +32,8 @@ def spsa(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float, num_steps: i
     """Ascend the CW loss within the l_inf ball by estimated gradients, from x.
 
     x: [B, C, H, W] in [0, 1]; y: [B]; keys: [B] int64 from `attacks.noise.example_keys`, those of the
-    positions by default; max_probes: images in one forward pass, at least 64, which are halved as long as an
-    accelerator's memory is too small and change no direction. Needs float32: in bfloat16 the differences of
+    positions by default; max_probes: images in one forward pass, at least 64, halved while an accelerator's
+    memory is too small; it changes no direction. Needs float32: in bfloat16 the differences of
     the logits drown in rounding. Returns x_adv: misclassified where an iterate was, else the last one. Raises
     ValueError for images outside [0, 1], labels or keys that do not fit, and num_samples that is not a
     positive multiple of 32.
@@ -50,8 +51,8 @@ def spsa(model: nn.Module, x: Tensor, y: Tensor, *, epsilon: float, num_steps: i
                 result[rows] = _ascend(bare, x[rows].detach(), y[rows], keys[rows], epsilon, num_steps,
                                        num_samples, delta, lr)
                 done += size
-            except torch.OutOfMemoryError:
-                if size == 1:
+            except RuntimeError as error:
+                if not out_of_memory(error) or size == 1:
                     raise
                 size //= 2
     return result

@@ -9,11 +9,11 @@
 #                      that takes longer has 10
 # OUT/*/eval-N.json    their evaluation after N epochs: 3 at most, each
 #
-# Stopped at any moment, the same command goes on where it was: what is done is left as it is, accept, the step
-# benchmark and an evaluation go on, and each training goes on for MINUTES more. What does not fit into one half
-# hour is left to the next, which needs no accept and no step benchmark any more: MINUTES=9. A part that fails or
-# is stopped is named at the end, and the others run. PYTHON names the interpreter (default python); ACCEPT, STEP
-# and EVAL are flags of these parts in the place of the defaults.
+# Stopped at any moment, the same command goes on where it was: what is done is left as it is, accept and the
+# step benchmark (in a checkout without changes) and an evaluation go on, and each training goes on for MINUTES
+# more. What does not fit into one half hour is left to the next, which needs no accept and no step benchmark any
+# more: MINUTES=9. A part that fails or is stopped is named at the end, and the others run. PYTHON names the
+# interpreter (default python); ACCEPT, STEP and EVAL are flags of these parts in the place of the defaults.
 set -uo pipefail
 out=${1:?usage: benchmarks/gpu.sh OUT [FLAG VALUE]...}; shift
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit
@@ -42,6 +42,7 @@ once() { # FILE CODE SECONDS COMMAND...: a part that writes FILE by --out, whole
     mv --backup=numbered "$out/$1.part" "$out/$1.before"
     unset "failed[-1]"
     once "$@"
+    [ -f "$out/$1" ] || [ -f "$out/$1.part" ] || mv "$out/$1.before" "$out/$1.part" # of neither: as it was
   fi
 }
 

@@ -16,7 +16,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from harness.errors import Collapsed, RunError, UserError, out_of_memory
+from attacks.memory import out_of_memory
+from harness.errors import Collapsed, RunError, UserError
 from harness.folder import forget
 from harness.resumption import AnyConfig, fields_of, refuse_changes, resumed
 from harness.signals import ended_by_signals

@@ -136,8 +136,9 @@ def write_text(path: Path, text: str) -> None:
 def rows_so_far(path: Path, name: str, facts: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows that a stopped call has left as `name` in a JSON file, [] where there is no file.
 
-    Raises UserError for a file with other facts, which name their `environment`, or of code that no commit
-    names: a result is never overwritten, and its rows are of one machine and one state of the code.
+    Raises UserError for a file with other facts, which name their `environment`, or of a checkout with
+    changes: a result is never overwritten, and its rows are of one machine and one state of the code. Outside
+    a checkout nothing tells one state from another.
     """
     if not path.exists():
         return []

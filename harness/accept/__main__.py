@@ -52,15 +52,17 @@ def main(cfg: Config) -> None:
     found = rows_so_far(Path(cfg.out), "checks", {"environment": facts["environment"]})
     rows = {row["check"]: row for row in found}
     chosen = [check for check in CHECKS if not cfg.only or check.name in cfg.only]
+    real_gpu = is_real_gpu(device)
     for check in chosen:
         if check.name not in rows:
             with tempfile.TemporaryDirectory() as folder:
-                site = Site(device, is_real_gpu(device), Path(folder), networks())
+                site = Site(device, real_gpu, Path(folder), networks())
                 rows[check.name] = row_of(check, site)
-            gc.collect()
-            release_memory(device)  # the next may be in a process of its own
             result = facts | {"checks": [*rows.values()]}
             write_text(Path(cfg.out), dumps(result))  # the next may take minutes
+            gc.collect()
+            with contextlib.suppress(RuntimeError):  # of a device that the check has broken
+                release_memory(device)               # the next may be in a process of its own
         print(line_of(rows[check.name]), flush=True)
     failed = [check.name for check in chosen if rows[check.name]["verdict"] == "FAIL"]
     print(f"written: {cfg.out}")

@@ -17,11 +17,10 @@ from harness.datasets.batches import first_examples, load_dataset
 from harness.evaluation import attacking
 from harness.evaluation.attack_record import AttackRecord, broken
 from harness.evaluation.predictions import BatchInvariant
-from harness.evaluation.recheck import recheck
+from harness.evaluation.recheck import NEAR, recheck
 
 COUNT, EPSILON = 200, 0.1
 FEW = 2      # verdicts of so many images in a hundred may hang on rounding
-NEAR = 1e-4  # of two logits that rounding may exchange; FMN and FAB end where two are equal
 STEPS = {"pgd": {"epsilon": EPSILON, "step_size": EPSILON / 4, "num_steps": 20}, "fmn": {"num_steps": 50},
          "fab": {"epsilon": EPSILON, "num_steps": 20, "num_targets": 3},
          "square": {"epsilon": EPSILON, "num_queries": 300}}

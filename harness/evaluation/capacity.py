@@ -6,10 +6,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from attacks.memory import out_of_memory
 from harness.datasets.batches import to_unit
 from harness.datasets.split import Split
 from harness.device import free_memory, peak_memory, release_memory
-from harness.errors import out_of_memory
 from harness.evaluation.predictions import MULTIPLE, BatchInvariant
 
 T = TypeVar("T")

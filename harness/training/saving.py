@@ -36,8 +36,7 @@ def make_folder(cfg: RunOptions, script: str, data: Dataset, device: torch.devic
     """The run's folder, with its config.json.  Raises UserError if it is in use, or of other data or code."""
     facts = {"script": script, "command": command_line(), "image_shape": data.image_shape,
              "num_classes": data.num_classes, "classes": list(data.classes),
-             "training_images": len(data.train),
-             "environment": environment(device) | {"compile": getattr(cfg, "compile", False)}}
+             "training_images": len(data.train), "environment": environment(device)}
     contents = fingerprints(cfg, data)
     if not cfg.resume:
         return claim_folder(cfg.out_dir, script, facts | contents | dataclasses.asdict(cfg))

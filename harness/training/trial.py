@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from attacks.memory import out_of_memory
 from harness.datasets.batches import to_unit
-from harness.errors import UserError, out_of_memory
+from harness.errors import UserError
 from harness.training.undisturbed import undisturbed
 
 TRIED = 4    # images

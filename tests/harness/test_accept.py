@@ -56,6 +56,18 @@ def test_a_line_and_an_entry_for_each_check(monkeypatch, tmp_path, capsys):
     assert "fails" in rows[2]["trace"] and rows[2]["said"] == "on the way\n"
 
 
+def test_a_check_that_breaks_the_device_has_its_line(monkeypatch, tmp_path):
+    def broken(device):
+        raise RuntimeError("device-side assert triggered")
+
+    monkeypatch.setattr(accept, "release_memory", broken)
+    with pytest.raises(RunError, match="1 of 2 checks failed: a"):
+        run_here(monkeypatch, tmp_path, Check("a", "it holds", broken),
+                 Check("b", "it holds", lambda site: Found(True, "as said")))
+    rows = json.loads(Path("accept.json").read_text())["checks"]
+    assert [row["verdict"] for row in rows] == ["FAIL", "PASS"]
+
+
 def test_what_a_stopped_call_lacks_is_done_and_nothing_overwritten(monkeypatch, tmp_path, capsys):
     done, stopped = [], [True]
 

@@ -221,7 +221,7 @@ def test_a_compiled_run_gives_the_weights_of_a_plain_one(words, script, monkeypa
     assert len(torch.load("compiled/last.pt")["compiled"]) == len(pieces)
     assert torch.load("plain/last.pt")["compiled"] == []
     about = [json.loads(Path(folder, "config.json").read_text()) for folder in ("compiled", "plain")]
-    assert [one["environment"]["compile"] for one in about] == [True, False]
+    assert [one["compile"] for one in about] == [True, False]
     assert same_bits(weights(Path("compiled/last.pt")), weights(Path("plain/last.pt")))
 
 
