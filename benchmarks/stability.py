@@ -20,12 +20,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tqdm import tqdm
 
@@ -70,6 +70,14 @@ def recipes(setting: str) -> dict[str, tuple[str, ...]]:
     return zeng | vir | {name: (script, "--recipe", short) for name, script in FAST.items()}
 
 
+def chosen(setting: str, defenses: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """`recipes` of these defenses, of all by default.  Raises UserError for one that is not there."""
+    known = recipes(setting)
+    if unknown := [name for name in defenses if name not in known]:
+        raise UserError(f"--defenses: there is no {unknown[0]!r}; choose among {', '.join(map(repr, known))}")
+    return {name: known[name] for name in defenses or known}
+
+
 def instruction_sets() -> dict[str, str]:
     """What the two libraries that compute were told to use; "all" is whatever the processor has."""
     return {name: os.environ.get(variable, "all") for name, variable in VARIABLES.items()}
@@ -79,10 +87,8 @@ def planned(cfg: Config, rows: list[dict]) -> Iterator[tuple[tuple[str, ...], di
     """(script and flags, the facts that name its row) of every run that `rows` lacks."""
     done = {(row["defense"], row["seed"], row["precision"], row["aten"], row["onednn"]) for row in rows
             if cfg.epochs in (None, row["epochs"]) and ("test_A_nat" in row or not cfg.evaluate)}
-    known, sets = recipes(cfg.setting), instruction_sets()
-    if unknown := [name for name in cfg.defenses if name not in known]:
-        raise UserError(f"--defenses: there is no {unknown[0]!r}; choose among {', '.join(map(repr, known))}")
-    for seed, precision, name in product(cfg.seeds, cfg.precisions, cfg.defenses or known):
+    known, sets = chosen(cfg.setting, cfg.defenses), instruction_sets()
+    for seed, precision, name in product(cfg.seeds, cfg.precisions, known):
         if (name, seed, precision, *sets.values()) not in done:
             flags = ("--seed", str(seed), "--precision", precision, "--device", "cpu", "--data_dir",
                      str(Path(cfg.data_dir).resolve()))
@@ -98,6 +104,17 @@ def start(script: str, *flags: str) -> None:
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise RunError(f"{script} {' '.join(flags)}: {reason}")
+
+
+def side_by_side(work: Callable[[Any], None], jobs: Iterable[Any], num_processes: int) -> None:
+    """work(job) for every job; when one fails, those not begun are left for the next call."""
+    with ThreadPoolExecutor(num_processes) as pool:
+        try:
+            for future in [pool.submit(work, job) for job in jobs]:
+                future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def on_the_test_set(folder: Path) -> dict[str, float]:
@@ -163,13 +180,7 @@ def main(cfg: Config) -> None:
                 write_text(out, json.dumps(contents, indent=1) + "\n")
                 bar.update()
 
-        with ThreadPoolExecutor(cfg.num_processes) as pool:
-            try:
-                for future in [pool.submit(work, job) for job in jobs]:
-                    future.result()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)  # what was not begun is left for the next call
-                raise
+        side_by_side(work, jobs, cfg.num_processes)
     print(stability_table(rows))
 
 

@@ -1,0 +1,102 @@
+"""The rows of docs/results.md: whole runs with several seeds, evaluated; what the tables read is kept.
+
+Every run is a process of its own of one thread, as its user would start it; so are its evaluations. Run and
+evaluations stand in RUNS/ROW/seedN, and what the tables read in OUT/ROW/seedN: config.json and log.csv of the
+training; eval.json, measured on the whole test set by the paper's protocol with one random start, with
+the margin of every example in margins.npz; strong.json, measured under strong attacks. The same command
+goes on where it was stopped: a training by its --resume, an evaluation by its record.
+
+    python benchmarks/campaign.py --seeds 0 1 2 3 4                         # every row but SmallCNN's
+    python benchmarks/campaign.py --setting mnist-small_cnn --seeds 0 1     # Zeng's four on SmallCNN
+    python benchmarks/campaign.py --defenses AT TRADES --seeds 0 --strong   # under strong attacks too
+"""
+import re
+import shutil
+import sys
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository: a script finds its own folder
+
+from benchmarks.stability import ZENG, chosen, side_by_side, start
+from harness.config import run_script
+
+STRONG = ("--num_examples", "1000", "--attacks", "fgsm", "pgd100", "cw", "fmn100", "autoattack", "mde")
+
+
+@dataclass(frozen=True)
+class Config:
+    setting: Literal["mnist", "mnist-small_cnn"] = "mnist"  # whose recipes; SmallCNN has four
+    defenses: tuple[str, ...] = ()   # only these rows; default: all
+    seeds: tuple[int, ...] = (0, 1)  # of the trainings
+    strong: bool = False             # measure the first 1,000 images under strong attacks too
+    num_processes: int = 2           # runs side by side, of one thread each
+    data_dir: str = "data"           # folder of the data sets
+    runs: str = "runs/campaign"      # folder of runs and evaluations
+    out: str = "results"             # folder of what the tables read
+
+
+def row_of(setting: str, defense: str) -> str:
+    """The folder of a defense's runs, as in vir/mail-at or mnist/lenet-at-alpha0.5."""
+    if defense in ZENG:
+        network = "small_cnn" if setting == "mnist-small_cnn" else "lenet"
+        return f"mnist/{network}-{defense.lower().replace(', alpha ', '-alpha')}"
+    if found := re.fullmatch(r"(.*), VIR's recipe", defense):
+        return f"vir/{found[1].lower()}"
+    return f"fast/{defense.lower().removesuffix(' at')}"
+
+
+def evaluate(run: Path, name: str, *flags: str) -> None:
+    """Write run/NAME.json, or go on with the evaluation that was stopped."""
+    out = run / f"{name}.json"
+    if out.exists():
+        return
+    record = out.with_suffix(".record")
+    begin = ("--checkpoint", str(run / "last.pt"), "--num_restarts", "1", *flags, "--out", str(out),
+             "--device", "cpu")
+    begun = (record / "config.json").exists()
+    start("eval_mnist", *(("--resume", str(record)) if begun else begin))
+
+
+def keep(run: Path, out: Path) -> None:
+    """Copy what the tables read, and the margins of eval.npz in single precision."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("config.json", "log.csv", "eval.json", "strong.json"):
+        if (run / name).exists():
+            shutil.copy(run / name, out / name)
+    with np.load(run / "eval.npz") as examples:
+        np.savez_compressed(out / "margins.npz", margin_adv=examples["margin_adv"].astype(np.float32),
+                            correct=examples["prediction_adv"] == examples["label"])
+
+
+def one_run(command: tuple[str, ...], run: Path, out: Path, cfg: Config) -> None:
+    """Train, evaluate and keep, each as far as it is not done."""
+    script, *flags = command
+    begin = (*flags, "--out_dir", str(run), "--data_dir", cfg.data_dir, "--device", "cpu")
+    start(script, *(("--resume", str(run)) if (run / "config.json").exists() else begin))
+    evaluate(run, "eval")
+    if cfg.strong:
+        evaluate(run, "strong", *STRONG)
+    keep(run, out)
+
+
+def main(cfg: Config) -> None:
+    jobs = list(product(cfg.seeds, chosen(cfg.setting, cfg.defenses).items()))
+    with tqdm(total=len(jobs), unit="run") as bar:
+
+        def work(job: tuple[int, tuple[str, tuple[str, ...]]]) -> None:
+            seed, (defense, command) = job
+            place = f"{row_of(cfg.setting, defense)}/seed{seed}"
+            one_run((*command, "--seed", str(seed)), Path(cfg.runs, place), Path(cfg.out, place), cfg)
+            bar.update()
+
+        side_by_side(work, jobs, cfg.num_processes)
+
+
+if __name__ == "__main__":
+    run_script(main, Config)

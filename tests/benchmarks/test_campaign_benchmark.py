@@ -1,0 +1,79 @@
+"""benchmarks/campaign.py: the folder of each row, what it runs and keeps, that it goes on where it was."""
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import campaign
+from harness.config import parse_config
+from harness.errors import UserError
+
+
+@pytest.mark.parametrize(("setting", "defense", "place"), [
+    ("mnist", "AT", "mnist/lenet-at"), ("mnist", "TRADES, alpha 2", "mnist/lenet-trades-alpha2"),
+    ("mnist-small_cnn", "AT, alpha 0.5", "mnist/small_cnn-at-alpha0.5"),
+    ("mnist", "MAIL-AT, VIR's recipe", "vir/mail-at"), ("mnist", "AT, VIR's recipe", "vir/at"),
+    ("mnist", "Free AT", "fast/free"), ("mnist", "YOPO", "fast/yopo")])
+def test_the_folder_of_a_row(setting, defense, place):
+    assert campaign.row_of(setting, defense) == place
+
+
+def test_every_row_has_a_folder_of_its_own():
+    rows = [campaign.row_of(setting, defense) for setting in ("mnist", "mnist-small_cnn")
+            for defense in campaign.chosen(setting, ())]
+    assert len(rows) == len(set(rows)) == 19
+
+
+def stand_in(commands):
+    """Write down what would be started, and leave what it would leave."""
+    def start(script, *flags):
+        commands.append((script, *flags))
+        if script.startswith("train"):
+            run = Path(flags[flags.index("--resume" if "--resume" in flags else "--out_dir") + 1])
+            run.mkdir(parents=True, exist_ok=True)
+            (run / "config.json").write_text("{}")
+            (run / "log.csv").write_text("epoch\n1\n")
+        else:
+            out = Path(flags[flags.index("--out") + 1])
+            out.write_text(json.dumps({"A_rob": 50.0}))
+            np.savez(out.with_suffix(".npz"), margin_adv=np.array([0.25, -1.5]), label=np.array([3, 1]),
+                     prediction_adv=np.array([3, 2]))
+    return start
+
+
+def test_a_row_is_trained_measured_and_kept_and_gone_on_with(tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setattr(campaign, "start", stand_in(commands))
+    run, out = tmp_path / "runs", tmp_path / "out"
+    flags = ["--defenses", "TRADES", "--seeds", "3", "--runs", str(run), "--out", str(out)]
+    campaign.main(parse_config(campaign.Config, flags))
+    (script, *first), (evaluation, *second) = commands
+    assert script == "train_trades_mnist" and first[:4] == ["--recipe", "short", "--seed", "3"]
+    assert evaluation == "eval_mnist" and "--attacks" not in second
+    place = out / "mnist/lenet-trades/seed3"
+    assert {path.name for path in place.iterdir()} == {"config.json", "log.csv", "eval.json", "margins.npz"}
+    with np.load(place / "margins.npz") as kept:
+        assert kept["margin_adv"].tolist() == [0.25, -1.5] and kept["correct"].tolist() == [True, False]
+    commands.clear()
+    campaign.main(parse_config(campaign.Config, [*flags, "--strong"]))
+    folder = run / "mnist/lenet-trades/seed3"
+    assert [command[0] for command in commands] == ["train_trades_mnist", "eval_mnist"]
+    assert commands[0][1:] == ("--resume", str(folder)) and "autoattack" in commands[1]
+    assert (place / "strong.json").exists()
+
+
+def test_a_stopped_evaluation_is_gone_on_with(tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setattr(campaign, "start", lambda *command: commands.append(command))
+    (tmp_path / "eval.record").mkdir()
+    campaign.evaluate(tmp_path, "eval")  # stopped before there was anything to go on with
+    (tmp_path / "eval.record/config.json").touch()
+    campaign.evaluate(tmp_path, "eval")
+    assert commands[0][:2] == ("eval_mnist", "--checkpoint")
+    assert commands[1:] == [("eval_mnist", "--resume", str(tmp_path / "eval.record"))]
+
+
+def test_a_row_that_is_not_there_is_refused():
+    with pytest.raises(UserError, match="'FGSM'; choose among 'AT'"):
+        campaign.main(parse_config(campaign.Config, ["--defenses", "FGSM"]))
