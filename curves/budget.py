@@ -181,19 +181,24 @@ def draw(panels: dict[str, dict[str, tuple[np.ndarray, dict]]], stem: Path, look
     orders = next(iter(next(iter(panels.values())).values()))[1]
     figure, axes = new_axes(len(orders), len(panels), height=3.2)
     for column, (norm, models) in zip(axes.T, panels.items()):
-        largest = look.scale * max(grid[-1] for grid, _ in models.values())
         for axis, order in zip(column, orders):
             shown = r"$\infty$ (the robustness curve)" if order == np.inf else f"{order:g}"
             band = _panel(axis, {name: (look.scale * grid, found[order])
                                  for name, (grid, found) in models.items()})
             axis.set_title(f"{NORM_NAMES[norm]}, p = {shown}; {100 * look.confidence:g} % band {band}",
                            fontsize=10)
-            axis.set(xlim=(0, largest or 1.0), ylim=(0, 101))
+            largest = max(_reach(grid, found[order]["accuracy"]) for grid, found in models.values())
+            axis.set(xlim=(0, look.scale * largest or 1.0), ylim=(0, 101))
         column[-1].set_xlabel(look.size_label(norm, r"mean budget $\epsilon$"))
     for axis in axes[:, 0]:
         axis.set_ylabel("accuracy, %")
     legend_above(figure, axes[0])
     return save(figure, stem, look)
+
+
+def _reach(grid: np.ndarray, accuracy: np.ndarray) -> float:
+    """The first mean budget at which the accuracy is as low as it gets."""
+    return float(grid[np.argmax(accuracy <= accuracy[-1])])
 
 
 def _panel(axis: "Axes", models: dict[str, tuple[np.ndarray, dict]]) -> str:
@@ -209,4 +214,4 @@ def _panel(axis: "Axes", models: dict[str, tuple[np.ndarray, dict]]) -> str:
             axis.plot(grid, 100 * columns["certified"], linewidth=1.1, linestyle=":", color=colour,
                       label=f"{name}, certified: at least this")
         widest = max(widest, float(np.max(high - low)) / 2)
-    return "shaded" if len(models) <= FEW else f"$\\pm$ {widest:.1f} % at most"
+    return "shaded" if len(models) <= FEW else f"$\\pm$ {widest:.1f} points at most"

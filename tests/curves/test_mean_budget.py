@@ -2,12 +2,14 @@
 the command."""
 import csv
 import json
+import time
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
@@ -17,6 +19,8 @@ from curves.budget import LEFT, Knapsack, columns_of
 from curves.curve import Curve
 from harness.datasets.batches import load_dataset
 from harness.errors import UserError
+from harness.evaluation.budget import at_budgets
+from harness.evaluation.predictions import Predictions
 
 INF = np.inf
 BUDGETS = np.linspace(0, 1.2, 61)
@@ -155,6 +159,17 @@ def test_lower_bounds_prove_a_bracket_and_without_them_there_is_no_such_column()
     assert "certified" not in columns_of(upper, none, BUDGETS, (1.0,), num_resamples=100)[1.0]
 
 
+def test_all_of_it_takes_less_than_a_minute_for_ten_thousand_examples():
+    started = time.process_time()
+    random = np.random.default_rng(0)
+    columns_of(random.exponential(size=10_000), np.zeros(10_000), np.linspace(0, 1, 101), (1.0, 2.0, INF),
+               num_resamples=2_000)
+    margin = torch.from_numpy(random.uniform(-1, 1, 10_000))
+    at_budgets(Predictions((margin < 0).long(), margin.exp(), margin), torch.zeros(10_000).long(),
+               (0.05, 0.2, 0.5))
+    assert 3 * (time.process_time() - started) < 60  # there are three norms
+
+
 # The command
 
 @pytest.fixture
@@ -193,6 +208,11 @@ def test_the_command_writes_every_curve_its_band_and_a_summary(folders, budget, 
         expected = Knapsack(scale * sample(40, seed)).accuracy([float(row["mean_budget"])], float(row["p"]))
         assert float(row["accuracy"]) == pytest.approx(expected[0], abs=1e-8)
         assert float(row["lower"]) <= float(row["accuracy"]) <= float(row["upper"])
+        if row["model"] == "a" and row["norm"] == "linf":  # bounds of half the distance, 0 where unknown
+            upper = sample(40, seed)
+            proved = Knapsack(np.where(np.isfinite(upper), upper / 2, 0)).accuracy(
+                [float(row["mean_budget"])], float(row["p"]))
+            assert float(row["certified"]) == pytest.approx(proved[0], abs=1e-8)
     summary = json.loads(Path("out/summary.json").read_text())
     assert summary["points"] == {"a": 40, "b": 40}
     left = summary["mean_budget_that_leaves"]["b"]["l2"]["inf"]
@@ -208,6 +228,12 @@ def test_without_named_budgets_the_grid_goes_to_the_largest_distance_of_all(fold
     linf = [float(row["mean_budget"]) for row in rows if row["norm"] == "linf" and row["model"] == "a"]
     assert max(linf) == pytest.approx(largest) and min(linf) == 0
     assert not Path("out/budget.png").exists()
+
+
+def test_without_lower_bounds_the_file_has_no_column_for_them(folders, budget):
+    budget("--results", "b", "--no-plot", "--out", "out")
+    head = Path("out/budget.csv").read_text().splitlines()[0]
+    assert head == "model,norm,p,mean_budget,accuracy,lower,upper"
 
 
 @pytest.mark.parametrize(("flags", "says"), (

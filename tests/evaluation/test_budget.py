@@ -79,6 +79,19 @@ def test_no_distribution_that_an_optimiser_finds_has_a_lower_mean_margin(budget)
     assert ours == pytest.approx(found.fun, abs=1e-7) and ours <= found.fun + 1e-9
 
 
+@pytest.mark.parametrize("budget", (0.05, 0.3))
+def test_the_worst_case_of_the_errors_themselves_is_a_function_of_how_many_there_are(budget):
+    wrong = np.array([1.0, 0, 0, 1, 0, 0, 0, 0, 1, 0])
+    found = minimize(lambda w: -w @ wrong, np.full(10, 0.1), method="SLSQP", bounds=[(1e-12, 1)] * 10,
+                     options={"ftol": 1e-15, "maxiter": 500}, constraints=[
+                         {"type": "eq", "fun": lambda w: w.sum() - 1},
+                         {"type": "ineq", "fun": lambda w: budget - divergence(w)}])
+    error = wrong.mean()
+    most = brentq(lambda q: q * math.log(q / error) + (1 - q) * math.log((1 - q) / (1 - error)) - budget,
+                  error, 1 - 1e-12)
+    assert -found.fun == pytest.approx(most, abs=1e-6)
+
+
 @pytest.mark.parametrize("alpha", (0.1, 1.0, 1.5, 2.0, 6.0))
 def test_the_budget_that_an_alpha_spends_gives_that_alphas_accuracy(alpha):
     margin = margins_of(2000, seed=2)
