@@ -35,7 +35,7 @@ from harness.errors import UserError
 from harness.reporting.tables import defense
 from harness.training.options import RunOptions
 
-USUAL = ("results/mnist/lenet-*", "results/vir/*/seed0", "results/fast/*")
+USUAL = ("results/mnist/lenet-*", "results/vir/*", "results/fast/*")  # of each the first seed
 COLUMNS = (("defense", "defense", "<26"), ("s per epoch", "epoch_seconds", ">12.1f"),
            ("epochs", "epochs", ">8"), ("minutes", "minutes", ">9.2f"), ("A_rob, %", "A_rob", ">10.2f"))
 
@@ -85,7 +85,7 @@ def phases(settings: RunOptions) -> dict[str, tuple[RunOptions, int]]:
 
 def main(cfg: Config) -> None:
     out, device, times = common.out_file(cfg.out), choose_device(cfg.device), defaultdict(list)
-    usual = sorted(folder for pattern in USUAL for folder in ROOT.glob(pattern))
+    usual = sorted(min(row.glob("seed*")) for pattern in USUAL for row in ROOT.glob(pattern))
     opened = {folder: open_result(folder) for folder in map(Path, cfg.results or usual)}
     turns = [(folder, phase) for folder, (_, settings, _) in opened.items() for phase in phases(settings)]
     rounds = list(product(range(1 + cfg.repeats), turns))

@@ -1,12 +1,11 @@
 """The tables of README.md and docs/, each made from the files in results/ as one piece of Markdown."""
 import csv
-import re
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 from harness.reporting.cells import NETWORKS, RESULTS, extremes, load, number, pair, rows_of, spread
-from harness.reporting.tables import defense, markdown
+from harness.reporting.tables import markdown
 
 # ---- what is written by hand: the order of rows, and their labels ------------------------------------------
 
@@ -17,7 +16,6 @@ MNIST = {"at": ("AT", "PGD"), "at-alpha0.5": ("AT, alpha 0.5", "PGD+ours"),  # f
 FAMILY = ("at", "trades", "mart", "gairat", "mail-at", "mail-trades", "vir-at", "vir-trades")
 FAST = {"mnist/lenet-at": "AT", "fast/free": "Free AT, m = 8, five epochs", "fast/yopo": "YOPO-5-3",
         "fast/iaat": "IAAT"}
-BEFORE = ("mnist/*", "vir/*/seed*", "fast/*")  # whole runs by recipes without gradient clipping
 STRONG = {"pgd100": "PGD-100", "cw": "CW", "fmn100": "FMN-100", "autoattack": "AutoAttack (ours)",
           "mde": "MDE"}
 BESIDE = {"at": "AT, 0.3", "trades": "TRADES, 0.3", "plain": "no attack, 0.1"}
@@ -49,153 +47,130 @@ def measures(folders: Iterable[Path], alphas: Iterable[str] = ALPHAS) -> list[st
                     for metric in ("A_sa", "A_tr") for alpha in alphas]
 
 
+def runs(place: str) -> list[Path]:
+    """The folders of one defense's runs under results/, a seed each."""
+    return sorted((RESULTS / place).glob("seed*"))
+
+
+def seeds(folders: Iterable[Path]) -> str:
+    return ", ".join(folder.name.removeprefix("seed") for folder in folders)
+
+
 def mnist() -> str:
     """The four defenses of Zeng et al. on both networks, beside the paper's Table 1."""
     with (RESULTS / "paper/zeng_table1.csv").open(encoding="utf-8") as file:
         printed = list(csv.DictReader(file))
     rows = []
     for folder, (label, theirs) in MNIST.items():
-        rows += [[label, f"{NETWORKS[network]}, ours", *measures([RESULTS / f"mnist/{network}-{folder}"])]
-                 for network in ("lenet", "small_cnn")]
+        for network in ("lenet", "small_cnn"):
+            found = runs(f"mnist/{network}-{folder}")
+            rows.append([label, f"{NETWORKS[network]}, ours", seeds(found), *measures(found)])
         lines = [line for line in printed if line["defense"] == theirs]
         weighted = [number(float(line[metric])) for metric in ("A_sa", "A_tr") for line in lines]
-        rows.append([label, "*SmallCNN, paper*", "-", number(float(lines[0]["A_rob"])), *weighted])
-    return markdown(["defense", "network", *metrics()], rows, left=2)
+        rows.append([label, "*SmallCNN, paper*", "", "-", number(float(lines[0]["A_rob"])), *weighted])
+    return markdown(["defense", "network", "seeds", *metrics()], rows, left=3)
 
 
 def family() -> str:
     """The eight methods of the VIR tables, over their seeds."""
-    rows = [[name.upper(), *measures(sorted((RESULTS / "vir" / name).glob("seed*")))] for name in FAMILY]
-    return markdown(["defense", *metrics()], rows, left=1)
+    rows = [[name.upper(), seeds(runs(f"vir/{name}")), *measures(runs(f"vir/{name}"))] for name in FAMILY]
+    return markdown(["defense", "seeds", *metrics()], rows, left=2)
 
 
-def equal_strength(rows: dict[tuple[str, ...], list[str]], head: list[str], source: str = "recovered",
-                   at: str = "A_rob") -> str:
-    """A_sa at equal alpha and at equal KL budgets, over seeds, with ranks; rows: labels -> result files.
+def equal_strength(rows: dict[tuple[str, ...], list[dict]], head: list[str], accuracy: str) -> str:
+    """A_sa at equal alpha and at equal KL budgets, over seeds, with ranks.
 
-    A_sa at a budget is what the result measured; in older ones, which did not, the middle of what
-    results/budget/SOURCE.json says it may be; at A_rob's examples or at the worst case under strong attacks.
+    rows: labels -> results, or their worst cases; accuracy: the name of the unweighted accuracy in them.
     """
-    found = {row["file"]: row["A_sa_kl"] for row in load(f"budget/{source}.json")["rows"] if row["at"] == at}
-
-    def values(file: str) -> list[float]:
-        """A_rob or the worst case, A_sa at alpha 2 and at BUDGETS."""
-        result = load(file)
-        place = result | {"accuracy": result["A_rob"]} if at == "A_rob" else result[at]
-        at_budgets = place.get("A_sa_kl") or {budget: statistics.mean(found[f"results/{file}"][budget])
-                                              for budget in BUDGETS}
-        return [place["accuracy"], place["A_sa"]["2.0"], *(at_budgets[budget] for budget in BUDGETS)]
-
-    columns = [list(zip(*map(values, files))) for files in rows.values()]
+    columns = [[[place[accuracy] for place in places], [place["A_sa"]["2.0"] for place in places],
+                *([place["A_sa_kl"][budget] for place in places] for budget in BUDGETS)]
+               for places in rows.values()]
     means = [[statistics.mean(column) for column in row] for row in columns]
-    places = [[1 + sum(other[k] > row[k] for other in means) for k in (0, 1, 3)] for row in means]
-    lines = [[*labels, *map(spread, row), *map(str, ranks)]
-             for labels, row, ranks in zip(rows, columns, places)]
-    accuracy = at.replace("_case", " case")
-    titles = [accuracy, "A_sa 2", *(f"KL {budget}" for budget in BUDGETS)]
-    return markdown([*head, *titles, f"rank: {accuracy}", "A_sa 2", "KL 0.2"], lines, left=len(head))
+    ranks = [[str(1 + sum(other[k] > row[k] for other in means)) for k in (0, 1, 3)] for row in means]
+    lines = [[*labels, *map(spread, row), *places] for labels, row, places in zip(rows, columns, ranks)]
+    name = "worst case" if accuracy == "accuracy" else accuracy
+    titles = [name, "A_sa 2", *(f"A_sa, {budget} nats" for budget in BUDGETS)]
+    return markdown([*head, *titles, f"rank by {name}", "by A_sa 2", "by 0.2 nats"], lines, left=len(head))
+
+
+def results_of(place: str) -> list[dict]:
+    return [load(folder / "eval.json") for folder in runs(place)]
 
 
 def equal_budget() -> str:
-    """Attackers of equal strength on the single runs: AT, TRADES, Free AT, YOPO and IAAT."""
-    rows = {(label, NETWORKS[network]): [f"mnist/{network}-{folder}/eval.json"]
+    """Attackers of equal strength on AT, TRADES, their margin weights, Free AT, YOPO and IAAT."""
+    rows = {(label, NETWORKS[network]): results_of(f"mnist/{network}-{folder}")
             for network in ("lenet", "small_cnn") for folder, (label, _) in MNIST.items()}
-    rows |= {(label, NETWORKS["lenet"]): [f"{folder}/eval.json"] for folder, label in [*FAST.items()][1:]}
-    return equal_strength(rows, ["defense", "network"])
+    rows |= {(label, NETWORKS["lenet"]): results_of(folder) for folder, label in [*FAST.items()][1:]}
+    return equal_strength(rows, ["defense", "network"], "A_rob")
 
 
 def equal_budget_family() -> str:
-    """Attackers of equal strength on the eight methods of the VIR tables, over their seeds."""
-    rows = {(name.upper(),): [f"vir/{name}/{folder.name}/eval.json"
-                              for folder in sorted((RESULTS / "vir" / name).glob("seed*"))]
-            for name in FAMILY}
-    return equal_strength(rows, ["defense"])
+    """Attackers of equal strength on the eight methods of the VIR tables."""
+    return equal_strength({(name.upper(),): results_of(f"vir/{name}") for name in FAMILY}, ["defense"],
+                          "A_rob")
 
 
-def equal_budget_full() -> str:
-    """Attackers of equal strength on the runs with today's recipes."""
-    rows = {}
-    for config, _, folders in over_seeds(file.parent for file in
-                                         (RESULTS / "stability/full").glob("*/eval.json")):
-        recipe = "VIR's" if config["script"] == "train_vir" else "short"
-        rows[name_of(config), NETWORKS[config["model"]], recipe] = [
-            f"stability/full/{folder.name}/eval.json" for folder in folders]
-    return equal_strength(rows, ["defense", "network", "recipe"])
-
-
-def equal_budget_strong() -> str:
-    """Attackers of equal strength in the worst case under strong attacks."""
-    files = sorted((RESULTS / "strong").glob("*.json"))
-    return equal_strength({(file.stem,): [f"strong/{file.name}"] for file in files}, ["result"],
-                          "recovered_strong", "worst_case")
+def losses() -> str:
+    """The worst mean cross-entropy of the eight methods within KL budgets, and CVaR."""
+    columns = {f"{budget} nats": ("loss_kl", budget) for budget in BUDGETS}
+    columns |= {"largest 10 %": ("loss_cvar", "0.1"), "largest 1 %": ("loss_cvar", "0.01")}
+    rows = [[name.upper(), *(spread(result[key][at] for result in results_of(f"vir/{name}"))
+                             for key, at in columns.values())] for name in FAMILY]
+    return markdown(["defense", *columns], rows, left=1)
 
 
 def fast() -> str:
     """Free AT, YOPO and IAAT beside AT, with what they cost."""
-    costs = {row["result"]: row for row in rows_of("cost")}
+    costs = {row["result"].partition("/seed")[0]: row for row in rows_of("cost")}
     rows = []
     for folder, label in FAST.items():
         cost = costs[f"results/{folder}"]
         times = [number(cost["seconds"] / cost["epochs"], 1), number(cost["seconds"] / 60, 1)]
-        rows.append([label, *measures([RESULTS / folder]), *times])
-    return markdown(["defense", *metrics(), "s per epoch", "minutes"], rows, left=1)
+        rows.append([label, seeds(runs(folder)), *measures(runs(folder)), *times])
+    return markdown(["defense", "seeds", *metrics(), "s per epoch", "minutes"], rows, left=2)
 
 
-def name_of(training: dict) -> str:
-    """The defense of a training configuration, as these tables call it."""
-    name = defense(training).replace("AT4Free", "Free AT")
-    return re.sub(r"\+margin \(alpha (.*)\)", r", alpha \1", name)
+def label_of(place: str) -> tuple[str, str, str]:
+    """(defense, network, recipe) of a folder of runs."""
+    group, name = place.split("/")
+    if group == "vir":
+        return name.upper(), NETWORKS["lenet"], "VIR's"
+    if group == "fast":
+        return FAST[place].split(",")[0], NETWORKS["lenet"], "short"
+    network, _, folder = name.partition("-")
+    return MNIST[folder][0], NETWORKS[network], "short"
 
 
-def kind_of(training: dict) -> tuple[str, str, str]:
-    return training["script"], name_of(training), training["model"]
-
-
-def over_seeds(folders: Iterable[Path]) -> Iterator[tuple[dict, str, list[Path]]]:
-    """(configuration, seeds, folders) of the runs that differ in nothing but the seed, in order of folder."""
-    groups: dict[tuple, list[tuple[int, Path, dict]]] = {}
-    for folder in sorted(folders):
-        config = load(folder / "config.json")
-        key = *kind_of(config), config["precision"], config["training_images"]
-        groups.setdefault(key, []).append((config["seed"], folder, config))
-    for runs in groups.values():
-        runs.sort(key=lambda run: run[:2])
-        yield runs[0][2], ", ".join(str(seed) for seed, _, _ in runs), [folder for _, folder, _ in runs]
-
-
-def full() -> str:
-    """The runs with today's recipes, each beside the ones before gradient clipping."""
-    today = over_seeds(file.parent for file in (RESULTS / "stability/full").glob("*/eval.json"))
-    before = list(over_seeds(folder for pattern in BEFORE for folder in RESULTS.glob(pattern)))
-    rows = []
-
-    def add(recipe: str, config: dict, seeds: str, folders: list[Path]) -> None:
-        network, images = NETWORKS.get(config["model"], config["model"]), config["training_images"]
-        facts = [name_of(config), network, recipe, config["precision"], number(images, 0), seeds]
-        rows.append([*facts, *measures(folders, ("2.0",))])
-
-    for config, seeds, folders in today:
-        add("today's", config, seeds, folders)
-        for other, *rest in before:
-            if kind_of(other) == kind_of(config):
-                add("before", other, *rest)
-    head = ["defense", "network", "recipe", "precision", "images", "seed", *metrics(("2.0",))]
-    return markdown(head, rows, left=4)
+def attacked() -> dict[tuple[str, str, str], list[dict]]:
+    """(defense, network, recipe) -> its results under strong attacks, the safest first."""
+    found: dict[tuple[str, str, str], list[dict]] = {}
+    for file in sorted(RESULTS.glob("*/*/seed*/strong.json")):
+        found.setdefault(label_of("/".join(file.relative_to(RESULTS).parts[:2])), []).append(load(file))
+    worst = {label: statistics.mean(result["worst_case"]["accuracy"] for result in results)
+             for label, results in found.items()}
+    return {label: found[label] for label in sorted(found, key=worst.__getitem__, reverse=True)}
 
 
 def strong() -> str:
     """What strong attacks leave of each result, the safest first."""
-    results = {file.stem: load(file) for file in (RESULTS / "strong").glob("*.json")}
     rows = []
-    for name, result in sorted(results.items(), key=lambda item: (-item[1]["worst_case"]["accuracy"],
-                                                                  -item[1]["A_rob"], item[0])):
-        worst = result["worst_case"]
-        attacked = [result["attacks"][attack]["accuracy"] for attack in STRONG]
-        cells = [result["A_nat"], result["A_rob"], *attacked, worst["accuracy"], worst["A_sa"]["2.0"]]
-        signs = result["verdict"].removeprefix("suspicious: ").replace("ok", "-")
-        rows.append([name, signs, *(number(cell, 1) for cell in cells)])
-    head = ["result", "suspicious", "A_nat", "A_rob", *STRONG.values(), "worst case", "its A_sa 2"]
-    return markdown(head, rows, left=2)
+    for label, results in attacked().items():
+        signs = {sign for result in results if result["verdict"] != "ok"
+                 for sign in result["verdict"].removeprefix("suspicious: ").split(", ")}
+        cells = [[result["A_nat"], result["A_rob"],
+                  *(result["attacks"][attack]["accuracy"] for attack in STRONG),
+                  result["worst_case"]["accuracy"]] for result in results]
+        rows.append([*label, ", ".join(sorted(signs)) or "-",
+                     *(number(statistics.mean(column), 1) for column in zip(*cells))])
+    head = ["defense", "network", "recipe", "suspicious", "A_nat", "A_rob", *STRONG.values(), "worst case"]
+    return markdown(head, rows, left=4)
+
+
+def equal_budget_strong() -> str:
+    """Attackers of equal strength in the worst case under strong attacks, the safest first."""
+    cases = {label: [result["worst_case"] for result in results] for label, results in attacked().items()}
+    return equal_strength(cases, ["defense", "network", "recipe"], "accuracy")
 
 
 def attacks() -> str:

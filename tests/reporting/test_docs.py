@@ -57,26 +57,26 @@ def test_an_example_of_a_block_is_left_alone():
     assert docs.fill(text) == (text, [])
 
 
-def test_runs_that_differ_in_the_seed_are_one_row_beside_the_ones_before(tmp_path, monkeypatch):
-    def write(folder, seed, A_rob, **fields):
-        (tmp_path / folder).mkdir(parents=True)
-        config = {"script": "train_at_mnist", "alpha": 0.5, "model": "lenet", "precision": "auto",
-                  "training_images": 59_000}
+def test_runs_that_differ_in_the_seed_are_one_row(tmp_path, monkeypatch):
+    for seed, A_rob in ((2, 90.0), (3, 91.0)):
+        (tmp_path / f"mnist/lenet-at/seed{seed}").mkdir(parents=True)
         result = {"A_nat": 99.0, "A_rob": A_rob, "A_sa": {"2.0": 50.0}, "A_tr": {"2.0": 49.0}}
-        (tmp_path / folder / "config.json").write_text(json.dumps(config | fields | {"seed": seed}))
-        (tmp_path / folder / "eval.json").write_text(json.dumps(result))
-
-    write("stability/full/a", 3, 91.0)
-    write("stability/full/b", 2, 90.0)
-    write("mnist/old", 1, 88.0, training_images=60_000)
-    write("mnist/other", 1, 87.0, alpha=0.0)
-    (tmp_path / "stability/full/unfinished").mkdir()
+        (tmp_path / f"mnist/lenet-at/seed{seed}/eval.json").write_text(json.dumps(result))
     monkeypatch.setattr(page_tables, "RESULTS", tmp_path)
-    rows = [[cell.strip() for cell in line.strip("|").split("|")]
-            for line in page_tables.full().splitlines()[2:]]
-    assert [row[:6] for row in rows] == [["AT, alpha 0.5", "LeNet", "today's", "auto", "59,000", "2, 3"],
-                                         ["AT, alpha 0.5", "LeNet", "before", "auto", "60,000", "1"]]
-    assert [row[7] for row in rows] == ["90.50 ± 0.71", "88.00"]
+    found = page_tables.runs("mnist/lenet-at")
+    assert page_tables.seeds(found) == "2, 3"
+    assert page_tables.measures(found, ("2.0",)) == ["99.00 ± 0.00", "90.50 ± 0.71", "50.00 ± 0.00",
+                                                     "49.00 ± 0.00"]
+
+
+def test_networks_under_strong_attacks_stand_apart(tmp_path, monkeypatch):
+    for place, accuracy in (("mnist/lenet-at", 80.0), ("mnist/small_cnn-at", 90.0), ("vir/mail-at", 85.0)):
+        (tmp_path / place / "seed0").mkdir(parents=True)
+        result = {"worst_case": {"accuracy": accuracy}}
+        (tmp_path / place / "seed0/strong.json").write_text(json.dumps(result))
+    monkeypatch.setattr(page_tables, "RESULTS", tmp_path)
+    assert list(page_tables.attacked()) == [("AT", "SmallCNN", "short"), ("MAIL-AT", "LeNet", "VIR's"),
+                                            ("AT", "LeNet", "short")]
 
 
 @pytest.mark.slow
