@@ -41,13 +41,14 @@ UNWATCHED, STEPS = 2, 12  # batches before those without a wait, and with them
 
 
 def one_step(site: Site) -> Found:
-    """In float32, one batch of each method with each network; without a GPU, for time, of some pairs."""
+    """In float32, one batch of each method and of each network; on a GPU further pairs too, for SECONDS."""
     _write_images(site.folder / "images")
-    some = [*((method, "lenet") for method in METHODS), *((COMMON[0], name) for name in NETWORKS)]
+    some = dict.fromkeys([*((method, "lenet") for method in METHODS),
+                          *((COMMON[0], name) for name in NETWORKS)])
     pairs = list(dict.fromkeys([*some, *((method, name) for name in NETWORKS for method in METHODS)]))
-    chosen, distances, started = pairs if site.real_gpu else dict.fromkeys(some), {}, time.monotonic()
+    chosen, distances, started = pairs if site.real_gpu else some, {}, time.monotonic()
     for number, (method, name) in enumerate(chosen):
-        if time.monotonic() - started > SECONDS:
+        if number >= len(some) and time.monotonic() - started > SECONDS:
             break
         script, *words = METHODS[method]
         words = (*SMALL, "--dataset", site.folder / "images", "--lr", LR, *words, "--model", name,

@@ -194,6 +194,10 @@ def test_a_step_that_is_not_the_cpus_is_found(monkeypatch, tmp_path):
         pairs = steps_that_end_at(monkeypatch, cuda=end, cpu=1.0)
         assert training.one_step(Site(GPU, True, tmp_path, build_model)).holds == holds
         assert len(pairs) == 2 * len(training.METHODS) * len(training.NETWORKS)
+    monkeypatch.setattr(training, "SECONDS", -1)  # the time for further pairs has run out
+    pairs = steps_that_end_at(monkeypatch, cuda=1.0, cpu=1.0)
+    assert training.one_step(Site(GPU, True, tmp_path, build_model)).text.startswith("18 of 70 pairs")
+    assert len(pairs) == 2 * 18
     pairs = steps_that_end_at(monkeypatch, cpu=0.0)  # a step that moves nothing
     found = training.one_step(site_in(tmp_path))
     assert not found.holds and found.text.startswith("18 of 70 pairs") and len(pairs) == 18

@@ -59,7 +59,7 @@ def test_where_nothing_forbids_tf32_a_network_that_is_loaded_does_not_either(as_
     assert device.allows_tf32()
 
 
-@pytest.mark.parametrize(("kind", "name"), [("xpu", "Arc"), ("mps", "Apple MPS, "), ("cpu", "")])
+@pytest.mark.parametrize(("kind", "name"), [("xpu", "Arc"), ("mps", "Apple MPS, ")])
 def test_the_hardware_is_the_accelerator(kind, name, monkeypatch):
     monkeypatch.setattr(torch.xpu, "get_device_name", lambda device: "Arc")
     processor = "" if kind == "xpu" else device.environment(CPU)["hardware"]

@@ -308,6 +308,13 @@ def test_the_figures_about_attackers_of_equal_strength_are_those_of_their_files(
                 "LeNet {:.1f} and {:.1f}, and {:+.1f} and {:+.1f}".format(
                     *(margin[f"lenet-{name}"][k] for k in (0, 1)
                       for name in ("at-alpha0.5", "trades-alpha2"))))
+    paid = [-lead(f"mnist/{network}-trades-alpha2", f"mnist/{network}-trades", "A_rob")
+            for network in ("small_cnn", "lenet")]
+    left = sorted(at_nats for _, at_nats in margin.values())
+    assert left[0] == margin["lenet-trades-alpha2"][1] < 0
+    for sentence in ("TRADES pays {:.1f} points of A_rob on SmallCNN and {:.1f} on LeNet".format(*paid),
+                     f"leave {left[1]:.1f} to {left[-1]:.1f} points, and none to LeNet's TRADES"):
+        assert sentence in SENTENCES["README.md"]
     for file in sorted((ROOT / "results").glob("*/*/seed*/margins.npz")):
         result = json.loads((file.parent / "eval.json").read_text(encoding="utf-8"))
         with numpy.load(file) as kept:
@@ -415,10 +422,14 @@ def test_the_figures_about_strong_attacks_are_those_of_their_files():
                     *behind(worst, ("fast/free", short), ("fast/iaat", short)), worst["fast/yopo"]),
                 "GAIRAT leads AT of its recipe by {:.1f} points at alpha 2 and is {:.1f} behind it at 0.2 "
                 "nats".format(*behind(alpha, (at, "vir/gairat")), *behind(nats, ("vir/gairat", at))),
-                "stay {:.1f} and {:.1f} points ahead of AT, MAIL-TRADES and VIR-TRADES {:.1f} and {:.1f} "
-                "behind".format(*behind(nats, (at, "vir/mail-at"), (at, "vir/vir-at"), *of_trades)),
+                "stay {:.1f} and {:.1f} points ahead of AT, less than the intervals; MAIL-TRADES and "
+                "VIR-TRADES are {:.1f} and {:.1f} behind".format(
+                    *behind(nats, (at, "vir/mail-at"), (at, "vir/vir-at"), *of_trades)),
                 "first at 0.2 nats ({:.1f} %), {:.1f} points ahead of AT".format(
                     nats[short + "-alpha0.5"], *behind(nats, (short, short + "-alpha0.5"))))
+    bounds = {name: result["worst_case"]["A_sa_kl_ci95"]["0.2"] for name, result in results.items()}
+    assert all(nats[name] < bounds[base][0] for name, base in (*of_trades, ("vir/gairat", at)))
+    assert max(nats["vir/mail-at"], nats["vir/vir-at"]) < bounds[at][1]
     for result in results.values():
         attacked = [found["accuracy"] for found in result["attacks"].values()]
         assert result["worst_case"]["accuracy"] <= min(attacked)
