@@ -18,6 +18,7 @@ it. Those of `margin` stay in the graph and also weight the attack's objective.
     python train_vir.py --recipe vir-at --seeds 0 1 2 3            # four runs one after the other, as in VIR
     python train_vir.py --recipe vir-at-svhn --dry_run             # every value and where it comes from
     python train_vir.py --recipe vir-at --base mart --weights mail  # any base with any weights
+    python train_vir.py --recipe mail-at --burn_in_from runs/vir-at  # goes on from that run's burn-in
 """
 import math
 from bisect import bisect_right
@@ -55,6 +56,7 @@ class Config(RunOptions, CompileOptions):
     base: Literal["at", "trades", "mart"] = "at"  # the loss that is weighted [VIR]
     weights: Literal["uniform", "vir", "gairat", "mail", "margin"] = "vir"  # the instance weights [VIR]
     burn_in_epochs: int = 76            # epochs of weight 1 at the start [VIR, Alg. 1; MAIL's code]
+    burn_in_from: str | None = None     # folder of a run: go on from its burn-in, if it is the same [ours]
     inv_lambda: float = 5.0             # weight of the KL term: 1/lambda of TRADES, lambda of MART [VIR]
     alpha: float = 7.0                  # VIR: S_v = alpha * exp(-gamma * p_y) [VIR]
     beta: float = 0.007                 # VIR: w = S_v * S_d + beta [VIR]
@@ -102,6 +104,10 @@ class Config(RunOptions, CompileOptions):
     seed: int = 0                       # seed of weights, order, augmentation, starts and dropout [ours]
     dry_run: bool = False               # print every value and where it comes from, and stop
 
+    unused_in_burn_in = (
+        "weights", "alpha", "beta", "gamma", "vir_terms", "vir_norm", "weight_forward", "gairat_lambda",
+        "gairat_function", "gairat_norm", "mail_slope", "mail_bias", "mail_norm", "margin_alpha")
+
 
 # A recipe is a method in a setting: "vir-at" (CIFAR-10), "vir-at-wrn", ... A layer: its source, its values.
 METHODS = {
@@ -117,6 +123,9 @@ METHODS = {
 SETTINGS = {
     "": layer("VIR"),
     "-wrn": layer("VIR, WRN-34-10", model="wrn34_10", lr=0.1, weight_decay=7e-4),
+    "-cifar10-w16": layer("ours: a quarter of the channels and 20 epochs, drops and burn-in in proportion",
+                          model="resnet18_w16", epochs=20, burn_in_epochs=13, lr=0.1, lr_drop_after=(13, 16),
+                          weight_decay=5e-4),
     "-cifar100": layer("VIR", dataset="cifar100"),
     "-svhn": layer("VIR; the flip is ours: digits have none", dataset="svhn", flip=False),
     "-tiny-imagenet": layer("VIR; the crop is ours", dataset="tiny-imagenet", crop_padding=8, gamma=3.0),

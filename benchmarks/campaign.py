@@ -4,10 +4,12 @@ Every run is a process of its own of one thread, as its user would start it; so 
 evaluations stand in RUNS/ROW/seedN, and what the tables read in OUT/ROW/seedN: config.json and log.csv of the
 training; eval.json, measured on the whole test set by the paper's protocol with one random start, with
 the margin of every example in margins.npz; strong.json, measured under strong attacks. The same command
-goes on where it was stopped: a training by its --resume, an evaluation by its record.
+goes on where it was stopped: a training by its --resume, an evaluation by its record. A weighting goes on
+from the burn-in of its base (--burn_in_from), which gives the bits of the whole run.
 
-    python benchmarks/campaign.py --seeds 0 1 2 3 4                         # every row but SmallCNN's
+    python benchmarks/campaign.py --seeds 0 1 2 3 4                         # MNIST, every row but SmallCNN's
     python benchmarks/campaign.py --setting mnist-small_cnn --seeds 0 1     # Zeng's four on SmallCNN
+    python benchmarks/campaign.py --setting cifar10-w16 --seeds 0           # CIFAR-10, a narrow ResNet-18
     python benchmarks/campaign.py --defenses AT TRADES --seeds 0 --strong   # under strong attacks too
 """
 import re
@@ -23,36 +25,61 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository: a script finds its own folder
 
-from benchmarks.stability import ZENG, chosen, side_by_side, start
+from benchmarks.stability import ZENG, chosen, recipes, side_by_side, start
 from harness.config import run_script
 
 STRONG = ("--num_examples", "1000", "--attacks", "fgsm", "pgd100", "cw", "fmn100", "autoattack", "mde")
+MARGIN = ("--burn_in_epochs", "0", "--weights", "margin", "--margin_alpha")
+CIFAR10 = {"AT": ("at",), "AT, alpha 0.1": ("at", *MARGIN, "0.1"), "TRADES": ("trades",),
+           "TRADES, alpha 2": ("trades", *MARGIN, "2"), "MART": ("mart",), "GAIRAT": ("gairat",),
+           "MAIL-AT": ("mail-at",), "MAIL-TRADES": ("mail-trades",), "VIR-AT": ("vir-at",),
+           "VIR-TRADES": ("vir-trades",)}  # row -> method of train_vir.py and flags
+BURN_IN = {"gairat": "at", "mail-at": "at", "vir-at": "at", "vir-trades": "mail-trades"}  # row -> the same
 
 
 @dataclass(frozen=True)
 class Config:
-    setting: Literal["mnist", "mnist-small_cnn"] = "mnist"  # whose recipes; SmallCNN has four
+    setting: Literal["mnist", "mnist-small_cnn", "cifar10-w16"] = "mnist"  # whose recipes
     defenses: tuple[str, ...] = ()   # only these rows; default: all
     seeds: tuple[int, ...] = (0, 1)  # of the trainings
     strong: bool = False             # measure the first 1,000 images under strong attacks too
     num_processes: int = 2           # runs side by side, of one thread each
+    cifar10: str = "cifar10"         # the data set of cifar10-w16: cifar10, or a folder of images
     data_dir: str = "data"           # folder of the data sets
     runs: str = "runs/campaign"      # folder of runs and evaluations
     out: str = "results"             # folder of what the tables read
 
 
+def commands(cfg: Config) -> dict[str, tuple[str, ...]]:
+    """Defense -> script and flags.  Raises UserError for a defense that the setting has not."""
+    if cfg.setting != "cifar10-w16":
+        return chosen(recipes(cfg.setting), cfg.defenses)
+    known = {name: ("train_vir", "--recipe", f"{method}-cifar10-w16", "--dataset", cfg.cifar10, *flags)
+             for name, (method, *flags) in CIFAR10.items()}
+    return chosen(known, cfg.defenses)
+
+
 def row_of(setting: str, defense: str) -> str:
     """The folder of a defense's runs, as in vir/mail-at or mnist/lenet-at-alpha0.5."""
+    name = defense.lower().replace(", alpha ", "-alpha")
+    if setting == "cifar10-w16":
+        return f"{setting}/{name}"
     if defense in ZENG:
         network = "small_cnn" if setting == "mnist-small_cnn" else "lenet"
-        return f"mnist/{network}-{defense.lower().replace(', alpha ', '-alpha')}"
+        return f"mnist/{network}-{name}"
     if found := re.fullmatch(r"(.*), VIR's recipe", defense):
         return f"vir/{found[1].lower()}"
     return f"fast/{defense.lower().removesuffix(' at')}"
 
 
+def burn_in(run: Path) -> Path | None:
+    """The run of the same seed whose burn-in is that of the run in this folder."""
+    return run.parents[1] / BURN_IN[run.parent.name] / run.name if run.parent.name in BURN_IN else None
+
+
 def evaluate(run: Path, name: str, *flags: str) -> None:
     """Write run/NAME.json, or go on with the evaluation that was stopped."""
+    script = "eval_cifar10" if run.parts[-3] == "cifar10-w16" else "eval_mnist"
     out = run / f"{name}.json"
     if out.exists():
         return
@@ -60,7 +87,7 @@ def evaluate(run: Path, name: str, *flags: str) -> None:
     begin = ("--checkpoint", str(run / "last.pt"), "--num_restarts", "1", *flags, "--out", str(out),
              "--device", "cpu")
     begun = (record / "config.json").exists()
-    start("eval_mnist", *(("--resume", str(record)) if begun else begin))
+    start(script, *(("--resume", str(record)) if begun else begin))
 
 
 def keep(run: Path, out: Path) -> None:
@@ -78,6 +105,8 @@ def one_run(command: tuple[str, ...], run: Path, out: Path, cfg: Config) -> None
     """Train, evaluate and keep, each as far as it is not done."""
     script, *flags = command
     begin = (*flags, "--out_dir", str(run), "--data_dir", cfg.data_dir, "--device", "cpu")
+    if (base := burn_in(run)) and (base / "burn_in.pt").exists():
+        begin += ("--burn_in_from", str(base))
     start(script, *(("--resume", str(run)) if (run / "config.json").exists() else begin))
     evaluate(run, "eval")
     if cfg.strong:
@@ -86,16 +115,18 @@ def one_run(command: tuple[str, ...], run: Path, out: Path, cfg: Config) -> None
 
 
 def main(cfg: Config) -> None:
-    jobs = list(product(cfg.seeds, chosen(cfg.setting, cfg.defenses).items()))
+    jobs = [(f"{row_of(cfg.setting, defense)}/seed{seed}", (*command, "--seed", str(seed)))
+            for seed, (defense, command) in product(cfg.seeds, commands(cfg).items())]
     with tqdm(total=len(jobs), unit="run") as bar:
 
-        def work(job: tuple[int, tuple[str, tuple[str, ...]]]) -> None:
-            seed, (defense, command) = job
-            place = f"{row_of(cfg.setting, defense)}/seed{seed}"
-            one_run((*command, "--seed", str(seed)), Path(cfg.runs, place), Path(cfg.out, place), cfg)
+        def work(job: tuple[str, tuple[str, ...]]) -> None:
+            place, command = job
+            one_run(command, Path(cfg.runs, place), Path(cfg.out, place), cfg)
             bar.update()
 
-        side_by_side(work, jobs, cfg.num_processes)
+        for has_base in (False, True):  # the bases first
+            side_by_side(work, [job for job in jobs if (burn_in(Path(job[0])) is not None) == has_base],
+                         cfg.num_processes)
 
 
 if __name__ == "__main__":

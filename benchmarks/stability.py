@@ -70,9 +70,8 @@ def recipes(setting: str) -> dict[str, tuple[str, ...]]:
     return zeng | vir | {name: (script, "--recipe", short) for name, script in FAST.items()}
 
 
-def chosen(setting: str, defenses: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-    """`recipes` of these defenses, of all by default.  Raises UserError for one that is not there."""
-    known = recipes(setting)
+def chosen(known: dict[str, tuple[str, ...]], defenses: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """The commands of these defenses, of all by default.  Raises UserError for one that is not `known`."""
     if unknown := [name for name in defenses if name not in known]:
         raise UserError(f"--defenses: there is no {unknown[0]!r}; choose among {', '.join(map(repr, known))}")
     return {name: known[name] for name in defenses or known}
@@ -87,7 +86,7 @@ def planned(cfg: Config, rows: list[dict]) -> Iterator[tuple[tuple[str, ...], di
     """(script and flags, the facts that name its row) of every run that `rows` lacks."""
     done = {(row["defense"], row["seed"], row["precision"], row["aten"], row["onednn"]) for row in rows
             if cfg.epochs in (None, row["epochs"]) and ("test_A_nat" in row or not cfg.evaluate)}
-    known, sets = chosen(cfg.setting, cfg.defenses), instruction_sets()
+    known, sets = chosen(recipes(cfg.setting), cfg.defenses), instruction_sets()
     for seed, precision, name in product(cfg.seeds, cfg.precisions, known):
         if (name, seed, precision, *sets.values()) not in done:
             flags = ("--seed", str(seed), "--precision", precision, "--device", "cpu", "--data_dir",

@@ -26,7 +26,7 @@ from harness.training.first_layer import FirstLayer
 from harness.training.options import RunOptions
 from harness.training.precision import TrainingPrecision, bare
 from harness.training.rows import PersistentRows
-from harness.training.saving import RunFolder, make_folder, read_last, summary_of, update_config
+from harness.training.saving import RunFolder, make_folder, read_start, summary_of, update_config
 from harness.training.steps import Steps
 from harness.training.trial import trial_pass
 
@@ -116,7 +116,7 @@ class Run(Steps):
 
     def epochs(self, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler | None) -> Iterator[int]:
         """The epochs to run, from 1: all of them in a new folder, or those after the last checkpoint."""
-        last = read_last(self.cfg)
+        last = read_start(self.cfg, self.data)
         folder = make_folder(self.cfg, self.script, self.data, self.device) if self.rank == 0 else None
         folder = distributed.from_first(folder)
         self._hold(folder)
@@ -130,7 +130,8 @@ class Run(Steps):
             self.state["ema"] = self.average = Average(bare(model), self.cfg.ema_decay)
         if last:
             self.epoch, self.collapse.at_chance_for = self.files.load(last, self.state)
-            self.say(f"going on after epoch {self.epoch}")
+            whose = "" if self.cfg.resume else f", the burn-in of {self.cfg.burn_in_from}"
+            self.say(f"going on after epoch {self.epoch}{whose}")
         if self.cfg.resume and self.rank == 0:
             update_config(self.cfg, folder)
             self._stop_if_collapsed()

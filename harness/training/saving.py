@@ -13,23 +13,47 @@ from harness.datasets.batches import Dataset
 from harness.device import command_line, environment
 from harness.errors import UserError
 from harness.folder import claim_folder, write_csv, write_text
+from harness.resumption import MAY_CHANGE_ON_RESUME
 from harness.training.average import Average
 from harness.training.options import RunOptions
 
 PART = 1 << 20  # bytes
 
 
-def read_last(cfg: RunOptions) -> dict[str, Any]:
-    """The contents of last.pt of the run to resume; empty for a new run, and before the first epoch's end.
+def read_start(cfg: RunOptions, data: Dataset) -> dict[str, Any]:
+    """The checkpoint that a run goes on from: its own last.pt, or another run's burn-in; else empty.
 
-    Raises UserError if the run has more epochs than cfg.epochs.
+    Raises UserError if it has more epochs than cfg.epochs.
     """
     path = Path(cfg.resume, "last.pt") if cfg.resume else None
-    contents = checkpoint.read(path) if path and path.exists() else {}
+    burn_in = getattr(cfg, "burn_in_from", None)
+    contents = (checkpoint.read(path) if path and path.exists()
+                else read_burn_in(cfg, data, Path(burn_in)) if burn_in else {})
     done = contents.get("epoch")
     if isinstance(done, int) and done > cfg.epochs:
-        raise UserError(f"--epochs {cfg.epochs}: {done} epochs of {cfg.resume} are done already")
+        raise UserError(f"--epochs {cfg.epochs}: {done} epochs of {cfg.resume or burn_in} are done already")
     return contents
+
+
+def read_burn_in(cfg: RunOptions, data: Dataset, folder: Path) -> dict[str, Any]:
+    """burn_in.pt of the run in `folder`, or in its folder of this seed, as a start for the run of `cfg`.
+
+    Raises UserError if the burn-in of `cfg` would be another: with other settings, data or code.
+    """
+    several = folder / f"seed{cfg.seed}"
+    folder = several if several.is_dir() else folder
+    contents = checkpoint.read(folder / "burn_in.pt")
+    theirs, ours = contents.get("config"), dataclasses.asdict(cfg)
+    if not isinstance(theirs, dict):
+        raise UserError(f"--burn_in_from {folder}: burn_in.pt is not of a run of ours")
+    free = {*MAY_CHANGE_ON_RESUME, "out_dir", "seeds", "burn_in_from",
+            *getattr(cfg, "unused_in_burn_in", ())}
+    for name in ours.keys() - free:
+        if theirs.get(name) != ours[name]:
+            raise UserError(f"--burn_in_from {folder}: its burn-in is another one, with --{name} "
+                            f"{theirs.get(name)} instead of {ours[name]}")
+    check_same(folder, fingerprints(cfg, data), f"--burn_in_from {folder}")
+    return contents | {"best": dict(NONE_YET)}
 
 
 def make_folder(cfg: RunOptions, script: str, data: Dataset, device: torch.device) -> Path:
@@ -41,12 +65,16 @@ def make_folder(cfg: RunOptions, script: str, data: Dataset, device: torch.devic
     if not cfg.resume:
         return claim_folder(cfg.out_dir, script, facts | contents | dataclasses.asdict(cfg))
     folder = Path(cfg.resume)
+    check_same(folder, contents, f"--resume {folder}")
+    return folder
+
+
+def check_same(folder: Path, contents: dict[str, str | None], flag: str) -> None:
+    """Raise UserError where the images or the code of the run in `folder` are not these (`fingerprints`)."""
     before = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     for name, what in CONTENTS.items():
         if before.get(name, contents[name]) != contents[name]:
-            raise UserError(f"--resume {folder}: {what} changed since this run began, so it would be "
-                            "another run")
-    return folder
+            raise UserError(f"{flag}: {what} changed since this run began, so it would be another run")
 
 
 def update_config(cfg: RunOptions, folder: Path) -> None:
@@ -55,6 +83,8 @@ def update_config(cfg: RunOptions, folder: Path) -> None:
     before = json.loads(path.read_text(encoding="utf-8"))
     write_text(path, json.dumps(before | dataclasses.asdict(cfg) | {"resume": None}, indent=2) + "\n")
 
+
+NONE_YET = {"best": -1.0, "best_ema": -1.0}  # the scores to beat
 
 CONTENTS = {"data_sha256": "the training images or their labels have",
             "extra_data_sha256": "the generated images have", "model_sha256": "the file of the network has"}
@@ -88,7 +118,7 @@ class RunFolder:
                       "config": {"script": script} | dataclasses.asdict(cfg) | {"resume": None}}
         self.rows: list[dict[str, Any]] = []         # of log.csv, one per epoch
         self.weight_rows: list[dict[str, Any]] = []  # of weights.csv, one per epoch with instance weights
-        self.best = {"best": -1.0, "best_ema": -1.0}
+        self.best = dict(NONE_YET)
 
     @property
     def resume_command(self) -> str:
@@ -107,7 +137,8 @@ class RunFolder:
              scores: dict[str, float]) -> None:
         """Write the log and last.pt, and best.pt if scores["best"] is the highest so far.
 
-        With an average of the weights also last_ema.pt, and best_ema.pt by scores["best_ema"].
+        With an average of the weights also last_ema.pt, and best_ema.pt by scores["best_ema"]. At the end of
+        a burn-in also burn_in.pt, for --burn_in_from.
         """
         about = {"format": checkpoint.FORMAT, "architecture": architecture, **self.about}
         about |= {name: self.rows[-1][name] for name in ("epoch", "epochs_at_chance")}
@@ -122,6 +153,8 @@ class RunFolder:
                 checkpoint.save(self.path / "best_ema.pt", averaged)
         if better["best"]:
             checkpoint.save(self.path / "best.pt", contents)
+        if about["epoch"] == self.about["config"].get("burn_in_epochs"):
+            checkpoint.save(self.path / "burn_in.pt", contents)
         checkpoint.save(self.path / "last.pt", contents)  # written last: a resumed run starts from it
         write_csv(self.path / "log.csv", self.rows)
         if self.weight_rows:

@@ -1,10 +1,12 @@
 """benchmarks/campaign.py: the folder of each row, what it runs and keeps, that it goes on where it was."""
+import dataclasses
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import train_vir
 from benchmarks import campaign
 from harness.config import parse_config
 from harness.errors import UserError
@@ -14,15 +16,46 @@ from harness.errors import UserError
     ("mnist", "AT", "mnist/lenet-at"), ("mnist", "TRADES, alpha 2", "mnist/lenet-trades-alpha2"),
     ("mnist-small_cnn", "AT, alpha 0.5", "mnist/small_cnn-at-alpha0.5"),
     ("mnist", "MAIL-AT, VIR's recipe", "vir/mail-at"), ("mnist", "AT, VIR's recipe", "vir/at"),
-    ("mnist", "Free AT", "fast/free"), ("mnist", "YOPO", "fast/yopo")])
+    ("mnist", "Free AT", "fast/free"), ("mnist", "YOPO", "fast/yopo"),
+    ("cifar10-w16", "AT, alpha 0.1", "cifar10-w16/at-alpha0.1"),
+    ("cifar10-w16", "VIR-AT", "cifar10-w16/vir-at")])
 def test_the_folder_of_a_row(setting, defense, place):
     assert campaign.row_of(setting, defense) == place
 
 
 def test_every_row_has_a_folder_of_its_own():
-    rows = [campaign.row_of(setting, defense) for setting in ("mnist", "mnist-small_cnn")
-            for defense in campaign.chosen(setting, ())]
-    assert len(rows) == len(set(rows)) == 19
+    rows = [campaign.row_of(setting, defense) for setting in ("mnist", "mnist-small_cnn", "cifar10-w16")
+            for defense in campaign.commands(campaign.Config(setting))]
+    assert len(rows) == len(set(rows)) == 29
+
+
+def test_every_command_of_cifar10_is_one_of_its_script():
+    for script, *flags in campaign.commands(campaign.Config("cifar10-w16", cifar10="cifar10-jpeg")).values():
+        assert script == "train_vir"
+        cfg = parse_config(train_vir.Config, flags, train_vir.RECIPES)
+        assert (cfg.model, cfg.dataset, cfg.epochs) == ("resnet18_w16", "cifar10-jpeg", 20)
+        assert (cfg.weights == "margin") == (cfg.burn_in_epochs == 0)
+
+
+@pytest.mark.parametrize(("weighting", "base"), campaign.BURN_IN.items())
+@pytest.mark.parametrize("setting", ("-mnist", "-cifar10-w16"))
+def test_a_weighting_and_its_base_have_one_burn_in(weighting, base, setting):
+    weighted, plain = (dataclasses.asdict(train_vir.RECIPES[name + setting]) for name in (weighting, base))
+    differ = {name for name in weighted if weighted[name] != plain[name]}
+    assert differ <= set(train_vir.Config.unused_in_burn_in)
+
+
+def test_a_weighting_goes_on_from_its_bases_burn_in(tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setattr(campaign, "start", stand_in(commands))
+    defenses = ("VIR-AT", "AT", "TRADES")
+    campaign.main(campaign.Config("cifar10-w16", defenses, (0,), num_processes=1, runs=str(tmp_path / "runs"),
+                                  out=str(tmp_path / "out")))
+    trained = [flags for script, *flags in commands if script == "train_vir"]
+    assert [flags[1] for flags in trained] == ["at-cifar10-w16", "trades-cifar10-w16", "vir-at-cifar10-w16"]
+    assert [flags[-1] for flags in trained if "--burn_in_from" in flags] == [
+        str(tmp_path / "runs/cifar10-w16/at/seed0")]
+    assert {script for script, *_ in commands} == {"train_vir", "eval_cifar10"}
 
 
 def stand_in(commands):
@@ -33,6 +66,7 @@ def stand_in(commands):
             run = Path(flags[flags.index("--resume" if "--resume" in flags else "--out_dir") + 1])
             run.mkdir(parents=True, exist_ok=True)
             (run / "config.json").write_text("{}")
+            (run / "burn_in.pt").touch()
             (run / "log.csv").write_text("epoch\n1\n")
         else:
             out = Path(flags[flags.index("--out") + 1])
