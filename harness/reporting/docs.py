@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BLOCK = re.compile(r"^<!-- table: (\S+) -->\n(.*?)^<!-- end -->$", re.MULTILINE | re.DOTALL)
 MADE_BY = {page_tables: ("mnist", "family", "equal_budget", "equal_budget_family", "equal_budget_strong",
                          "losses", "fast", "strong", "attacks", "curves", "members", "mean_budget",
-                         "stability"),
+                         "stability", "logged"),
            speed_tables: ("train_step", "gains", "precisions", "expectation", "memory", "evaluation",
                           "recipes", "accept")}
 TABLES = {name: getattr(module, name) for module, names in MADE_BY.items() for name in names}

@@ -48,8 +48,8 @@ def measures(folders: Iterable[Path], alphas: Iterable[str] = ALPHAS) -> list[st
 
 
 def runs(place: str) -> list[Path]:
-    """The folders of one defense's runs under results/, a seed each."""
-    return sorted((RESULTS / place).glob("seed*"))
+    """The folders of one defense's evaluated runs under results/, a seed each."""
+    return sorted(file.parent for file in (RESULTS / place).glob("seed*/eval.json"))
 
 
 def seeds(folders: Iterable[Path]) -> str:
@@ -134,6 +134,8 @@ def fast() -> str:
 def label_of(place: str) -> tuple[str, str, str]:
     """(defense, network, recipe) of a folder of runs."""
     group, name = place.split("/")
+    if group == "cifar10-w16":
+        return name.upper().replace("-ALPHA", ", alpha "), NETWORKS["resnet18_w16"], "CIFAR-10's"
     if group == "vir":
         return name.upper(), NETWORKS["lenet"], "VIR's"
     if group == "fast":
@@ -262,3 +264,23 @@ def stability() -> str:
         link = f"[`results/stability/{file.name}`](../results/stability/{file.name})"
         parts.append(f"{link}{note}:\n\n{stability_table(rows)}")
     return "\n\n".join(parts)
+
+
+def logged() -> str:
+    """The logs of all runs under results/ that have a table of results: whether one was ever at chance."""
+    found: dict[tuple[str, str, str], list[tuple[str, list[dict[str, str]]]]] = {}
+    for file in sorted(RESULTS.glob("*/*/seed*/log.csv")):
+        group, name, seed = file.relative_to(RESULTS).parts[:3]
+        with file.open(encoding="utf-8") as log:
+            own = found.setdefault(label_of(f"{group}/{name}"), [])
+            own.append((seed.removeprefix("seed"), list(csv.DictReader(log))))
+    rows = []
+    for label, logs in found.items():
+        lengths = sorted({len(log) for _, log in logs})
+        at_chance = sum(any(int(row["epochs_at_chance"]) for row in log) for _, log in logs)
+        reached = extremes([float(log[-1]["train_A_rob"]) for _, log in logs])
+        rows.append([*label, ", ".join(seed for seed, _ in logs), " or ".join(map(str, lengths)),
+                     str(at_chance), reached])
+    head = ["defense", "network", "recipe", "seeds", "epochs", "at chance",
+            "A_rob in training, min / median / max"]
+    return markdown(head, rows, left=4)

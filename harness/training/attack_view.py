@@ -4,7 +4,7 @@ torch.fx traces the network, down to the modules of torch.nn. What is recognised
 `harness.training.fused`:
 
     conv [-> BatchNorm] [-> addition] [-> ReLU]     one step
-    ReLU -> 2x2 max-pooling                         the pooling first: a quarter of the ReLUs, the same bits
+    [ReLU ->] 2x2 max-pooling                       the pooling first: a quarter of the ReLUs, the same bits
     BatchNorm -> ReLU                               in the memory of the BatchNorm's output
     adaptive average pooling to the map's own size  nothing: a mean of one number is the number
 

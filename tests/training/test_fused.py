@@ -205,6 +205,38 @@ def test_a_write_to_data_is_seen_by_the_next_attack_and_between_attacks_by_the_n
     assert not torch.allclose(*found)
 
 
+@pytest.mark.parametrize("layout", (torch.channels_last, torch.contiguous_format))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("shape", ((3, 6, 8, 8), (2, 5, 7, 9), (1, 3, 2, 3)))
+def test_pooling_gives_torchs_numbers_with_gradients_and_without(shape, dtype, layout):
+    x = torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(0)).to(dtype)  # many are equal
+    x = x.contiguous(memory_format=layout)
+    x[0, 0, 0, 0], x[0, -1, 1, 1] = torch.nan, torch.inf
+    expected = F.max_pool2d(x, 2)
+    assert expected.isnan().any() and torch.equal(fused.max_pool(x).nan_to_num(), expected.nan_to_num())
+    assert torch.equal(fused.max_pool(x[0]).isnan(), expected[0].isnan())
+    x.requires_grad_()
+    gradients = [torch.autograd.grad(pool(x).nan_to_num(0, 0).square().sum(), x)[0]
+                 for pool in (fused.max_pool, lambda x: F.max_pool2d(x, 2))]
+    assert torch.equal(*gradients) and gradients[0].count_nonzero()
+
+
+@pytest.mark.parametrize("last", (nn.MaxPool2d(2), nn.Sequential(nn.ReLU(), nn.MaxPool2d(2))))
+def test_torch_looks_for_the_places_of_maxima_for_a_gradient_alone(last, monkeypatch):
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), last).eval().requires_grad_(False)
+    view, x, calls, pool = AttackView(network), torch.rand(4, 3, 9, 9), [], F.max_pool2d
+    with torch.no_grad():
+        view(x)
+    view(x.requires_grad_())
+    assert view.used
+    monkeypatch.setattr(F, "max_pool2d", lambda *given, **named: calls.append(given) or pool(*given, **named))
+    with torch.no_grad():
+        assert torch.equal(view(x), network(x))
+    inside = len(calls)  # of the network itself
+    view(x)
+    assert (inside, len(calls)) == (1, 2)
+
+
 def test_what_is_trained_or_in_train_mode_or_told_so_stays_a_module():
     x = torch.randn(4, 8, 6, 6)
     conv, norm = layers()
