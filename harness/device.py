@@ -5,6 +5,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -43,7 +44,8 @@ def choose_device(name: str, wide: bool = False) -> torch.device:
     except UserError:
         raise
     except Exception as error:  # of any kind: each accelerator has its own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
+        reason = textwrap.shorten(reason, 160, placeholder=" ...")
         raise UserError(f"--device {name} is not available here ({reason}): use auto or cpu") from None
     return device
 
