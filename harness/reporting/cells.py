@@ -10,6 +10,9 @@ NETWORKS = {"lenet": "LeNet", "small_cnn": "SmallCNN", "resnet18": "ResNet-18",
             "resnet18_w16": "ResNet-18, width 16", "wrn34_10": "WRN-34-10",
             "wrn28_10": "WRN-28-10"}
 
+# Student's t at 97.5 % with 1 to 9 degrees of freedom
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
 
 def load(path: str | Path) -> dict:
     """A JSON file under results/."""
@@ -40,6 +43,16 @@ def spread(values: Iterable[float]) -> str:
     if len(values) == 1:
         return number(values[0])
     return f"{number(statistics.mean(values))} ± {number(statistics.stdev(values))}"
+
+
+def difference(values: Iterable[float]) -> str:
+    """Mean of up to ten differences with its 95 % interval; of one value, the value; of none, "-"."""
+    values = list(values)
+    if len(values) < 2:
+        return f"{values[0]:+.1f}" if values else "-"
+    mean = statistics.mean(values)
+    half = STUDENT[len(values) - 2] * statistics.stdev(values) / len(values) ** 0.5
+    return f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}]"
 
 
 def extremes(values: list[float]) -> str:

@@ -16,7 +16,7 @@ from harness.reporting import page_tables, speed_tables
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK = re.compile(r"^<!-- table: (\S+) -->\n(.*?)^<!-- end -->$", re.MULTILINE | re.DOTALL)
 MADE_BY = {page_tables: ("mnist", "family", "equal_budget", "equal_budget_family", "equal_budget_strong",
-                         "losses", "fast", "strong", "attacks", "curves", "members", "mean_budget",
+                         "paired", "losses", "fast", "strong", "attacks", "curves", "members", "mean_budget",
                          "stability", "logged"),
            speed_tables: ("train_step", "gains", "precisions", "expectation", "memory", "evaluation",
                           "recipes", "accept")}

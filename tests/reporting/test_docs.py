@@ -5,9 +5,10 @@ import sys
 
 import pytest
 from conftest import ROOT
+from scipy import stats
 
 from harness.errors import UserError
-from harness.reporting import docs, page_tables
+from harness.reporting import cells, docs, page_tables
 
 
 def test_every_table_on_the_pages_is_that_of_its_files():
@@ -83,3 +84,30 @@ def test_networks_under_strong_attacks_stand_apart(tmp_path, monkeypatch):
 def test_the_tables_need_neither_torch_nor_numpy():
     code = "import sys, harness.reporting.docs; sys.exit(bool({'torch', 'numpy'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_a_mean_difference_has_the_interval_of_students_t():
+    values = [1.0, -0.5, 2.25, 0.75]
+    low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert cells.difference(values) == f"{0.875:+.1f} [{low:+.1f}, {high:+.1f}]"
+    assert list(cells.STUDENT) == stats.t.ppf(0.975, range(1, 10)).round(3).tolist()
+    assert (cells.difference([-3.24]), cells.difference([])) == ("-3.2", "-")
+
+
+def test_a_weighting_is_compared_with_its_base_seed_by_seed(tmp_path, monkeypatch):
+    def write(place, name, **contents):
+        (tmp_path / place).mkdir(parents=True, exist_ok=True)
+        (tmp_path / place / name).write_text(json.dumps(contents))
+
+    monkeypatch.setattr(page_tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(cells, "RESULTS", tmp_path)
+    monkeypatch.setattr(page_tables, "BASES", {"vir/gairat": "vir/at"})
+    for name, shift, numbers in (("at", 0.0, (0, 1, 2)), ("gairat", 2.0, (1, 2, 3))):
+        for seed in numbers:
+            measured = {"A_sa": {"2.0": 40 + shift}, "A_sa_kl": {"0.2": 50 - shift}}
+            write(f"vir/{name}/seed{seed}", "eval.json", A_rob=90 + shift * seed, **measured)
+    write("vir/gairat/seed2", "strong.json", worst_case={"accuracy": 80.0, "A_sa_kl": {"0.2": 40.0}})
+    write("vir/at/seed2", "strong.json", worst_case={"accuracy": 85.0, "A_sa_kl": {"0.2": 47.0}})
+    row = [cell.strip() for cell in page_tables.paired().splitlines()[2].strip("|").split("|")]
+    assert row == ["GAIRAT", "LeNet", "VIR's", "AT", "1, 2", cells.difference([2.0, 4.0]),
+                   "+2.0 [+2.0, +2.0]", "-2.0 [-2.0, -2.0]", "-5.0", "-7.0"]
