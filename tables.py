@@ -22,8 +22,9 @@ from harness.errors import UserError
 from harness.evaluation.report import output_path
 from harness.folder import write_text
 from harness.reporting.papers import paper_section, paper_tables
+from harness.reporting.results import Result, find_files, read_results
 from harness.reporting.strengths import draw_strengths
-from harness.reporting.tables import Result, all_results, find_files, group, read_results
+from harness.reporting.tables import all_results, group
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from harness.config import run_script
 from harness.datasets.batches import load_dataset
 from harness.device import ROOT, choose_device
 from harness.errors import UserError
-from harness.reporting.tables import defense
+from harness.reporting.results import defense
 from harness.training.options import RunOptions
 
 USUAL = ("results/mnist/lenet-*", "results/vir/*", "results/fast/*")  # of each the first seed

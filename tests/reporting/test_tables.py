@@ -2,7 +2,7 @@
 import csv
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
@@ -18,17 +18,10 @@ import train_vir
 import train_yopo
 from harness.errors import UserError
 from harness.reporting.papers import paper_tables
+from harness.reporting.results import NO_SETTING, defense, find_files, read_results
 from harness.reporting.strengths import points_of
-from harness.reporting.tables import (
-    defense,
-    difference,
-    find_files,
-    group,
-    markdown,
-    mean_and_spread,
-    read_results,
-    setting_column,
-)
+from harness.reporting.tables import difference, group, markdown, mean_and_spread, setting_column
+from harness.training.options import CompileOptions, Hyperparameters, RunOptions
 
 PAPERS = paper_tables()
 SCRIPTS = (train_vir, train_at_mnist, train_trades_mnist, train_trades_cifar10, train_free, train_yopo,
@@ -215,6 +208,13 @@ def test_seeds_make_one_row_whatever_says_nothing_about_the_training(rows):
     assert [(row.label, mean_and_spread(row.values("A_rob")))
             for row in made] == [("VIR-AT", "53.00 ± 3.61 (3)")]
     assert not notes
+
+
+def test_what_is_no_hyperparameter_makes_no_other_row():
+    options = {field.name for cls in (RunOptions, CompileOptions) for field in fields(cls)}
+    numeric = {"precision", "max_batches"}  # which change the result
+    assert options - {field.name for field in fields(Hyperparameters)} - numeric <= NO_SETTING
+    assert "burn_in_from" in NO_SETTING
 
 
 @pytest.mark.parametrize(("change", "setting"), [
