@@ -11,13 +11,14 @@ import sys
 from pathlib import Path
 
 from harness.errors import UserError
-from harness.reporting import page_tables, speed_tables
+from harness.reporting import campaign_tables, page_tables, speed_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK = re.compile(r"^<!-- table: (\S+) -->\n(.*?)^<!-- end -->$", re.MULTILINE | re.DOTALL)
 MADE_BY = {page_tables: ("mnist", "family", "equal_budget", "equal_budget_family", "equal_budget_strong",
-                         "paired", "losses", "fast", "strong", "attacks", "curves", "members", "mean_budget",
-                         "stability", "logged"),
+                         "losses", "fast", "strong", "attacks", "curves", "members", "mean_budget",
+                         "stability"),
+           campaign_tables: ("paired", "logged", "hours"),
            speed_tables: ("train_step", "gains", "precisions", "expectation", "memory", "evaluation",
                           "recipes", "accept")}
 TABLES = {name: getattr(module, name) for module, names in MADE_BY.items() for name in names}

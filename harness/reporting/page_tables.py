@@ -2,11 +2,8 @@
 import csv
 import statistics
 from collections.abc import Iterable
-from functools import reduce
-from operator import getitem
 from pathlib import Path
 
-from harness.reporting import cells
 from harness.reporting.cells import NETWORKS, RESULTS, extremes, load, number, pair, rows_of, spread
 from harness.reporting.tables import markdown
 
@@ -29,9 +26,6 @@ ATTACKS = {"fgsm": "FGSM", "pgd100": "PGD-100", "cw": "CW-20", "apgd-ce": "APGD-
 SEVERAL_SEEDS = ("md", "autoattack")
 CURVES = {"at": "AT", "at-alpha0.5": "AT, alpha 0.5", "trades": "TRADES", "trades-alpha2": "TRADES, alpha 2",
           "vir-recipe-at": "AT, VIR's recipe", "vir-at": "VIR-AT", "gairat": "GAIRAT"}
-BASES = {f"mnist/{network}-{name}": f"mnist/{network}-{name.partition('-')[0]}"  # weighting -> its base
-         for network in ("lenet", "small_cnn") for name in ("at-alpha0.5", "trades-alpha2")}
-BASES |= {f"vir/{name}": f"vir/{'trades' if 'trades' in name else 'at'}" for name in FAMILY[2:]}
 KINDS = {"at": "AT", "gairat": "GAIRAT", "wong_kolter_mnist": "certified", "plain": "plain"}
 HELD_OUT = {"A_nat": "A_nat", "A_rob": "A_rob", "test_A_nat": "A_nat, test set",
             "test_A_rob": "A_rob, test set"}
@@ -101,30 +95,6 @@ def equal_strength(rows: dict[tuple[str, ...], list[dict]], head: list[str], acc
 
 def results_of(place: str) -> list[dict]:
     return [load(folder / "eval.json") for folder in runs(place)]
-
-
-def paired() -> str:
-    """Every weighting beside its base, seed by seed."""
-    rows = []
-    for place, base in BASES.items():
-        both = [(folder, RESULTS / base / folder.name) for folder in runs(place)]
-        both = [pair for pair in both if (pair[1] / "eval.json").exists()]
-        attacked = [pair for pair in both if all((folder / "strong.json").exists() for folder in pair)]
-        columns = (("eval.json", both, ("A_rob",)), ("eval.json", both, ("A_sa", "2.0")),
-                   ("eval.json", both, ("A_sa_kl", "0.2")),
-                   ("strong.json", attacked, ("worst_case", "accuracy")),
-                   ("strong.json", attacked, ("worst_case", "A_sa_kl", "0.2")))
-        found = [cells.difference(value(ours / name, keys) - value(theirs / name, keys)
-                                  for ours, theirs in pairs) for name, pairs, keys in columns]
-        rows.append([*label_of(place), label_of(base)[0], seeds(folder for folder, _ in both), *found])
-    head = ["defense", "network", "recipe", "minus", "seeds"]
-    measured = ["A_rob", "A_sa 2", "A_sa, 0.2 nats", "worst case", "worst case, 0.2 nats"]
-    return markdown([*head, *measured], rows, left=5)
-
-
-def value(file: Path, keys: Iterable[str]) -> float:
-    """What stands in a result file under these keys, one in the other."""
-    return reduce(getitem, keys, load(file))
 
 
 def equal_budget() -> str:
@@ -294,23 +264,3 @@ def stability() -> str:
         link = f"[`results/stability/{file.name}`](../results/stability/{file.name})"
         parts.append(f"{link}{note}:\n\n{stability_table(rows)}")
     return "\n\n".join(parts)
-
-
-def logged() -> str:
-    """The logs of all runs under results/ that have a table of results: whether one was ever at chance."""
-    found: dict[tuple[str, str, str], list[tuple[str, list[dict[str, str]]]]] = {}
-    for file in sorted(RESULTS.glob("*/*/seed*/log.csv")):
-        group, name, seed = file.relative_to(RESULTS).parts[:3]
-        with file.open(encoding="utf-8") as log:
-            own = found.setdefault(label_of(f"{group}/{name}"), [])
-            own.append((seed.removeprefix("seed"), list(csv.DictReader(log))))
-    rows = []
-    for label, logs in found.items():
-        lengths = sorted({len(log) for _, log in logs})
-        at_chance = sum(any(int(row["epochs_at_chance"]) for row in log) for _, log in logs)
-        reached = extremes([float(log[-1]["train_A_rob"]) for _, log in logs])
-        rows.append([*label, ", ".join(seed for seed, _ in logs), " or ".join(map(str, lengths)),
-                     str(at_chance), reached])
-    head = ["defense", "network", "recipe", "seeds", "epochs", "at chance",
-            "A_rob in training, min / median / max"]
-    return markdown(head, rows, left=4)

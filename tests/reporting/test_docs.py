@@ -8,7 +8,7 @@ from conftest import ROOT
 from scipy import stats
 
 from harness.errors import UserError
-from harness.reporting import cells, docs, page_tables
+from harness.reporting import campaign_tables, cells, docs, page_tables
 
 
 def test_every_table_on_the_pages_is_that_of_its_files():
@@ -100,14 +100,22 @@ def test_a_weighting_is_compared_with_its_base_seed_by_seed(tmp_path, monkeypatc
         (tmp_path / place / name).write_text(json.dumps(contents))
 
     monkeypatch.setattr(page_tables, "RESULTS", tmp_path)
-    monkeypatch.setattr(cells, "RESULTS", tmp_path)
-    monkeypatch.setattr(page_tables, "BASES", {"vir/gairat": "vir/at"})
+    monkeypatch.setattr(campaign_tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(campaign_tables, "BASES", {"vir/gairat": "vir/at"})
     for name, shift, numbers in (("at", 0.0, (0, 1, 2)), ("gairat", 2.0, (1, 2, 3))):
         for seed in numbers:
             measured = {"A_sa": {"2.0": 40 + shift}, "A_sa_kl": {"0.2": 50 - shift}}
             write(f"vir/{name}/seed{seed}", "eval.json", A_rob=90 + shift * seed, **measured)
     write("vir/gairat/seed2", "strong.json", worst_case={"accuracy": 80.0, "A_sa_kl": {"0.2": 40.0}})
     write("vir/at/seed2", "strong.json", worst_case={"accuracy": 85.0, "A_sa_kl": {"0.2": 47.0}})
-    row = [cell.strip() for cell in page_tables.paired().splitlines()[2].strip("|").split("|")]
+    row = [cell.strip() for cell in campaign_tables.paired().splitlines()[2].strip("|").split("|")]
     assert row == ["GAIRAT", "LeNet", "VIR's", "AT", "1, 2", cells.difference([2.0, 4.0]),
                    "+2.0 [+2.0, +2.0]", "-2.0 [-2.0, -2.0]", "-5.0", "-7.0"]
+
+
+def test_a_burn_in_counts_once(tmp_path):
+    (tmp_path / "log.csv").write_text("epoch,seconds\n1,10\n2,20\n3,5\n")
+    for config, seconds in (({"burn_in_epochs": 2, "burn_in_from": None}, 35), ({}, 35),
+                            ({"burn_in_epochs": 2, "burn_in_from": "runs/at"}, 5)):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert campaign_tables.training_seconds(tmp_path) == seconds
