@@ -42,14 +42,17 @@ def read_burn_in(cfg: RunOptions, data: Dataset, folder: Path) -> dict[str, Any]
     """
     several = folder / f"seed{cfg.seed}"
     folder = several if several.is_dir() else folder
+    if not (folder / "burn_in.pt").is_file():
+        raise UserError(f"--burn_in_from {folder}: no burn_in.pt there: name a folder of train_vir.py whose "
+                        "burn-in has ended")
     contents = checkpoint.read(folder / "burn_in.pt")
     theirs, ours = contents.get("config"), dataclasses.asdict(cfg)
     if not isinstance(theirs, dict):
         raise UserError(f"--burn_in_from {folder}: burn_in.pt is not of a run of ours")
     free = {*MAY_CHANGE_ON_RESUME, "out_dir", "seeds", "burn_in_from",
             *getattr(cfg, "unused_in_burn_in", ())}
-    for name in ours.keys() - free:
-        if theirs.get(name) != ours[name]:
+    for name in ours:
+        if name not in free and theirs.get(name) != ours[name]:
             raise UserError(f"--burn_in_from {folder}: its burn-in is another one, with --{name} "
                             f"{theirs.get(name)} instead of {ours[name]}")
     check_same(folder, fingerprints(cfg, data), f"--burn_in_from {folder}")

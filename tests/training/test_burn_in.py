@@ -71,7 +71,7 @@ def test_best_is_the_best_after_the_burn_in(burnt_in):
     ("vir-at", ("--burn_in_epochs", 1), "with --burn_in_epochs 2 instead of 1"),
     ("vir-at", ("--base", "mart"), "with --base at instead of mart"),
     ("vir-trades", (), "its burn-in is another one, with --base at instead of trades"),
-    ("mail-at", ("--burn_in_from", "nowhere"), "nowhere"),
+    ("mail-at", ("--burn_in_from", "nowhere"), "--burn_in_from nowhere: no burn_in.pt there: name a folder"),
     ("mail-at", ("--epochs", 1), "--epochs 1: 2 epochs of at are done already"),
 ])
 def test_another_burn_in_is_refused_and_no_folder_is_left(recipe, flags, message, burnt_in):
