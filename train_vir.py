@@ -104,10 +104,6 @@ class Config(RunOptions, CompileOptions):
     seed: int = 0                       # seed of weights, order, augmentation, starts and dropout [ours]
     dry_run: bool = False               # print every value and where it comes from, and stop
 
-    unused_in_burn_in = (
-        "weights", "alpha", "beta", "gamma", "vir_terms", "vir_norm", "weight_forward", "gairat_lambda",
-        "gairat_function", "gairat_norm", "mail_slope", "mail_bias", "mail_norm", "margin_alpha")
-
 
 # A recipe is a method in a setting: "vir-at" (CIFAR-10), "vir-at-wrn", ... A layer: its source, its values.
 METHODS = {

@@ -19,7 +19,7 @@ NO_SETTING = {"seed", "seeds", "out_dir", "resume", "data_dir", "device", "fuse"
 ATTACK_SETTINGS = ("num_examples", "epsilon", "step_size", "num_steps", "num_restarts", "start",
                    "num_queries", "num_samples")
 CHANCE_MARK = "†"  # beside what a result at chance counts in
-# weights of train_vir.py: the fields that they alone read
+# weights of train_vir.py -> the fields that they alone read, after the burn-in
 OWN_FIELDS = {"vir": {"alpha", "beta", "gamma", "vir_terms", "vir_norm", "weight_forward"},
               "gairat": {"gairat_lambda", "gairat_function", "gairat_norm", "kappa"},
               "mail": {"mail_slope", "mail_bias", "mail_norm"}, "margin": {"margin_alpha"}}

@@ -13,6 +13,7 @@ from harness.datasets.batches import Dataset
 from harness.device import command_line, environment
 from harness.errors import UserError
 from harness.folder import claim_folder, write_csv, write_text
+from harness.reporting.results import OWN_FIELDS
 from harness.resumption import MAY_CHANGE_ON_RESUME
 from harness.training.average import Average
 from harness.training.options import RunOptions
@@ -49,8 +50,7 @@ def read_burn_in(cfg: RunOptions, data: Dataset, folder: Path) -> dict[str, Any]
     theirs, ours = contents.get("config"), dataclasses.asdict(cfg)
     if not isinstance(theirs, dict):
         raise UserError(f"--burn_in_from {folder}: burn_in.pt is not of a run of ours")
-    free = {*MAY_CHANGE_ON_RESUME, "out_dir", "seeds", "burn_in_from",
-            *getattr(cfg, "unused_in_burn_in", ())}
+    free = {*MAY_CHANGE_ON_RESUME, "out_dir", "seeds", "burn_in_from", "weights"}.union(*OWN_FIELDS.values())
     for name in ours:
         if name not in free and theirs.get(name) != ours[name]:
             raise UserError(f"--burn_in_from {folder}: its burn-in is another one, with --{name} "

@@ -10,6 +10,7 @@ import train_vir
 from benchmarks import campaign
 from harness.config import parse_config
 from harness.errors import UserError
+from harness.reporting.results import OWN_FIELDS
 
 
 @pytest.mark.parametrize(("setting", "defense", "place"), [
@@ -42,7 +43,7 @@ def test_every_command_of_cifar10_is_one_of_its_script():
 def test_a_weighting_and_its_base_have_one_burn_in(weighting, base, setting):
     weighted, plain = (dataclasses.asdict(train_vir.RECIPES[name + setting]) for name in (weighting, base))
     differ = {name for name in weighted if weighted[name] != plain[name]}
-    assert differ <= set(train_vir.Config.unused_in_burn_in)
+    assert differ <= {"weights"}.union(*OWN_FIELDS.values())
 
 
 def test_a_weighting_goes_on_from_its_bases_burn_in(tmp_path, monkeypatch):
