@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from curves.certified import Layers, affine_layers, certified_distances, crown_bounds, forward, margin_bounds
+from curves.found import Exact
 from curves.store import OK, Results, saving
 from harness.datasets.batches import to_unit
 from harness.datasets.split import Split
@@ -34,21 +35,6 @@ OPTIONS = {"output_flag": False, "threads": 1, "mip_heuristic_effort": 0.0,
            "mip_heuristic_run_feasibility_jump": False, "mip_heuristic_run_rins": False,
            "mip_heuristic_run_rens": False, "mip_detect_symmetry": False, "mip_max_improving_sols": 1,
            "primal_feasibility_tolerance": 1e-9, "mip_feasibility_tolerance": 1e-9}
-
-
-@dataclass(frozen=True)
-class Exact:
-    """The bracket of one point's distance, and the x_adv that proves its upper end; None where misclassified.
-
-    `status` is "exact" where upper / lower <= 1 + rel_gap, "open" where time ran out, and "misclassified"
-    with distance 0. The margin at x_adv is 0 up to the solver's tolerance.
-    """
-
-    lower: float
-    upper: float
-    status: str
-    x_adv: np.ndarray | None
-    rounds: int
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from curves.certified import Layers, certified_distances
+from curves.found import Measured
 from curves.store import PENDING, Results, saving
 from harness.datasets.batches import to_unit
 from harness.datasets.split import Split
@@ -20,23 +21,6 @@ from losses.margin import misclassified, probability_margin
 
 # Points on a CPU between two times of saving: a larger batch is hardly faster, and a stop loses it.
 SAVED_TOGETHER, SAVED_TOGETHER_CERTIFIED = 64, 8
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What is known of each of B points, by norm where norms differ.
-
-    pred [B]: predicted class; distance [B]: the smallest, 0 where misclassified, inf where nothing was found;
-    x_adv [B, ...]: the adversarial example there, the clean point in both of those cases; margin [B]: at it,
-    float64; winner [B]: which attack found it, -1 for none or unknown.
-    """
-
-    pred: Tensor
-    clean_margin: Tensor
-    distance: dict[str, Tensor]
-    x_adv: dict[str, Tensor]
-    margin: dict[str, Tensor]
-    winner: dict[str, Tensor]
 
 
 @dataclass(frozen=True)

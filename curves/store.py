@@ -22,8 +22,7 @@ from harness.errors import UserError
 from harness.folder import claim_folder, held, resumable, whole_file
 
 if TYPE_CHECKING:
-    from curves.exact import Exact
-    from curves.measure import Measured
+    from curves.found import Exact, Measured
 
 FILE = "distances.npz"
 PENDING, OK, MISCLASSIFIED, CENSORED, EXACT, OPEN = (
