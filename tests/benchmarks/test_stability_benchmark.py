@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from benchmarks import stability, trace
+from benchmarks import campaign, stability, trace
 from harness.config import parse_config
 from harness.errors import RunError, UserError
 
@@ -114,3 +114,18 @@ def test_no_run_of_our_recipes_ended_at_chance(file):
     assert facts["rows"]
     assert all("python " in call["command"] and call["environment"]["hardware"] for call in facts["calls"])
     assert all(row["epochs_at_chance"] == 0 for row in facts["rows"])
+
+
+@pytest.mark.parametrize("setting", ("mnist", "mnist-small_cnn"))
+def test_five_seeds_of_every_recipe_on_mnist_were_never_at_chance(setting):
+    early = json.loads((ROOT / "results/stability/mnist.json").read_text())["rows"]
+    for defense in stability.recipes(setting):
+        group, name = campaign.row_of(setting, defense).split("/")
+        seeds = {row["seed"] for row in early if setting == "mnist" and row["defense"] == defense}
+        # a weighting and its base are one run until the burn-in ends
+        for place in (name, campaign.BURN_IN.get(name, name)):
+            for file in (ROOT / "results" / group / place).glob("seed*/log.csv"):
+                log = list(csv.DictReader(file.read_text().splitlines()))
+                assert len(log) >= 4 and all(row["epochs_at_chance"] == "0" for row in log), file
+                seeds.add(int(file.parent.name.removeprefix("seed")))
+        assert len(seeds) >= 5, f"{defense}: {sorted(seeds)}"
