@@ -60,7 +60,8 @@ def quick(name, flags, colour_folder):
     network = () if "--model" in flags else ("--model", "lenet")
     short = (*network, "--num_steps", 1, "--val_size", 4)
     if name.startswith("train_vir"):  # CIFAR-10 recipes crop and flip
-        return (*TINY[2:], "--dataset", "digits", *short, "--crop_padding", 0)
+        burn_in = ("--burn_in_epochs", 1, "--epochs", 2) if "--burn_in_from" in flags else ()
+        return (*TINY[2:], "--dataset", "digits", *short, "--crop_padding", 0, *burn_in)
     return (*TINY[2:], *data, *short)
 
 
@@ -78,6 +79,10 @@ def workplace(script, colour_folder):
             script("train_at_cifar10", "--dataset", colour_folder, *flags)
         elif name in ("eval_mnist.py", "eval_recheck.py") or "--resume" in flags:
             script("train_at_mnist", *TINY, "--out_dir", "runs/train_at_mnist/2026-01-31_12-00-00")
+        if "--burn_in_from" in flags:
+            folder = flags[flags.index("--burn_in_from") + 1]
+            script(name.removesuffix(".py"), "--recipe", "gairat", *quick(name, flags, colour_folder),
+                   "--out_dir", folder)
         if name == "eval_recheck.py":
             evaluation = ("--dataset", "digits", "--num_steps", 1, "--num_restarts", 1, "--num_examples", 6)
             script("eval_mnist", *evaluation, "--out", "eval.json", "--save_adversaries")
