@@ -117,10 +117,12 @@ def test_both_weights_are_evaluated(script):
 
 
 @pytest.mark.slow
-def test_seeds_train_one_after_the_other_and_go_on_where_they_stopped(shell, script):
+def test_seeds_train_one_after_the_other_and_go_on_where_they_stopped(shell, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     done = shell("train_vir.py", *QUICK, "--recipe", "at", "--seeds", 5, 6, "--out_dir", "all")
     assert done.returncode == 0, done.stderr
-    script("train_vir", *QUICK, "--recipe", "at", "--seed", 6, "--out_dir", "alone")
+    alone = shell("train_vir.py", *QUICK, "--recipe", "at", "--seed", 6, "--out_dir", "alone")
+    assert alone.returncode == 0, alone.stderr
     assert same_bits(weights("all/seed6/last.pt"), weights("alone/last.pt"))
     assert not same_bits(weights("all/seed5/last.pt"), weights("all/seed6/last.pt"))
     before = Path("all/seed5/last.pt").read_bytes()
