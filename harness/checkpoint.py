@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from harness.device import allows_tf32, forbid_tf32
 from harness.errors import UserError
@@ -305,7 +306,8 @@ def _fill(model: nn.Module, parameters: dict[str, Tensor], notes: list[str], ign
 
     def misfits(named: dict[str, Tensor]) -> tuple[list[str], list[str]]:
         missing = [name for name in wanted if name not in named and not name.endswith("num_batches_tracked")]
-        wrong = [name for name in wanted if name in named and named[name].shape != wanted[name].shape]
+        fixed = [name for name in wanted if name in named and not is_lazy(wanted[name])]
+        wrong = [name for name in fixed if named[name].shape != wanted[name].shape]
         return missing, wrong
 
     named, stripped = min(_spellings(parameters), key=lambda spelling: sum(map(len, misfits(spelling[0]))))

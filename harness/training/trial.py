@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from attacks.memory import out_of_memory
 from harness.datasets.batches import to_unit
@@ -33,6 +34,7 @@ def trial_pass(network: nn.Module, images: Tensor, num_classes: int, *, dtype: t
     or where no gradient reaches the images.
     """
     x = to_unit(images[:TRIED])
+    _give_shapes(network, x)
     network.to(memory_format=torch.contiguous_format)
     found = _tried(network, x, num_classes, dtype)
     expected = _logits(network, x)
@@ -48,6 +50,15 @@ def trial_pass(network: nn.Module, images: Tensor, num_classes: int, *, dtype: t
         network.to(memory_format=torch.contiguous_format)
         report(f"note: the network stays contiguous, which is slower, since {reason}")
     return found
+
+
+def _give_shapes(network: nn.Module, x: Tensor) -> None:
+    """Show images to torch's lazy modules (nn.LazyLinear), which take their weights' shapes from them."""
+    if any(isinstance(module, LazyModuleMixin) for module in network.modules()):
+        training = network.training
+        with torch.no_grad():
+            _passed(network.eval(), x)
+        network.train(training)
 
 
 def _logits(network: nn.Module, x: Tensor) -> Tensor:

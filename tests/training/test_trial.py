@@ -1,6 +1,7 @@
 """harness/training/trial.py: what a network must do is seen before anything is written,
 and seeing leaves no trace."""
 import copy
+import json
 import random
 import re
 from pathlib import Path
@@ -175,3 +176,24 @@ def test_training_evaluation_and_curves_try_before_they_write(script, capsys):
         script("generate_robustness_curves", "--model", "run/last.pt", "--arch", "net.py:Two",
                "--n_points", 4, "--out", "two")
     assert not list(Path().glob("two*"))
+
+
+LAZY = """import torch
+def Net(num_classes):
+    return torch.nn.Sequential(torch.nn.LazyConv2d(4, 3), torch.nn.LazyBatchNorm2d(), torch.nn.Flatten(),
+                               torch.nn.LazyLinear(num_classes))
+"""
+
+
+def test_a_network_that_takes_its_shapes_from_images_is_trained_and_evaluated(script):
+    Path("net.py").write_text(LAZY)
+    script("train_trades_mnist", *TINY, "--model", "net.py:Net", "--epochs", 2, "--out_dir", "run")
+    script("eval_mnist", "--checkpoint", "run/last.pt", "--arch", "net.py:Net", "--num_examples", 8,
+           "--num_steps", 1)
+    assert json.loads(Path("run/eval_last.json").read_text())["num_examples"] == 8
+
+
+def test_a_lazy_network_that_fails_is_one_line():
+    network = nn.Sequential(nn.Flatten(), nn.LazyLinear(4), nn.Linear(5, 10))
+    with pytest.raises(UserError, match="the network does not take images of 1x8x8"):
+        trial_pass(network, torch.zeros(4, 1, 8, 8, dtype=torch.uint8), 10)
