@@ -83,7 +83,8 @@ def max_pool(x: Tensor) -> Tensor:
     Where no gradient wants the places of the largest pixels, a CPU takes two maxima instead. torch looks for
     the places all the same, and is up to twenty times as slow.
     """
-    if x.device.type != "cpu" or (x.requires_grad and torch.is_grad_enabled()):
+    wanted = x.requires_grad and torch.is_grad_enabled()
+    if wanted or x.device.type != "cpu" or min(x.shape[-2:]) < 2:  # which torch refuses
         return F.max_pool2d(x, 2)
     height, width = (side // 2 * 2 for side in x.shape[-2:])
     x = torch.maximum(x[..., :height:2, :width], x[..., 1:height:2, :width])

@@ -32,7 +32,7 @@ def read_start(cfg: RunOptions, data: Dataset) -> dict[str, Any]:
                 else read_burn_in(cfg, data, Path(burn_in)) if burn_in else {})
     done = contents.get("epoch")
     if isinstance(done, int) and done > cfg.epochs:
-        raise UserError(f"--epochs {cfg.epochs}: {done} epochs of {cfg.resume or burn_in} are done already")
+        raise UserError(f"--epochs {cfg.epochs}: {done} epochs of {cfg.resume} are done already")
     return contents
 
 
@@ -51,6 +51,7 @@ def read_burn_in(cfg: RunOptions, data: Dataset, folder: Path) -> dict[str, Any]
     if not isinstance(theirs, dict):
         raise UserError(f"--burn_in_from {folder}: burn_in.pt is not of a run of ours")
     free = {*MAY_CHANGE_ON_RESUME, "out_dir", "seeds", "burn_in_from", "weights"}.union(*OWN_FIELDS.values())
+    free -= {"epochs", "max_batches", "kappa"}  # of the schedule, the number of steps, and the log
     for name in ours:
         if name not in free and theirs.get(name) != ours[name]:
             raise UserError(f"--burn_in_from {folder}: its burn-in is another one, with --{name} "

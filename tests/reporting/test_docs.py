@@ -113,6 +113,14 @@ def test_a_weighting_is_compared_with_its_base_seed_by_seed(tmp_path, monkeypatc
                    "+2.0 [+2.0, +2.0]", "-2.0 [-2.0, -2.0]", "-5.0", "-7.0"]
 
 
+@pytest.mark.parametrize(("place", "label"), [
+    ("cifar10-w16/at-alpha0.1", ("AT, alpha 0.1", "ResNet-18, width 16", "CIFAR-10's")),
+    ("vir/mail-at", ("MAIL-AT", "LeNet", "VIR's")), ("fast/free", ("Free AT", "LeNet", "short")),
+    ("mnist/small_cnn-trades-alpha2", ("TRADES, alpha 2", "SmallCNN", "short"))])
+def test_the_labels_of_a_folder_of_runs(place, label):
+    assert page_tables.label_of(place) == label
+
+
 def test_a_burn_in_counts_once(tmp_path):
     (tmp_path / "log.csv").write_text("epoch,seconds\n1,10\n2,20\n3,5\n")
     for config, seconds in (({"burn_in_epochs": 2, "burn_in_from": None}, 35), ({}, 35),

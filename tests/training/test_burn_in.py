@@ -72,7 +72,9 @@ def test_best_is_the_best_after_the_burn_in(burnt_in):
     ("vir-at", ("--base", "mart"), "with --base at instead of mart"),
     ("vir-trades", (), "its burn-in is another one, with --base at instead of trades"),
     ("mail-at", ("--burn_in_from", "nowhere"), "--burn_in_from nowhere: no burn_in.pt there: name a folder"),
-    ("mail-at", ("--epochs", 1), "--epochs 1: 2 epochs of at are done already"),
+    ("mail-at", ("--epochs", 5), "with --epochs 4 instead of 5"),  # a cosine would have another burn-in
+    ("mail-at", ("--max_batches", 3), "with --max_batches 2 instead of 3"),
+    ("gairat", ("--kappa", "first"), "with --kappa count instead of first"),
 ])
 def test_another_burn_in_is_refused_and_no_folder_is_left(recipe, flags, message, burnt_in):
     with pytest.raises(UserError, match=message):

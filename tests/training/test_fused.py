@@ -221,6 +221,11 @@ def test_pooling_gives_torchs_numbers_with_gradients_and_without(shape, dtype, l
     assert torch.equal(*gradients) and gradients[0].count_nonzero()
 
 
+def test_a_map_too_small_to_pool_is_refused_as_torch_does():
+    with pytest.raises(RuntimeError, match="too small"):
+        fused.max_pool(torch.zeros(2, 3, 1, 4))
+
+
 @pytest.mark.parametrize("last", (nn.MaxPool2d(2), nn.Sequential(nn.ReLU(), nn.MaxPool2d(2))))
 def test_torch_looks_for_the_places_of_maxima_for_a_gradient_alone(last, monkeypatch):
     network = nn.Sequential(nn.Conv2d(3, 4, 3), last).eval().requires_grad_(False)
