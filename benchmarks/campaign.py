@@ -2,8 +2,9 @@
 
 Every run is a process of its own of one thread, as its user would start it; so are its evaluations. Run and
 evaluations stand in RUNS/ROW/seedN, and what the tables read in OUT/ROW/seedN: config.json and log.csv of the
-training; eval.json, measured on the whole test set by the paper's protocol with one random start, with
-the margin of every example in margins.npz; strong.json, measured under strong attacks. The same command
+training; eval.json, measured on the whole test set by the paper's protocol with one random start; and
+strong.json, measured under strong attacks; the margin of every example in margins.npz, and in the worst
+case of the strong attacks in margins_worst.npz. The same command
 goes on where it was stopped: a training by its --resume, an evaluation by its record. A weighting goes on
 from the burn-in of its base (--burn_in_from), which gives the bits of the whole run.
 
@@ -25,10 +26,12 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository: a script finds its own folder
 
+from benchmarks import paired
 from benchmarks.stability import ZENG, chosen, recipes, side_by_side, start
 from harness.config import run_script
 
 STRONG = ("--num_examples", "1000", "--attacks", "fgsm", "pgd100", "cw", "fmn100", "autoattack", "mde")
+MORE = {"cifar10-w16": ("square", "spsa", "--num_spsa_examples", "100")}  # setting -> what it takes besides
 MARGIN = ("--burn_in_epochs", "0", "--weights", "margin", "--margin_alpha")
 CIFAR10 = {"AT": ("at",), "AT, alpha 0.1": ("at", *MARGIN, "0.1"), "TRADES": ("trades",),
            "TRADES, alpha 2": ("trades", *MARGIN, "2"), "MART": ("mart",), "GAIRAT": ("gairat",),
@@ -91,14 +94,16 @@ def evaluate(run: Path, name: str, *flags: str) -> None:
 
 
 def keep(run: Path, out: Path) -> None:
-    """Copy what the tables read, and the margins of eval.npz in single precision."""
+    """Copy what the tables read, and the margins of eval.npz and strong.npz in single precision."""
     out.mkdir(parents=True, exist_ok=True)
     for name in ("config.json", "log.csv", "eval.json", "strong.json"):
         if (run / name).exists():
             shutil.copy(run / name, out / name)
-    with np.load(run / "eval.npz") as examples:
-        np.savez_compressed(out / "margins.npz", margin_adv=examples["margin_adv"].astype(np.float32),
-                            correct=examples["prediction_adv"] == examples["label"])
+    for source, kind, name in (("eval", "adv", "margins"), ("strong", "worst", "margins_worst")):
+        if (run / f"{source}.npz").exists():
+            with np.load(run / f"{source}.npz") as found:
+                margin, correct = found[f"margin_{kind}"], found[f"prediction_{kind}"] == found["label"]
+            np.savez_compressed(out / f"{name}.npz", margin_adv=margin.astype(np.float32), correct=correct)
 
 
 def one_run(command: tuple[str, ...], run: Path, out: Path, cfg: Config) -> None:
@@ -110,7 +115,7 @@ def one_run(command: tuple[str, ...], run: Path, out: Path, cfg: Config) -> None
     start(script, *(("--resume", str(run)) if (run / "config.json").exists() else begin))
     evaluate(run, "eval")
     if cfg.strong:
-        evaluate(run, "strong", *STRONG)
+        evaluate(run, "strong", *STRONG, *MORE.get(cfg.setting, ()))
     keep(run, out)
 
 
@@ -127,6 +132,7 @@ def main(cfg: Config) -> None:
         for has_base in (False, True):  # the bases first
             side_by_side(work, [job for job in jobs if (burn_in(Path(job[0])) is not None) == has_base],
                          cfg.num_processes)
+    paired.main(paired.Config(cfg.out))
 
 
 if __name__ == "__main__":

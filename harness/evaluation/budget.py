@@ -55,8 +55,8 @@ def accuracy_at_budget(correct: Tensor, margin: Tensor, budget: float) -> dict[s
     """Accuracy under the attacker who lowers the mean margin most within a KL budget: A_sa at alpha(budget).
 
     correct: [N] bool and margin: [N] in [-1, 1], as in `weighted_accuracy`. Returns `accuracy` in [0, 1],
-    `ci95`, `effective_size` and `alpha`, inf where no finite one spends the budget. A budget of 0 gives the
-    plain accuracy, and the accuracy never rises with the budget.
+    `ci95`, `effective_size`, `terms` and `alpha`, inf where no finite one spends the budget. A budget of 0
+    gives the plain accuracy, and the accuracy never rises with the budget.
 
     The interval is that of `weighted_accuracy`, its variance the sum of squares of the linearised terms
 
@@ -77,7 +77,7 @@ def accuracy_at_budget(correct: Tensor, margin: Tensor, budget: float) -> dict[s
     else:
         terms = weights * terms
     ci95 = interval(accuracy, float((terms**2).sum()), effective)
-    return {"accuracy": accuracy, "ci95": ci95, "effective_size": effective, "alpha": alpha}
+    return {"accuracy": accuracy, "ci95": ci95, "effective_size": effective, "terms": terms, "alpha": alpha}
 
 
 def loss_at_budget(loss: Tensor, budget: float) -> float:

@@ -100,14 +100,14 @@ def weighted_accuracy(correct: Tensor, margin: Tensor, alpha: float) -> dict[str
 
     correct: [N] bool and margin: [N] in [-1, 1], both at the adversarial examples of the whole test set. One
     sum over the set in float64, not a mean of batch means. Returns `accuracy` in [0, 1], its 95 % interval
-    `ci95` and the effective sample size `effective_size` = (sum w)^2 / sum w^2 (Kish). alpha = 0 is the plain
-    accuracy with its Wilson interval, and the accuracy never rises with alpha, since a wrong example's margin
-    is never positive.
+    `ci95`, the effective sample size `effective_size` = (sum w)^2 / sum w^2 (Kish), and the linearised
+    `terms` [N], w (1[correct] - A) / sum w. alpha = 0 is the plain accuracy with its Wilson interval, and the
+    accuracy never rises with alpha, since a wrong example's margin is never positive.
 
     The interval is Wilson's with the number of trials that gives the estimate's variance, the linearised one
-    of a ratio (after Korn & Graubard, Survey Methodology 1998), n = A (1 - A) / var, var = sum w^2
-    (1[correct] - A)^2 / (sum w)^2; where all or none are correct, the effective size. Where only a handful of
-    errors carry a large alpha's weight it is too narrow: look at the effective size first.
+    of a ratio (after Korn & Graubard, Survey Methodology 1998), n = A (1 - A) / var, var = sum terms^2; where
+    all or none are correct, the effective size. Where only a handful of errors carry a large alpha's weight
+    it is too narrow: look at the effective size first.
     """
     correct = correct.double()
     exponent = -alpha * margin.double()
@@ -115,6 +115,15 @@ def weighted_accuracy(correct: Tensor, margin: Tensor, alpha: float) -> dict[str
     total = weights.sum()
     accuracy = float((weights * correct).sum() / total)
     effective = float(total**2 / (weights**2).sum())
-    variance = float((weights**2 * (correct - accuracy) ** 2).sum() / total**2)
-    ci95 = interval(accuracy, variance, effective)
-    return {"accuracy": accuracy, "ci95": ci95, "effective_size": effective}
+    terms = weights * (correct - accuracy) / total
+    ci95 = interval(accuracy, float((terms**2).sum()), effective)
+    return {"accuracy": accuracy, "ci95": ci95, "effective_size": effective, "terms": terms}
+
+
+def paired_half_width(ours: dict[str, object], theirs: dict[str, object]) -> float:
+    """Half the 95 % interval, in [0, 1], of the difference of two accuracies on the same N examples.
+
+    ours, theirs: of `weighted_accuracy` or `accuracy_at_budget`. Normal, with the variance of the difference
+    of the linearised terms, as in McNemar's test: what the examples leave open, not what the seeds do.
+    """
+    return Z95 * float(((ours["terms"] - theirs["terms"]) ** 2).sum()) ** 0.5

@@ -1,44 +1,31 @@
 """The tables of README.md and docs/ on all runs together: a weighting and its base, collapse, hours."""
 import csv
 import json
-from collections.abc import Iterable
-from functools import reduce
-from operator import getitem
 from pathlib import Path
 
 from harness.reporting.cells import RESULTS, difference, extremes, load, number
-from harness.reporting.page_tables import FAMILY, label_of, runs, seeds
+from harness.reporting.page_tables import label_of
 from harness.reporting.tables import markdown
 
-BASES = {f"mnist/{network}-{name}": f"mnist/{network}-{name.partition('-')[0]}"  # weighting -> its base
-         for network in ("lenet", "small_cnn") for name in ("at-alpha0.5", "trades-alpha2")}
-BASES |= {f"vir/{name}": f"vir/{'trades' if 'trades' in name else 'at'}" for name in FAMILY[2:]}
 GROUPS = {"mnist/lenet-*": "MNIST, LeNet, Zeng's four", "mnist/small_cnn-*": "MNIST, SmallCNN, Zeng's four",
-          "vir/*": "MNIST, LeNet, the eight of VIR's recipes", "fast/*": "MNIST, LeNet, the fast three"}
+          "vir/*": "MNIST, LeNet, the eight of VIR's recipes", "fast/*": "MNIST, LeNet, the fast three",
+          "cifar10-w16/*": "CIFAR-10 (JPEG), ResNet-18 of width 16"}
 
 
 def paired() -> str:
-    """Every weighting beside its base, seed by seed."""
-    rows = []
-    for place, base in BASES.items():
-        both = [(folder, RESULTS / base / folder.name) for folder in runs(place)]
-        both = [pair for pair in both if (pair[1] / "eval.json").exists()]
-        attacked = [pair for pair in both if all((folder / "strong.json").exists() for folder in pair)]
-        columns = (("eval.json", both, ("A_rob",)), ("eval.json", both, ("A_sa", "2.0")),
-                   ("eval.json", both, ("A_sa_kl", "0.2")),
-                   ("strong.json", attacked, ("worst_case", "accuracy")),
-                   ("strong.json", attacked, ("worst_case", "A_sa_kl", "0.2")))
-        found = [difference(value(ours / name, keys) - value(theirs / name, keys)
-                                  for ours, theirs in pairs) for name, pairs, keys in columns]
-        rows.append([*label_of(place), label_of(base)[0], seeds(folder for folder, _ in both), *found])
-    head = ["defense", "network", "recipe", "minus", "seeds"]
-    measured = ["A_rob", "A_sa 2", "A_sa, 0.2 nats", "worst case", "worst case, 0.2 nats"]
-    return markdown([*head, *measured], rows, left=5)
+    """Every weighting beside its base."""
+    found = load("paired.json")["rows"]
+    measures = [name for name, value in found[0].items() if isinstance(value, dict)]
+    rows = [[*label_of(row["row"]), label_of(row["base"])[0], ", ".join(map(str, row["A_rob"]["seeds"])),
+             *(compared(**row[name]) for name in measures)] for row in found]
+    return markdown(["defense", "network", "recipe", "minus", "seeds", *measures], rows, left=5)
 
 
-def value(file: Path, keys: Iterable[str]) -> float:
-    """What stands in a result file under these keys, one in the other."""
-    return reduce(getitem, keys, load(file))
+def compared(seeds: list[int], differences: list[float], images: list[float]) -> str:
+    """The mean difference with its interval over the seeds; of one seed, with that over the images."""
+    if len(seeds) == 1:
+        return f"{differences[0]:+.1f} (±{images[0]:.1f})"
+    return difference(differences)
 
 
 def logged() -> str:
@@ -66,6 +53,8 @@ def hours() -> str:
     rows = []
     for pattern, label in GROUPS.items():
         folders = [file.parent for file in RESULTS.glob(f"{pattern}/seed*/log.csv")]
+        if not folders:
+            continue
         cells = [str(len(folders)), number(sum(map(training_seconds, folders)) / 3600, 1)]
         for name in ("eval.json", "strong.json"):
             results = [load(folder / name) for folder in folders if (folder / name).exists()]

@@ -46,10 +46,10 @@ def spread(values: Iterable[float]) -> str:
 
 
 def difference(values: Iterable[float]) -> str:
-    """Mean of up to ten differences with its 95 % interval; of one value, the value; of none, "-"."""
+    """Mean of two to ten differences with its 95 % interval by Student's t; of none, "-"."""
     values = list(values)
-    if len(values) < 2:
-        return f"{values[0]:+.1f}" if values else "-"
+    if not values:
+        return "-"
     mean = statistics.mean(values)
     half = STUDENT[len(values) - 2] * statistics.stdev(values) / len(values) ** 0.5
     return f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}]"

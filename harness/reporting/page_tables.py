@@ -16,8 +16,11 @@ MNIST = {"at": ("AT", "PGD"), "at-alpha0.5": ("AT, alpha 0.5", "PGD+ours"),  # f
 FAMILY = ("at", "trades", "mart", "gairat", "mail-at", "mail-trades", "vir-at", "vir-trades")
 FAST = {"mnist/lenet-at": "AT", "fast/free": "Free AT, m = 8, five epochs", "fast/yopo": "YOPO-5-3",
         "fast/iaat": "IAAT"}
+CIFAR10 = {"at": "PGD", "at-alpha0.1": "PGD+ours", "trades": "TRADES", "trades-alpha2": "TRADES+ours"}
 STRONG = {"pgd100": "PGD-100", "cw": "CW", "fmn100": "FMN-100", "autoattack": "AutoAttack (ours)",
           "mde": "MDE"}
+BLACK_BOX = {"square": "Square", "spsa": "SPSA, 100 images"}
+PRINTED = {"NATURAL": "A_nat", "PGD100": "pgd100", "CW": "cw", "FMN100": "fmn100", "AA": "autoattack"}
 BESIDE = {"at": "AT, 0.3", "trades": "TRADES, 0.3", "plain": "no attack, 0.1"}
 ATTACKS = {"fgsm": "FGSM", "pgd100": "PGD-100", "cw": "CW-20", "apgd-ce": "APGD-CE", "apgd-dlr": "APGD-DLR",
            "apgd-t": "APGD-T", "fab-t": "FAB-T", "fmn100": "FMN-100", "md": "MD", "mdmt": "MDMT",
@@ -58,17 +61,43 @@ def seeds(folders: Iterable[Path]) -> str:
 
 def mnist() -> str:
     """The four defenses of Zeng et al. on both networks, beside the paper's Table 1."""
-    with (RESULTS / "paper/zeng_table1.csv").open(encoding="utf-8") as file:
-        printed = list(csv.DictReader(file))
     rows = []
     for folder, (label, theirs) in MNIST.items():
         for network in ("lenet", "small_cnn"):
             found = runs(f"mnist/{network}-{folder}")
             rows.append([label, f"{NETWORKS[network]}, ours", seeds(found), *measures(found)])
-        lines = [line for line in printed if line["defense"] == theirs]
-        weighted = [number(float(line[metric])) for metric in ("A_sa", "A_tr") for line in lines]
-        rows.append([label, "*SmallCNN, paper*", "", "-", number(float(lines[0]["A_rob"])), *weighted])
+        rows.append([label, "*SmallCNN, paper*", "", *zeng("zeng_table1", theirs)])
     return markdown(["defense", "network", "seeds", *metrics()], rows, left=3)
+
+
+def zeng(table: str, defense: str) -> list[str]:
+    """What a table of Zeng et al. has of a defense, in the columns of `measures`."""
+    lines = [line for line in printed(table) if line["defense"] == defense]
+    weighted = [number(float(line[metric])) for metric in ("A_sa", "A_tr") for line in lines]
+    return ["-", number(float(lines[0]["A_rob"])), *weighted]
+
+
+def printed(table: str) -> list[dict[str, str]]:
+    """The lines of a paper's table."""
+    with (RESULTS / f"paper/{table}.csv").open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def cifar10() -> str:
+    """The rows on CIFAR-10, four of them beside Table 2 of Zeng et al."""
+    rows = []
+    for place in cifar10_rows():
+        name = place.partition("/")[2]
+        rows.append([label_of(place)[0], "ours", seeds(runs(place)), *measures(runs(place))])
+        if name in CIFAR10:
+            rows.append([rows[-1][0], "*ResNet-18, paper*", "", *zeng("zeng_table2", CIFAR10[name])])
+    return markdown(["defense", "network", "seeds", *metrics()], rows, left=3)
+
+
+def cifar10_rows() -> list[str]:
+    """The rows on CIFAR-10 that have been measured: Zeng's four, then the others of VIR's tables."""
+    places = [f"cifar10-w16/{name}" for name in dict.fromkeys((*CIFAR10, *FAMILY))]
+    return [place for place in places if runs(place)]
 
 
 def family() -> str:
@@ -111,6 +140,12 @@ def equal_budget_family() -> str:
                           "A_rob")
 
 
+def equal_budget_cifar10() -> str:
+    """Attackers of equal strength on the rows of CIFAR-10."""
+    return equal_strength({label_of(place)[:1]: results_of(place) for place in cifar10_rows()}, ["defense"],
+                          "A_rob")
+
+
 def losses() -> str:
     """The worst mean cross-entropy of the eight methods within KL budgets, and CVaR."""
     columns = {f"{budget} nats": ("loss_kl", budget) for budget in BUDGETS}
@@ -144,10 +179,10 @@ def label_of(place: str) -> tuple[str, str, str]:
     return MNIST[folder][0], NETWORKS[network], "short"
 
 
-def attacked() -> dict[tuple[str, str, str], list[dict]]:
+def attacked(groups: Iterable[str] = ("mnist", "vir", "fast")) -> dict[tuple[str, str, str], list[dict]]:
     """(defense, network, recipe) -> its results under strong attacks, the safest first."""
     found: dict[tuple[str, str, str], list[dict]] = {}
-    for file in sorted(RESULTS.glob("*/*/seed*/strong.json")):
+    for file in sorted(file for group in groups for file in RESULTS.glob(f"{group}/*/seed*/strong.json")):
         found.setdefault(label_of("/".join(file.relative_to(RESULTS).parts[:2])), []).append(load(file))
     worst = {label: statistics.mean(result["worst_case"]["accuracy"] for result in results)
              for label, results in found.items()}
@@ -155,24 +190,53 @@ def attacked() -> dict[tuple[str, str, str], list[dict]]:
 
 
 def strong() -> str:
-    """What strong attacks leave of each result, the safest first."""
+    """What strong attacks leave of each result on MNIST, the safest first."""
+    head = ["defense", "network", "recipe", "suspicious", "A_nat", "A_rob", *STRONG.values(), "worst case"]
+    return markdown(head, strong_rows(attacked(), STRONG), left=4)
+
+
+def strong_cifar10() -> str:
+    """The same on CIFAR-10, each row beside Table 1 of VIR."""
+    columns = STRONG | BLACK_BOX
+    theirs = {line["defense"]: line for line in printed("vir_table1")}
     rows = []
-    for label, results in attacked().items():
+    for defense, _, _, signs, *cells in strong_rows(attacked(["cifar10-w16"]), columns):
+        rows.append([defense, "ours", signs, *cells])
+        if line := theirs.get(defense):
+            known = {ours: number(float(line[f"{name}_mean"]), 1) for name, ours in PRINTED.items()}
+            rows.append([defense, "*ResNet-18, paper*", "",
+                         *(known.get(column, "-") for column in ("A_nat", "A_rob", *columns, "worst case"))])
+    head = ["defense", "network", "suspicious", "A_nat", "A_rob", *columns.values(), "worst case"]
+    return markdown(head, rows, left=3)
+
+
+def strong_rows(found: dict[tuple[str, str, str], list[dict]], columns: Iterable[str]) -> list[list[str]]:
+    """For each label: it, the signs of a suspicious verdict, A_nat, A_rob, these attacks, the worst case."""
+    rows = []
+    for label, results in found.items():
         signs = {sign for result in results if result["verdict"] != "ok"
                  for sign in result["verdict"].removeprefix("suspicious: ").split(", ")}
         cells = [[result["A_nat"], result["A_rob"],
-                  *(result["attacks"][attack]["accuracy"] for attack in STRONG),
+                  *(result["attacks"][attack]["accuracy"] for attack in columns),
                   result["worst_case"]["accuracy"]] for result in results]
         rows.append([*label, ", ".join(sorted(signs)) or "-",
                      *(number(statistics.mean(column), 1) for column in zip(*cells))])
-    head = ["defense", "network", "recipe", "suspicious", "A_nat", "A_rob", *STRONG.values(), "worst case"]
-    return markdown(head, rows, left=4)
+    return rows
 
 
 def equal_budget_strong() -> str:
-    """Attackers of equal strength in the worst case under strong attacks, the safest first."""
-    cases = {label: [result["worst_case"] for result in results] for label, results in attacked().items()}
-    return equal_strength(cases, ["defense", "network", "recipe"], "accuracy")
+    """Attackers of equal strength in the worst case under strong attacks on MNIST, the safest first."""
+    return equal_strength(worst_cases(attacked()), ["defense", "network", "recipe"], "accuracy")
+
+
+def equal_budget_strong_cifar10() -> str:
+    """The same on CIFAR-10."""
+    found = {label[:1]: cases for label, cases in worst_cases(attacked(["cifar10-w16"])).items()}
+    return equal_strength(found, ["defense"], "accuracy")
+
+
+def worst_cases(found: dict[tuple[str, str, str], list[dict]]) -> dict[tuple[str, ...], list[dict]]:
+    return {label: [result["worst_case"] for result in results] for label, results in found.items()}
 
 
 def attacks() -> str:

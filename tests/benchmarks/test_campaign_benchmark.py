@@ -72,8 +72,9 @@ def stand_in(commands):
         else:
             out = Path(flags[flags.index("--out") + 1])
             out.write_text(json.dumps({"A_rob": 50.0}))
-            np.savez(out.with_suffix(".npz"), margin_adv=np.array([0.25, -1.5]), label=np.array([3, 1]),
-                     prediction_adv=np.array([3, 2]))
+            kind = "worst" if "--attacks" in flags else "adv"
+            np.savez(out.with_suffix(".npz"), label=np.array([3, 1]),
+                     **{f"margin_{kind}": np.array([0.25, -0.5]), f"prediction_{kind}": np.array([3, 2])})
     return start
 
 
@@ -89,13 +90,14 @@ def test_a_row_is_trained_measured_and_kept_and_gone_on_with(tmp_path, monkeypat
     place = out / "mnist/lenet-trades/seed3"
     assert {path.name for path in place.iterdir()} == {"config.json", "log.csv", "eval.json", "margins.npz"}
     with np.load(place / "margins.npz") as kept:
-        assert kept["margin_adv"].tolist() == [0.25, -1.5] and kept["correct"].tolist() == [True, False]
+        assert kept["margin_adv"].tolist() == [0.25, -0.5] and kept["correct"].tolist() == [True, False]
+    assert json.loads((out / "paired.json").read_text()) == {"rows": []}  # the base has not been measured
     commands.clear()
     campaign.main(parse_config(campaign.Config, [*flags, "--strong"]))
     folder = run / "mnist/lenet-trades/seed3"
     assert [command[0] for command in commands] == ["train_trades_mnist", "eval_mnist"]
     assert commands[0][1:] == ("--resume", str(folder)) and "autoattack" in commands[1]
-    assert (place / "strong.json").exists()
+    assert (place / "strong.json").exists() and (place / "margins_worst.npz").exists()
 
 
 def test_a_stopped_evaluation_is_gone_on_with(tmp_path, monkeypatch):

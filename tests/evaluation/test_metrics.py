@@ -10,10 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from harness.evaluation.budget import accuracy_at_budget
 from harness.evaluation.metrics import (
     WEIGHT_EDGES,
     Means,
     WeightStatistics,
+    paired_half_width,
     weighted_accuracy,
     wilson_interval,
 )
@@ -323,3 +325,35 @@ def test_adding_weights_reads_nothing_back_from_the_device():
 def test_the_statistics_keep_no_graph():
     statistics = statistics_of((torch.ones(2, requires_grad=True) * 2, torch.tensor([0, 1])), num_classes=2)
     assert not statistics.totals.requires_grad
+
+
+# Two networks on the same examples
+
+def correlated(count, seed=5):
+    """The margins of two networks, which find the same examples hard, [2, count]."""
+    random = np.random.default_rng(seed)
+    shared = random.normal(0.4, 0.4, count)
+    return np.clip(shared + random.normal(0, 0.2, (2, count)) + [[0.05], [0.0]], -1, 1)
+
+
+def test_the_interval_of_a_difference_is_mcnemars_where_all_weigh_the_same():
+    first, second = (torch.tensor(margin) for margin in correlated(500))
+    only_first = int(((first > 0) & (second <= 0)).sum())
+    only_second = int(((first <= 0) & (second > 0)).sum())
+    variance = (only_first + only_second - (only_first - only_second) ** 2 / 500) / 500**2
+    found = paired_half_width(*(weighted_accuracy(margin > 0, margin, 0.0) for margin in (first, second)))
+    assert only_first > only_second > 0 and found == pytest.approx(Z * math.sqrt(variance), rel=1e-12)
+    assert paired_half_width(*[weighted_accuracy(first > 0, first, 2.0)] * 2) == 0
+
+
+@pytest.mark.parametrize(("measure", "strength"), [
+    (weighted_accuracy, 1.0), (weighted_accuracy, 2.0), (accuracy_at_budget, 0.05),
+    (accuracy_at_budget, 0.2)])
+def test_the_interval_of_a_difference_is_the_spread_over_samples_of_examples(measure, strength):
+    def both(margins):
+        return [measure(margin > 0, margin, strength) for margin in torch.from_numpy(margins)]
+
+    expected = paired_half_width(*both(correlated(1000)))
+    differences = [ours["accuracy"] - theirs["accuracy"]
+                   for ours, theirs in (both(correlated(1000, seed)) for seed in range(100, 500))]
+    assert expected == pytest.approx(Z * np.std(differences), rel=0.15)  # 400 samples give a spread to 4 %

@@ -236,7 +236,7 @@ def over_seeds(place, *path):
 
 
 def lead(name, base, *path):
-    return over_seeds(name, *path) - over_seeds(base, *path)
+    return round(over_seeds(name, *path) - over_seeds(base, *path), 4)
 
 
 def test_the_figures_about_margin_weights_are_those_of_their_files():
