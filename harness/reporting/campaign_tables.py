@@ -1,10 +1,11 @@
 """The tables of README.md and docs/ on all runs together: a weighting and its base, collapse, hours."""
 import csv
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from harness.reporting.cells import RESULTS, difference, extremes, load, number
-from harness.reporting.page_tables import label_of
+from harness.reporting.page_tables import label_of, printed
 from harness.reporting.tables import markdown
 
 GROUPS = {"mnist/lenet-*": "MNIST, LeNet, Zeng's four", "mnist/small_cnn-*": "MNIST, SmallCNN, Zeng's four",
@@ -13,19 +14,54 @@ GROUPS = {"mnist/lenet-*": "MNIST, LeNet, Zeng's four", "mnist/small_cnn-*": "MN
 
 
 def paired() -> str:
-    """Every weighting beside its base."""
+    """Every weighting beside its base, weighting by weighting, with the papers' differences."""
     found = load("paired.json")["rows"]
     measures = [name for name, value in found[0].items() if isinstance(value, dict)]
     rows = [[*label_of(row["row"]), label_of(row["base"])[0], ", ".join(map(str, row["A_rob"]["seeds"])),
              *(compared(**row[name]) for name in measures)] for row in found]
+    ours = {row[0] for row in rows}
+    rows += [row for row in papers_differences(measures) if row[0] in ours]
+    order = list(dict.fromkeys(row[0] for row in rows))
+    rows.sort(key=lambda row: order.index(row[0]))
     return markdown(["defense", "network", "recipe", "minus", "seeds", *measures], rows, left=5)
 
 
 def compared(seeds: list[int], differences: list[float], images: list[float]) -> str:
-    """The mean difference with its interval over the seeds; of one seed, with that over the images."""
-    if len(seeds) == 1:
-        return f"{differences[0]:+.1f} (±{images[0]:.1f})"
-    return difference(differences)
+    """The mean difference with its interval over the seeds; of one seed, with that over the images.
+
+    Bold where the interval lies on one side of 0.
+    """
+    if not seeds:
+        return "-"
+    if len(seeds) > 1:
+        mean, half = difference(differences)
+        text = f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}]"
+    else:
+        mean, half = differences[0], images[0]
+        text = f"{mean:+.1f} (±{half:.1f})"
+    return f"**{text}**" if abs(mean) > half else text
+
+
+def papers_differences(measures: list[str]) -> Iterator[list[str]]:
+    """The papers' rows: Zeng et al., Tables 1 and 2; VIR, Table 1, with AutoAttack as the worst case."""
+    for table, network, at in (("zeng_table1", "*SmallCNN, paper*", "0.5"),
+                               ("zeng_table2", "*ResNet-18, CIFAR-10, paper*", "0.1")):
+        lines = {line["defense"]: line for line in printed(table) if line["alpha_test"] == "2.0"}
+        for plain, base, alpha in (("PGD", "AT", at), ("TRADES", "TRADES", "2")):
+            found = {name: float(lines[f"{plain}+ours"][column]) - float(lines[plain][column])
+                     for name, column in (("A_rob", "A_rob"), ("A_sa 2", "A_sa"))}
+            yield [f"{base}, alpha {alpha}", network, "Zeng's", base, "",
+                   *(signed(found.get(name)) for name in measures)]
+    left = {line["defense"]: float(line["AA_mean"]) for line in printed("vir_table1")}
+    for defense in left.keys() - {"AT", "TRADES"}:
+        base = "TRADES" if "TRADES" in defense else "AT"
+        found = {"worst case": left[defense] - left[base]}
+        yield [defense, "*ResNet-18, CIFAR-10, paper*", "VIR's", base, "",
+               *(signed(found.get(name)) for name in measures)]
+
+
+def signed(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.1f}"
 
 
 def logged() -> str:

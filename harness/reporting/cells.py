@@ -45,14 +45,10 @@ def spread(values: Iterable[float]) -> str:
     return f"{number(statistics.mean(values))} ± {number(statistics.stdev(values))}"
 
 
-def difference(values: Iterable[float]) -> str:
-    """Mean of two to ten differences with its 95 % interval by Student's t; of none, "-"."""
-    values = list(values)
-    if not values:
-        return "-"
-    mean = statistics.mean(values)
+def difference(values: list[float]) -> tuple[float, float]:
+    """Mean of two to ten differences, and half its 95 % interval by Student's t."""
     half = STUDENT[len(values) - 2] * statistics.stdev(values) / len(values) ** 0.5
-    return f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}]"
+    return statistics.mean(values), half
 
 
 def extremes(values: list[float]) -> str:
