@@ -121,7 +121,7 @@ SETTINGS = {
     "-wrn": layer("VIR, WRN-34-10", model="wrn34_10", lr=0.1, weight_decay=7e-4),
     "-cifar10-w16": layer("ours: a quarter of the channels and 20 epochs, drops and burn-in in proportion",
                           model="resnet18_w16", epochs=20, burn_in_epochs=13, lr=0.1, lr_drop_after=(13, 16),
-                          weight_decay=5e-4),
+                          weight_decay=5e-4, ema_decay=0.999),
     "-cifar100": layer("VIR", dataset="cifar100"),
     "-svhn": layer("VIR; the flip is ours: digits have none", dataset="svhn", flip=False),
     "-tiny-imagenet": layer("VIR; the crop is ours", dataset="tiny-imagenet", crop_padding=8, gamma=3.0),

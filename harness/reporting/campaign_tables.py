@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from harness.reporting.cells import RESULTS, difference, extremes, load, number
-from harness.reporting.page_tables import label_of, printed
+from harness.reporting.defense_tables import label_of, printed
 from harness.reporting.tables import markdown
 
 GROUPS = {"mnist/lenet-*": "MNIST, LeNet, Zeng's four", "mnist/small_cnn-*": "MNIST, SmallCNN, Zeng's four",

@@ -11,13 +11,13 @@ import sys
 from pathlib import Path
 
 from harness.errors import UserError
-from harness.reporting import campaign_tables, page_tables, speed_tables
+from harness.reporting import campaign_tables, defense_tables, page_tables, speed_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK = re.compile(r"^<!-- table: (\S+) -->\n(.*?)^<!-- end -->$", re.MULTILINE | re.DOTALL)
-MADE_BY = {page_tables: ("mnist", "family", "equal_budget", "equal_budget_family", "equal_budget_strong",
-                         "losses", "fast", "strong", "attacks", "curves", "members", "mean_budget",
-                         "stability"),
+MADE_BY = {defense_tables: ("mnist", "family", "equal_budget", "equal_budget_family", "equal_budget_strong",
+                            "losses", "fast", "strong"),
+           page_tables: ("attacks", "curves", "members", "mean_budget", "stability"),
            campaign_tables: ("paired", "logged", "hours"),
            speed_tables: ("train_step", "gains", "precisions", "expectation", "memory", "evaluation",
                           "recipes", "accept")}

@@ -1,6 +1,6 @@
 """The tables of docs/speed.md, each made from the files in results/ as one piece of Markdown."""
 from harness.reporting.cells import NETWORKS, RESULTS, load, number, numbers, pair, rows_of
-from harness.reporting.page_tables import measures, metrics
+from harness.reporting.defense_tables import measures, metrics
 from harness.reporting.tables import markdown
 
 PROOF = {"fast": "bfloat16", "rounding": "bfloat16, other rounding",

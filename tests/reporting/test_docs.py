@@ -8,7 +8,7 @@ from conftest import ROOT
 from scipy import stats
 
 from harness.errors import UserError
-from harness.reporting import campaign_tables, cells, docs, page_tables
+from harness.reporting import campaign_tables, cells, defense_tables, docs
 
 
 def test_every_table_on_the_pages_is_that_of_its_files():
@@ -63,10 +63,10 @@ def test_runs_that_differ_in_the_seed_are_one_row(tmp_path, monkeypatch):
         (tmp_path / f"mnist/lenet-at/seed{seed}").mkdir(parents=True)
         result = {"A_nat": 99.0, "A_rob": A_rob, "A_sa": {"2.0": 50.0}, "A_tr": {"2.0": 49.0}}
         (tmp_path / f"mnist/lenet-at/seed{seed}/eval.json").write_text(json.dumps(result))
-    monkeypatch.setattr(page_tables, "RESULTS", tmp_path)
-    found = page_tables.runs("mnist/lenet-at")
-    assert page_tables.seeds(found) == "2, 3"
-    assert page_tables.measures(found, ("2.0",)) == ["99.00 ± 0.00", "90.50 ± 0.71", "50.00 ± 0.00",
+    monkeypatch.setattr(defense_tables, "RESULTS", tmp_path)
+    found = defense_tables.runs("mnist/lenet-at")
+    assert defense_tables.seeds(found) == "2, 3"
+    assert defense_tables.measures(found, ("2.0",)) == ["99.00 ± 0.00", "90.50 ± 0.71", "50.00 ± 0.00",
                                                      "49.00 ± 0.00"]
 
 
@@ -75,8 +75,8 @@ def test_networks_under_strong_attacks_stand_apart(tmp_path, monkeypatch):
         (tmp_path / place / "seed0").mkdir(parents=True)
         result = {"worst_case": {"accuracy": accuracy}}
         (tmp_path / place / "seed0/strong.json").write_text(json.dumps(result))
-    monkeypatch.setattr(page_tables, "RESULTS", tmp_path)
-    assert list(page_tables.attacked()) == [("AT", "SmallCNN", "short"), ("MAIL-AT", "LeNet", "VIR's"),
+    monkeypatch.setattr(defense_tables, "RESULTS", tmp_path)
+    assert list(defense_tables.attacked()) == [("AT", "SmallCNN", "short"), ("MAIL-AT", "LeNet", "VIR's"),
                                             ("AT", "LeNet", "short")]
 
 
@@ -114,7 +114,7 @@ def test_a_difference_has_the_interval_of_its_seeds_or_of_the_images_of_one(tmp_
     ("vir/mail-at", ("MAIL-AT", "LeNet", "VIR's")), ("fast/free", ("Free AT", "LeNet", "short")),
     ("mnist/small_cnn-trades-alpha2", ("TRADES, alpha 2", "SmallCNN", "short"))])
 def test_the_labels_of_a_folder_of_runs(place, label):
-    assert page_tables.label_of(place) == label
+    assert defense_tables.label_of(place) == label
 
 
 def test_a_burn_in_counts_once(tmp_path):
@@ -126,29 +126,29 @@ def test_a_burn_in_counts_once(tmp_path):
 
 
 def test_rows_on_cifar10_stand_beside_the_papers_and_apart_from_mnist(tmp_path, monkeypatch):
-    (tmp_path / "paper").symlink_to(page_tables.RESULTS / "paper")
-    attacks = {name: {"accuracy": 40.0} for name in (*page_tables.STRONG, "square", "spsa")}
+    (tmp_path / "paper").symlink_to(defense_tables.RESULTS / "paper")
+    attacks = {name: {"accuracy": 40.0} for name in (*defense_tables.STRONG, "square", "spsa")}
     for k, place in enumerate(("cifar10-w16/at", "cifar10-w16/vir-at", "vir/at")):
-        weighted = {"A_sa": dict.fromkeys(page_tables.ALPHAS, 30.0 + k),
-                    "A_sa_kl": dict.fromkeys(page_tables.BUDGETS, 20.0 + k)}
+        weighted = {"A_sa": dict.fromkeys(defense_tables.ALPHAS, 30.0 + k),
+                    "A_sa_kl": dict.fromkeys(defense_tables.BUDGETS, 20.0 + k)}
         whole = {"A_nat": 70.0, "A_rob": 45.0 + k, "A_tr": weighted["A_sa"], **weighted}
         (tmp_path / place / "seed0").mkdir(parents=True)
         (tmp_path / place / "seed0/eval.json").write_text(json.dumps(whole))
         strong = {**whole, "verdict": "ok", "attacks": attacks,
                   "worst_case": {"accuracy": 39.0 + k, **weighted}}
         (tmp_path / place / "seed0/strong.json").write_text(json.dumps(strong))
-    monkeypatch.setattr(page_tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(defense_tables, "RESULTS", tmp_path)
 
     def lines(table):
         return [[cell.strip() for cell in line.strip("|").split("|")] for line in table().splitlines()[2:]]
 
-    assert [line[:5] for line in lines(page_tables.cifar10)] == [
+    assert [line[:5] for line in lines(defense_tables.cifar10)] == [
         ["AT", "ours", "0", "70.00", "45.00"], ["AT", "*ResNet-18, paper*", "", "-", "49.29"],
         ["VIR-AT", "ours", "0", "70.00", "46.00"]]
-    assert [line[0] for line in lines(page_tables.equal_budget_cifar10)] == ["AT", "VIR-AT"]
-    assert [[line[0], line[4], line[8], line[-1]] for line in lines(page_tables.strong_cifar10)] == [
+    assert [line[0] for line in lines(defense_tables.equal_budget_cifar10)] == ["AT", "VIR-AT"]
+    assert [[line[0], line[4], line[8], line[-1]] for line in lines(defense_tables.strong_cifar10)] == [
         ["VIR-AT", "46.0", "40.0", "40.0"], ["VIR-AT", "-", "48.2", "-"],
         ["AT", "45.0", "40.0", "39.0"], ["AT", "-", "47.9", "-"]]
-    assert [line[:2] for line in lines(page_tables.equal_budget_strong_cifar10)] == [["VIR-AT", "40.00"],
+    assert [line[:2] for line in lines(defense_tables.equal_budget_strong_cifar10)] == [["VIR-AT", "40.00"],
                                                                                      ["AT", "39.00"]]
-    assert [line[:2] for line in lines(page_tables.strong)] == [["AT", "LeNet"]]
+    assert [line[:2] for line in lines(defense_tables.strong)] == [["AT", "LeNet"]]

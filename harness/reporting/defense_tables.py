@@ -1,0 +1,228 @@
+"""The tables of README.md and docs/ on trained defenses: metrics, equal strength, strong attacks."""
+import csv
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+
+from harness.reporting.cells import NETWORKS, RESULTS, load, number, rows_of, spread
+from harness.reporting.tables import markdown
+
+# ---- what is written by hand: the order of rows, and their labels ------------------------------------------
+
+ALPHAS = ("1.0", "1.5", "2.0")  # of the attacker
+BUDGETS = ("0.05", "0.2", "0.5")  # of his KL divergence, in nats
+MNIST = {"at": ("AT", "PGD"), "at-alpha0.5": ("AT, alpha 0.5", "PGD+ours"),  # folder -> ours, the paper's
+         "trades": ("TRADES", "TRADES"), "trades-alpha2": ("TRADES, alpha 2", "TRADES+ours")}
+FAMILY = ("at", "trades", "mart", "gairat", "mail-at", "mail-trades", "vir-at", "vir-trades")
+FAST = {"mnist/lenet-at": "AT", "fast/free": "Free AT, m = 8, five epochs", "fast/yopo": "YOPO-5-3",
+        "fast/iaat": "IAAT"}
+CIFAR10 = {"at": "PGD", "at-alpha0.1": "PGD+ours", "trades": "TRADES", "trades-alpha2": "TRADES+ours"}
+STRONG = {"pgd100": "PGD-100", "cw": "CW", "fmn100": "FMN-100", "autoattack": "AutoAttack (ours)",
+          "mde": "MDE"}
+BLACK_BOX = {"square": "Square", "spsa": "SPSA, 100 images"}
+PRINTED = {"NATURAL": "A_nat", "PGD100": "pgd100", "CW": "cw", "FMN100": "fmn100", "AA": "autoattack"}
+
+
+# ---- the files ---------------------------------------------------------------------------------------------
+
+def metrics(alphas: Iterable[str] = ALPHAS) -> list[str]:
+    """The columns of `measures`."""
+    weighted = [f"{metric} {float(alpha):g}" for metric in ("A_sa", "A_tr") for alpha in alphas]
+    return ["A_nat", "A_rob", *weighted]
+
+
+def measures(folders: Iterable[Path], alphas: Iterable[str] = ALPHAS) -> list[str]:
+    """What the evaluations of runs found, over their seeds."""
+    results = [load(folder / "eval.json") for folder in folders]
+    found = [spread(result[metric] for result in results) for metric in ("A_nat", "A_rob")]
+    return found + [spread(result[metric][alpha] for result in results)
+                    for metric in ("A_sa", "A_tr") for alpha in alphas]
+
+
+def runs(place: str) -> list[Path]:
+    """The folders of one defense's evaluated runs under results/, a seed each."""
+    return sorted(file.parent for file in (RESULTS / place).glob("seed*/eval.json"))
+
+
+def seeds(folders: Iterable[Path]) -> str:
+    return ", ".join(folder.name.removeprefix("seed") for folder in folders)
+
+
+def mnist() -> str:
+    """The four defenses of Zeng et al. on both networks, beside the paper's Table 1."""
+    rows = []
+    for folder, (label, theirs) in MNIST.items():
+        for network in ("lenet", "small_cnn"):
+            found = runs(f"mnist/{network}-{folder}")
+            rows.append([label, f"{NETWORKS[network]}, ours", seeds(found), *measures(found)])
+        rows.append([label, "*SmallCNN, paper*", "", *zeng("zeng_table1", theirs)])
+    return markdown(["defense", "network", "seeds", *metrics()], rows, left=3)
+
+
+def zeng(table: str, defense: str) -> list[str]:
+    """What a table of Zeng et al. has of a defense, in the columns of `measures`."""
+    lines = [line for line in printed(table) if line["defense"] == defense]
+    weighted = [number(float(line[metric])) for metric in ("A_sa", "A_tr") for line in lines]
+    return ["-", number(float(lines[0]["A_rob"])), *weighted]
+
+
+def printed(table: str) -> list[dict[str, str]]:
+    """The lines of a paper's table."""
+    with (RESULTS / f"paper/{table}.csv").open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def cifar10() -> str:
+    """The rows on CIFAR-10, four of them beside Table 2 of Zeng et al."""
+    rows = []
+    for place in cifar10_rows():
+        name = place.partition("/")[2]
+        rows.append([label_of(place)[0], "ours", seeds(runs(place)), *measures(runs(place))])
+        if name in CIFAR10:
+            rows.append([rows[-1][0], "*ResNet-18, paper*", "", *zeng("zeng_table2", CIFAR10[name])])
+    return markdown(["defense", "network", "seeds", *metrics()], rows, left=3)
+
+
+def cifar10_rows() -> list[str]:
+    """The rows on CIFAR-10 that have been measured: Zeng's four, then the others of VIR's tables."""
+    places = [f"cifar10-w16/{name}" for name in dict.fromkeys((*CIFAR10, *FAMILY))]
+    return [place for place in places if runs(place)]
+
+
+def family() -> str:
+    """The eight methods of the VIR tables, over their seeds."""
+    rows = [[name.upper(), seeds(runs(f"vir/{name}")), *measures(runs(f"vir/{name}"))] for name in FAMILY]
+    return markdown(["defense", "seeds", *metrics()], rows, left=2)
+
+
+def equal_strength(rows: dict[tuple[str, ...], list[dict]], head: list[str], accuracy: str) -> str:
+    """A_sa at equal alpha and at equal KL budgets, over seeds, with ranks.
+
+    rows: labels -> results, or their worst cases; accuracy: the name of the unweighted accuracy in them.
+    """
+    columns = [[[place[accuracy] for place in places], [place["A_sa"]["2.0"] for place in places],
+                *([place["A_sa_kl"][budget] for place in places] for budget in BUDGETS)]
+               for places in rows.values()]
+    means = [[statistics.mean(column) for column in row] for row in columns]
+    ranks = [[str(1 + sum(other[k] > row[k] for other in means)) for k in (0, 1, 3)] for row in means]
+    lines = [[*labels, *map(spread, row), *places] for labels, row, places in zip(rows, columns, ranks)]
+    name = "worst case" if accuracy == "accuracy" else accuracy
+    titles = [name, "A_sa 2", *(f"A_sa, {budget} nats" for budget in BUDGETS)]
+    return markdown([*head, *titles, f"rank by {name}", "by A_sa 2", "by 0.2 nats"], lines, left=len(head))
+
+
+def results_of(place: str) -> list[dict]:
+    return [load(folder / "eval.json") for folder in runs(place)]
+
+
+def equal_budget() -> str:
+    """Attackers of equal strength on AT, TRADES, their margin weights, Free AT, YOPO and IAAT."""
+    rows = {(label, NETWORKS[network]): results_of(f"mnist/{network}-{folder}")
+            for network in ("lenet", "small_cnn") for folder, (label, _) in MNIST.items()}
+    rows |= {(label, NETWORKS["lenet"]): results_of(folder) for folder, label in [*FAST.items()][1:]}
+    return equal_strength(rows, ["defense", "network"], "A_rob")
+
+
+def equal_budget_family() -> str:
+    """Attackers of equal strength on the eight methods of the VIR tables."""
+    return equal_strength({(name.upper(),): results_of(f"vir/{name}") for name in FAMILY}, ["defense"],
+                          "A_rob")
+
+
+def equal_budget_cifar10() -> str:
+    """Attackers of equal strength on the rows of CIFAR-10."""
+    return equal_strength({label_of(place)[:1]: results_of(place) for place in cifar10_rows()}, ["defense"],
+                          "A_rob")
+
+
+def losses() -> str:
+    """The worst mean cross-entropy of the eight methods within KL budgets, and CVaR."""
+    columns = {f"{budget} nats": ("loss_kl", budget) for budget in BUDGETS}
+    columns |= {"largest 10 %": ("loss_cvar", "0.1"), "largest 1 %": ("loss_cvar", "0.01")}
+    rows = [[name.upper(), *(spread(result[key][at] for result in results_of(f"vir/{name}"))
+                             for key, at in columns.values())] for name in FAMILY]
+    return markdown(["defense", *columns], rows, left=1)
+
+
+def fast() -> str:
+    """Free AT, YOPO and IAAT beside AT, with what they cost."""
+    costs = {row["result"].partition("/seed")[0]: row for row in rows_of("cost")}
+    rows = []
+    for folder, label in FAST.items():
+        cost = costs[f"results/{folder}"]
+        times = [number(cost["seconds"] / cost["epochs"], 1), number(cost["seconds"] / 60, 1)]
+        rows.append([label, seeds(runs(folder)), *measures(runs(folder)), *times])
+    return markdown(["defense", "seeds", *metrics(), "s per epoch", "minutes"], rows, left=2)
+
+
+def label_of(place: str) -> tuple[str, str, str]:
+    """(defense, network, recipe) of a folder of runs."""
+    group, name = place.split("/")
+    if group == "cifar10-w16":
+        return name.upper().replace("-ALPHA", ", alpha "), NETWORKS["resnet18_w16"], "CIFAR-10's"
+    if group == "vir":
+        return name.upper(), NETWORKS["lenet"], "VIR's"
+    if group == "fast":
+        return FAST[place].split(",")[0], NETWORKS["lenet"], "short"
+    network, _, folder = name.partition("-")
+    return MNIST[folder][0], NETWORKS[network], "short"
+
+
+def attacked(groups: Iterable[str] = ("mnist", "vir", "fast")) -> dict[tuple[str, str, str], list[dict]]:
+    """(defense, network, recipe) -> its results under strong attacks, the safest first."""
+    found: dict[tuple[str, str, str], list[dict]] = {}
+    for file in sorted(file for group in groups for file in RESULTS.glob(f"{group}/*/seed*/strong.json")):
+        found.setdefault(label_of("/".join(file.relative_to(RESULTS).parts[:2])), []).append(load(file))
+    worst = {label: statistics.mean(result["worst_case"]["accuracy"] for result in results)
+             for label, results in found.items()}
+    return {label: found[label] for label in sorted(found, key=worst.__getitem__, reverse=True)}
+
+
+def strong() -> str:
+    """What strong attacks leave of each result on MNIST, the safest first."""
+    head = ["defense", "network", "recipe", "suspicious", "A_nat", "A_rob", *STRONG.values(), "worst case"]
+    return markdown(head, strong_rows(attacked(), STRONG), left=4)
+
+
+def strong_cifar10() -> str:
+    """The same on CIFAR-10, each row beside Table 1 of VIR."""
+    columns = STRONG | BLACK_BOX
+    theirs = {line["defense"]: line for line in printed("vir_table1")}
+    rows = []
+    for defense, _, _, signs, *cells in strong_rows(attacked(["cifar10-w16"]), columns):
+        rows.append([defense, "ours", signs, *cells])
+        if line := theirs.get(defense):
+            known = {ours: number(float(line[f"{name}_mean"]), 1) for name, ours in PRINTED.items()}
+            rows.append([defense, "*ResNet-18, paper*", "",
+                         *(known.get(column, "-") for column in ("A_nat", "A_rob", *columns, "worst case"))])
+    head = ["defense", "network", "suspicious", "A_nat", "A_rob", *columns.values(), "worst case"]
+    return markdown(head, rows, left=3)
+
+
+def strong_rows(found: dict[tuple[str, str, str], list[dict]], columns: Iterable[str]) -> list[list[str]]:
+    """For each label: it, the signs of a suspicious verdict, A_nat, A_rob, these attacks, the worst case."""
+    rows = []
+    for label, results in found.items():
+        signs = {sign for result in results if result["verdict"] != "ok"
+                 for sign in result["verdict"].removeprefix("suspicious: ").split(", ")}
+        cells = [[result["A_nat"], result["A_rob"],
+                  *(result["attacks"][attack]["accuracy"] for attack in columns),
+                  result["worst_case"]["accuracy"]] for result in results]
+        rows.append([*label, ", ".join(sorted(signs)) or "-",
+                     *(number(statistics.mean(column), 1) for column in zip(*cells))])
+    return rows
+
+
+def equal_budget_strong() -> str:
+    """Attackers of equal strength in the worst case under strong attacks on MNIST, the safest first."""
+    return equal_strength(worst_cases(attacked()), ["defense", "network", "recipe"], "accuracy")
+
+
+def equal_budget_strong_cifar10() -> str:
+    """The same on CIFAR-10."""
+    found = {label[:1]: cases for label, cases in worst_cases(attacked(["cifar10-w16"])).items()}
+    return equal_strength(found, ["defense"], "accuracy")
+
+
+def worst_cases(found: dict[tuple[str, str, str], list[dict]]) -> dict[tuple[str, ...], list[dict]]:
+    return {label: [result["worst_case"] for result in results] for label, results in found.items()}
