@@ -2,11 +2,11 @@
 
 Every run is a process of its own of one thread, as its user would start it; so are its evaluations. Run and
 evaluations stand in RUNS/ROW/seedN, and what the tables read in OUT/ROW/seedN: config.json and log.csv of the
-training; eval.json, measured on the whole test set by the paper's protocol with one random start; and
-strong.json, measured under strong attacks; the margin of every example in margins.npz, and in the worst
-case of the strong attacks in margins_worst.npz. The same command
-goes on where it was stopped: a training by its --resume, an evaluation by its record. A weighting goes on
-from the burn-in of its base (--burn_in_from), which gives the bits of the whole run.
+training; eval.json, measured on the whole test set by the paper's protocol with one random start, with
+the margin of every example in margins.npz; strong.json, measured under strong attacks, with the margins in
+their worst case in margins_worst.npz. The same command goes on where it was stopped: a training by its
+--resume, an evaluation by its record. A weighting goes on from the burn-in of its base (--burn_in_from),
+which gives the bits of the whole run. At the end benchmarks/paired.py compares weightings and bases.
 
     python benchmarks/campaign.py --seeds 0 1 2 3 4                         # MNIST, every row but SmallCNN's
     python benchmarks/campaign.py --setting mnist-small_cnn --seeds 0 1     # Zeng's four on SmallCNN
@@ -31,7 +31,7 @@ from benchmarks.stability import ZENG, chosen, recipes, side_by_side, start
 from harness.config import run_script
 
 STRONG = ("--num_examples", "1000", "--attacks", "fgsm", "pgd100", "cw", "fmn100", "autoattack", "mde")
-MORE = {"cifar10-w16": ("square", "spsa", "--num_spsa_examples", "100")}  # setting -> what it takes besides
+MORE_ATTACKS = {"cifar10-w16": ("square", "spsa", "--num_spsa_examples", "100")}  # setting -> after STRONG
 MARGIN = ("--burn_in_epochs", "0", "--weights", "margin", "--margin_alpha")
 CIFAR10 = {"AT": ("at",), "AT, alpha 0.1": ("at", *MARGIN, "0.1"), "TRADES": ("trades",),
            "TRADES, alpha 2": ("trades", *MARGIN, "2"), "MART": ("mart",), "GAIRAT": ("gairat",),
@@ -99,11 +99,12 @@ def keep(run: Path, out: Path) -> None:
     for name in ("config.json", "log.csv", "eval.json", "strong.json"):
         if (run / name).exists():
             shutil.copy(run / name, out / name)
-    for source, kind, name in (("eval", "adv", "margins"), ("strong", "worst", "margins_worst")):
-        if (run / f"{source}.npz").exists():
-            with np.load(run / f"{source}.npz") as found:
-                margin, correct = found[f"margin_{kind}"], found[f"prediction_{kind}"] == found["label"]
-            np.savez_compressed(out / f"{name}.npz", margin_adv=margin.astype(np.float32), correct=correct)
+    kept = {"eval": ("adv", "margins.npz"), "strong": ("worst", "margins_worst.npz")}
+    for source in ("eval", "strong") if (run / "strong.json").exists() else ("eval",):
+        kind, name = kept[source]
+        with np.load(run / f"{source}.npz") as found:
+            margin, correct = found[f"margin_{kind}"], found[f"prediction_{kind}"] == found["label"]
+        np.savez_compressed(out / name, margin_adv=margin.astype(np.float32), correct=correct)
 
 
 def one_run(command: tuple[str, ...], run: Path, out: Path, cfg: Config) -> None:
@@ -115,7 +116,7 @@ def one_run(command: tuple[str, ...], run: Path, out: Path, cfg: Config) -> None
     start(script, *(("--resume", str(run)) if (run / "config.json").exists() else begin))
     evaluate(run, "eval")
     if cfg.strong:
-        evaluate(run, "strong", *STRONG, *MORE.get(cfg.setting, ()))
+        evaluate(run, "strong", *STRONG, *MORE_ATTACKS.get(cfg.setting, ()))
     keep(run, out)
 
 

@@ -124,6 +124,7 @@ def paired_half_width(ours: dict[str, object], theirs: dict[str, object]) -> flo
     """Half the 95 % interval, in [0, 1], of the difference of two accuracies on the same N examples.
 
     ours, theirs: of `weighted_accuracy` or `accuracy_at_budget`. Normal, with the variance of the difference
-    of the linearised terms, as in McNemar's test: what the examples leave open, not what the seeds do.
+    of the linearised terms, so that what both get right or wrong does not count: what the examples leave
+    open, not what the seeds do.
     """
     return Z95 * float(((ours["terms"] - theirs["terms"]) ** 2).sum()) ** 0.5

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from harness.reporting.cells import RESULTS, difference, extremes, load, number
-from harness.reporting.defense_tables import label_of, printed
+from harness.reporting.defense_tables import MNIST_GROUPS, label_of, printed
 from harness.reporting.tables import markdown
 
 GROUPS = {"mnist/lenet-*": "MNIST, LeNet, Zeng's four", "mnist/small_cnn-*": "MNIST, SmallCNN, Zeng's four",
@@ -18,7 +18,7 @@ def paired() -> str:
     found = load("paired.json")["rows"]
     measures = [name for name, value in found[0].items() if isinstance(value, dict)]
     rows = [[*label_of(row["row"]), label_of(row["base"])[0], ", ".join(map(str, row["A_rob"]["seeds"])),
-             *(compared(**row[name]) for name in measures)] for row in found]
+             *(compared(**row[name], all_seeds=row["A_rob"]["seeds"]) for name in measures)] for row in found]
     ours = {row[0] for row in rows}
     rows += [row for row in papers_differences(measures) if row[0] in ours]
     order = list(dict.fromkeys(row[0] for row in rows))
@@ -26,24 +26,29 @@ def paired() -> str:
     return markdown(["defense", "network", "recipe", "minus", "seeds", *measures], rows, left=5)
 
 
-def compared(seeds: list[int], differences: list[float], images: list[float]) -> str:
+def compared(seeds: list[int], differences: list[float], images: list[float], all_seeds: list[int]) -> str:
     """The mean difference with its interval over the seeds; of one seed, with that over the images.
 
-    Bold where the interval lies on one side of 0.
+    Bold where the interval lies on one side of 0. Where these are not all seeds of the row, they follow.
     """
     if not seeds:
         return "-"
     if len(seeds) > 1:
         mean, half = difference(differences)
-        text = f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}]"
+        text = f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
     else:
         mean, half = differences[0], images[0]
-        text = f"{mean:+.1f} (±{half:.1f})"
-    return f"**{text}**" if abs(mean) > half else text
+        text = f"{mean:+.2f} (±{half:.2f})"
+    text = f"**{text}**" if abs(mean) > half else text
+    return text if seeds == all_seeds else f"{text}, of {', '.join(map(str, seeds))}"
 
 
 def papers_differences(measures: list[str]) -> Iterator[list[str]]:
-    """The papers' rows: Zeng et al., Tables 1 and 2; VIR, Table 1, with AutoAttack as the worst case."""
+    """The papers' rows: Zeng et al., Tables 1 and 2; VIR, Table 1, with AutoAttack as the worst case.
+
+    Table 2 prints AT's alpha as 2, Table 4 the same accuracy at 0.1, which is its recipe here
+    (results/paper/settings.json).
+    """
     for table, network, at in (("zeng_table1", "*SmallCNN, paper*", "0.5"),
                                ("zeng_table2", "*ResNet-18, CIFAR-10, paper*", "0.1")):
         lines = {line["defense"]: line for line in printed(table) if line["alpha_test"] == "2.0"}
@@ -61,13 +66,14 @@ def papers_differences(measures: list[str]) -> Iterator[list[str]]:
 
 
 def signed(value: float | None) -> str:
-    return "-" if value is None else f"{value:+.1f}"
+    """A printed difference, or "-" for one that is not printed."""
+    return "-" if value is None else f"{value:+.2f}"
 
 
 def logged() -> str:
-    """The logs of all runs under results/ that have a table of results: whether one was ever at chance."""
+    """The logs of the runs on MNIST under results/: whether one was ever at chance."""
     found: dict[tuple[str, str, str], list[tuple[str, list[dict[str, str]]]]] = {}
-    for file in sorted(RESULTS.glob("*/*/seed*/log.csv")):
+    for file in sorted(file for group in MNIST_GROUPS for file in RESULTS.glob(f"{group}/*/seed*/log.csv")):
         group, name, seed = file.relative_to(RESULTS).parts[:3]
         with file.open(encoding="utf-8") as log:
             own = found.setdefault(label_of(f"{group}/{name}"), [])

@@ -13,6 +13,7 @@ ALPHAS = ("1.0", "1.5", "2.0")  # of the attacker
 BUDGETS = ("0.05", "0.2", "0.5")  # of his KL divergence, in nats
 MNIST = {"at": ("AT", "PGD"), "at-alpha0.5": ("AT, alpha 0.5", "PGD+ours"),  # folder -> ours, the paper's
          "trades": ("TRADES", "TRADES"), "trades-alpha2": ("TRADES, alpha 2", "TRADES+ours")}
+MNIST_GROUPS = ("mnist", "vir", "fast")  # folders under results/
 FAMILY = ("at", "trades", "mart", "gairat", "mail-at", "mail-trades", "vir-at", "vir-trades")
 FAST = {"mnist/lenet-at": "AT", "fast/free": "Free AT, m = 8, five epochs", "fast/yopo": "YOPO-5-3",
         "fast/iaat": "IAAT"}
@@ -20,7 +21,8 @@ CIFAR10 = {"at": "PGD", "at-alpha0.1": "PGD+ours", "trades": "TRADES", "trades-a
 STRONG = {"pgd100": "PGD-100", "cw": "CW", "fmn100": "FMN-100", "autoattack": "AutoAttack (ours)",
           "mde": "MDE"}
 BLACK_BOX = {"square": "Square", "spsa": "SPSA, 100 images"}
-PRINTED = {"NATURAL": "A_nat", "PGD100": "pgd100", "CW": "cw", "FMN100": "fmn100", "AA": "autoattack"}
+PRINTED = {"NATURAL": "A_nat", "PGD100": "pgd100", "CW": "cw", "FMN100": "fmn100", "AA": "autoattack",
+           "MDE": "mde"}
 
 
 # ---- the files ---------------------------------------------------------------------------------------------
@@ -45,6 +47,7 @@ def runs(place: str) -> list[Path]:
 
 
 def seeds(folders: Iterable[Path]) -> str:
+    """The numbers at the end of these folders' names."""
     return ", ".join(folder.name.removeprefix("seed") for folder in folders)
 
 
@@ -77,9 +80,10 @@ def cifar10() -> str:
     rows = []
     for place in cifar10_rows():
         name = place.partition("/")[2]
-        rows.append([label_of(place)[0], "ours", seeds(runs(place)), *measures(runs(place))])
+        label, network, _ = label_of(place)
+        rows.append([label, f"{network}, ours", seeds(runs(place)), *measures(runs(place))])
         if name in CIFAR10:
-            rows.append([rows[-1][0], "*ResNet-18, paper*", "", *zeng("zeng_table2", CIFAR10[name])])
+            rows.append([label, "*ResNet-18, paper*", "", *zeng("zeng_table2", CIFAR10[name])])
     return markdown(["defense", "network", "seeds", *metrics()], rows, left=3)
 
 
@@ -112,6 +116,7 @@ def equal_strength(rows: dict[tuple[str, ...], list[dict]], head: list[str], acc
 
 
 def results_of(place: str) -> list[dict]:
+    """What the evaluations of one defense's runs hold."""
     return [load(folder / "eval.json") for folder in runs(place)]
 
 
@@ -168,7 +173,7 @@ def label_of(place: str) -> tuple[str, str, str]:
     return MNIST[folder][0], NETWORKS[network], "short"
 
 
-def attacked(groups: Iterable[str] = ("mnist", "vir", "fast")) -> dict[tuple[str, str, str], list[dict]]:
+def attacked(groups: Iterable[str] = MNIST_GROUPS) -> dict[tuple[str, str, str], list[dict]]:
     """(defense, network, recipe) -> its results under strong attacks, the safest first."""
     found: dict[tuple[str, str, str], list[dict]] = {}
     for file in sorted(file for group in groups for file in RESULTS.glob(f"{group}/*/seed*/strong.json")):
@@ -225,4 +230,5 @@ def equal_budget_strong_cifar10() -> str:
 
 
 def worst_cases(found: dict[tuple[str, str, str], list[dict]]) -> dict[tuple[str, ...], list[dict]]:
+    """The part of results under strong attacks that is about the worst case over all of them."""
     return {label: [result["worst_case"] for result in results] for label, results in found.items()}

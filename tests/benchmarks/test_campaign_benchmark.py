@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import eval_cifar10
 import train_vir
 from benchmarks import campaign
 from harness.config import parse_config
@@ -50,13 +51,17 @@ def test_a_weighting_goes_on_from_its_bases_burn_in(tmp_path, monkeypatch):
     commands = []
     monkeypatch.setattr(campaign, "start", stand_in(commands))
     defenses = ("VIR-AT", "AT", "TRADES")
-    campaign.main(campaign.Config("cifar10-w16", defenses, (0,), num_processes=1, runs=str(tmp_path / "runs"),
-                                  out=str(tmp_path / "out")))
+    campaign.main(campaign.Config("cifar10-w16", defenses, (0,), strong=True, num_processes=1,
+                                  runs=str(tmp_path / "runs"), out=str(tmp_path / "out")))
     trained = [flags for script, *flags in commands if script == "train_vir"]
     assert [flags[1] for flags in trained] == ["at-cifar10-w16", "trades-cifar10-w16", "vir-at-cifar10-w16"]
     assert [flags[-1] for flags in trained if "--burn_in_from" in flags] == [
         str(tmp_path / "runs/cifar10-w16/at/seed0")]
     assert {script for script, *_ in commands} == {"train_vir", "eval_cifar10"}
+    attacked = [flags for flags in commands if "--attacks" in flags]
+    cfg = parse_config(eval_cifar10.Config, attacked[0][1:])
+    assert len(attacked) == 3 and {"autoattack", "square", "spsa"} <= {*cfg.attacks}
+    assert (cfg.num_examples, cfg.num_spsa_examples, cfg.num_restarts) == (1000, 100, 1)
 
 
 def stand_in(commands):

@@ -105,8 +105,8 @@ def test_a_difference_has_the_interval_of_its_seeds_or_of_the_images_of_one(tmp_
                     for line in campaign_tables.paired().splitlines()[2:])
     mean, half = cells.difference([2.0, 4.0])
     assert ours == ["GAIRAT", "LeNet", "VIR's", "AT", "1, 2",
-                    f"+3.0 [{mean - half:+.1f}, {mean + half:+.1f}]", "**-5.0 (±2.0)**", "-"]
-    assert theirs == ["GAIRAT", "*ResNet-18, CIFAR-10, paper*", "VIR's", "AT", "", "-", "-15.0", "-"]
+                    f"+3.00 [{mean - half:+.2f}, {mean + half:+.2f}]", "**-5.04 (±1.96)**, of 2", "-"]
+    assert theirs == ["GAIRAT", "*ResNet-18, CIFAR-10, paper*", "VIR's", "AT", "", "-", "-15.03", "-"]
 
 
 @pytest.mark.parametrize(("place", "label"), [
@@ -143,8 +143,9 @@ def test_rows_on_cifar10_stand_beside_the_papers_and_apart_from_mnist(tmp_path, 
         return [[cell.strip() for cell in line.strip("|").split("|")] for line in table().splitlines()[2:]]
 
     assert [line[:5] for line in lines(defense_tables.cifar10)] == [
-        ["AT", "ours", "0", "70.00", "45.00"], ["AT", "*ResNet-18, paper*", "", "-", "49.29"],
-        ["VIR-AT", "ours", "0", "70.00", "46.00"]]
+        ["AT", "ResNet-18, width 16, ours", "0", "70.00", "45.00"],
+        ["AT", "*ResNet-18, paper*", "", "-", "49.29"],
+        ["VIR-AT", "ResNet-18, width 16, ours", "0", "70.00", "46.00"]]
     assert [line[0] for line in lines(defense_tables.equal_budget_cifar10)] == ["AT", "VIR-AT"]
     assert [[line[0], line[4], line[8], line[-1]] for line in lines(defense_tables.strong_cifar10)] == [
         ["VIR-AT", "46.0", "40.0", "40.0"], ["VIR-AT", "-", "48.2", "-"],
