@@ -13,7 +13,6 @@ which gives the bits of the whole run. At the end benchmarks/paired.py compares 
     python benchmarks/campaign.py --setting cifar10-w16 --seeds 0           # CIFAR-10, a narrow ResNet-18
     python benchmarks/campaign.py --defenses AT TRADES --seeds 0 --strong   # under strong attacks too
 """
-import re
 import shutil
 import sys
 from dataclasses import dataclass
@@ -33,11 +32,15 @@ from harness.config import run_script
 STRONG = ("--num_examples", "1000", "--attacks", "fgsm", "pgd100", "cw", "fmn100", "autoattack", "mde")
 MORE_ATTACKS = {"cifar10-w16": ("square", "spsa", "--num_spsa_examples", "100")}  # setting -> after STRONG
 MARGIN = ("--burn_in_epochs", "0", "--weights", "margin", "--margin_alpha")
-CIFAR10 = {"AT": ("at",), "AT, alpha 0.1": ("at", *MARGIN, "0.1"), "TRADES": ("trades",),
-           "TRADES, alpha 2": ("trades", *MARGIN, "2"), "MART": ("mart",), "GAIRAT": ("gairat",),
+FIVE = ("--inv_lambda", "5")  # as MAIL-TRADES and VIR-TRADES have it; TRADES of VIR's recipes has 4
+CONTROL = {"TRADES, 1/lambda 5, VIR's recipe": ("train_vir", "--recipe", "trades-mnist", *FIVE)}
+CIFAR10 = {"AT": ("at",), "AT, alpha 0.1": ("at", *MARGIN, "0.1"), "TRADES": ("trades", *FIVE),
+           "TRADES, alpha 2": ("trades", *FIVE, *MARGIN, "2"), "MART": ("mart",), "GAIRAT": ("gairat",),
            "MAIL-AT": ("mail-at",), "MAIL-TRADES": ("mail-trades",), "VIR-AT": ("vir-at",),
            "VIR-TRADES": ("vir-trades",)}  # row -> method of train_vir.py and flags
-BURN_IN = {"gairat": "at", "mail-at": "at", "vir-at": "at", "vir-trades": "mail-trades"}  # row -> the same
+OF_AT = dict.fromkeys(("gairat", "mail-at", "vir-at"), "at")
+BURN_IN = {"vir": OF_AT | dict.fromkeys(("trades-5", "vir-trades"), "mail-trades"),  # row -> whose it shares
+           "cifar10-w16": OF_AT | dict.fromkeys(("mail-trades", "vir-trades"), "trades")}
 
 
 @dataclass(frozen=True)
@@ -56,28 +59,30 @@ class Config:
 def commands(cfg: Config) -> dict[str, tuple[str, ...]]:
     """Defense -> script and flags.  Raises UserError for a defense that the setting has not."""
     if cfg.setting != "cifar10-w16":
-        return chosen(recipes(cfg.setting), cfg.defenses)
+        return chosen(recipes(cfg.setting) | (CONTROL if cfg.setting == "mnist" else {}), cfg.defenses)
     known = {name: ("train_vir", "--recipe", f"{method}-cifar10-w16", "--dataset", cfg.cifar10, *flags)
              for name, (method, *flags) in CIFAR10.items()}
     return chosen(known, cfg.defenses)
 
 
 def row_of(setting: str, defense: str) -> str:
-    """The folder of a defense's runs, as in vir/mail-at or mnist/lenet-at-alpha0.5."""
-    name = defense.lower().replace(", alpha ", "-alpha")
+    """The folder of a defense's runs, as in vir/trades-5 or mnist/lenet-at-alpha0.5."""
+    name = defense.lower().replace(", alpha ", "-alpha").replace(", 1/lambda ", "-")
     if setting == "cifar10-w16":
         return f"{setting}/{name}"
     if defense in ZENG:
         network = "small_cnn" if setting == "mnist-small_cnn" else "lenet"
         return f"mnist/{network}-{name}"
-    if found := re.fullmatch(r"(.*), VIR's recipe", defense):
-        return f"vir/{found[1].lower()}"
+    if (method := name.removesuffix(", vir's recipe")) != name:
+        return f"vir/{method}"
     return f"fast/{defense.lower().removesuffix(' at')}"
 
 
 def burn_in(run: Path) -> Path | None:
     """The run of the same seed whose burn-in is that of the run in this folder."""
-    return run.parents[1] / BURN_IN[run.parent.name] / run.name if run.parent.name in BURN_IN else None
+    group, row, seed = run.parts[-3:]
+    base = BURN_IN.get(group, {}).get(row)
+    return run.parents[1] / base / seed if base else None
 
 
 def evaluate(run: Path, name: str, *flags: str) -> None:

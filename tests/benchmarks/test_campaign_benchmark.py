@@ -18,6 +18,7 @@ from harness.reporting.results import OWN_FIELDS
     ("mnist", "AT", "mnist/lenet-at"), ("mnist", "TRADES, alpha 2", "mnist/lenet-trades-alpha2"),
     ("mnist-small_cnn", "AT, alpha 0.5", "mnist/small_cnn-at-alpha0.5"),
     ("mnist", "MAIL-AT, VIR's recipe", "vir/mail-at"), ("mnist", "AT, VIR's recipe", "vir/at"),
+    ("mnist", "TRADES, 1/lambda 5, VIR's recipe", "vir/trades-5"),
     ("mnist", "Free AT", "fast/free"), ("mnist", "YOPO", "fast/yopo"),
     ("cifar10-w16", "AT, alpha 0.1", "cifar10-w16/at-alpha0.1"),
     ("cifar10-w16", "VIR-AT", "cifar10-w16/vir-at")])
@@ -28,7 +29,7 @@ def test_the_folder_of_a_row(setting, defense, place):
 def test_every_row_has_a_folder_of_its_own():
     rows = [campaign.row_of(setting, defense) for setting in ("mnist", "mnist-small_cnn", "cifar10-w16")
             for defense in campaign.commands(campaign.Config(setting))]
-    assert len(rows) == len(set(rows)) == 29
+    assert len(rows) == len(set(rows)) == 30
 
 
 def test_every_command_of_cifar10_is_one_of_its_script():
@@ -39,10 +40,15 @@ def test_every_command_of_cifar10_is_one_of_its_script():
         assert (cfg.weights == "margin") == (cfg.burn_in_epochs == 0)
 
 
-@pytest.mark.parametrize(("weighting", "base"), campaign.BURN_IN.items())
-@pytest.mark.parametrize("setting", ("-mnist", "-cifar10-w16"))
-def test_a_weighting_and_its_base_have_one_burn_in(weighting, base, setting):
-    weighted, plain = (dataclasses.asdict(train_vir.RECIPES[name + setting]) for name in (weighting, base))
+@pytest.mark.parametrize(("setting", "weighting", "base"), [
+    (setting, *pair) for setting, group in (("mnist", "vir"), ("cifar10-w16", "cifar10-w16"))
+    for pair in campaign.BURN_IN[group].items()])
+def test_a_weighting_and_its_base_have_one_burn_in(setting, weighting, base):
+    known = {campaign.row_of(setting, defense).partition("/")[2]: flags
+             for defense, (script, *flags) in campaign.commands(campaign.Config(setting)).items()
+             if script == "train_vir"}
+    weighted, plain = (dataclasses.asdict(parse_config(train_vir.Config, known[name], train_vir.RECIPES))
+                       for name in (weighting, base))
     differ = {name for name in weighted if weighted[name] != plain[name]}
     assert differ <= {"weights"}.union(*OWN_FIELDS.values())
 
