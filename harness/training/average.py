@@ -1,9 +1,12 @@
 """A moving average of a network's weights, kept without a wait for the device."""
+from collections.abc import Iterable
 from itertools import chain
 
 import torch
-from torch import nn
-from torch.optim.swa_utils import AveragedModel
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, update_bn
+
+from harness.training.precision import TrainingPrecision
 
 
 class Average(AveragedModel):
@@ -34,3 +37,11 @@ class Average(AveragedModel):
             if not mine.is_floating_point():
                 mine.copy_(theirs)
         self.n_averaged += 1
+
+    def estimate_statistics(self, batches: Iterable[Tensor], dtype: torch.dtype) -> None:
+        """BatchNorm's running statistics anew, as means over these batches [B, C, H, W], passed in `dtype`.
+
+        Averaged statistics are not those of the averaged weights (Izmailov et al., UAI 2018).
+        """
+        model = TrainingPrecision(self.module, dtype, None, attack_view=False)
+        update_bn(batches, model.train(self.module.training))

@@ -3,6 +3,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from harness.errors import Collapsed, UserError
 from harness.folder import held
 from harness.reporting import figures
 from harness.training.average import Average
+from harness.training.batch import load_batches
 from harness.training.collapse import CollapseWatch, checkpoints_at_chance
 from harness.training.compilation import Compilation, compilation_of
 from harness.training.first_layer import FirstLayer
@@ -29,6 +31,8 @@ from harness.training.rows import PersistentRows
 from harness.training.saving import RunFolder, make_folder, read_start, summary_of, update_config
 from harness.training.steps import Steps
 from harness.training.trial import trial_pass
+
+STATISTICS_IMAGES = 10_000  # of the epoch's, for BatchNorm of averaged weights
 
 
 class Run(Steps):
@@ -170,6 +174,10 @@ class Run(Steps):
         for rows in self.persistent.values():
             rows.synchronize()
         self.epoch += 1
+        if self.average:
+            source = load_batches(self.data, self.train, self.cfg, self.epoch, rank=0, world_size=1)
+            count = -(-STATISTICS_IMAGES // self.cfg.batch_size)
+            self.average.estimate_statistics((batch.x for batch in islice(source, count)), self.dtype)
         networks = [bare(model), *([self.average.module] if self.average else [])]
         measured, averaged = self._validate(networks, validate)
         if self.rank == 0:
