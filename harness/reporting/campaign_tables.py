@@ -9,7 +9,7 @@ from harness.reporting.defense_tables import MNIST_GROUPS, label_of, printed
 from harness.reporting.tables import markdown
 
 GROUPS = {"mnist/lenet-*": "MNIST, LeNet, Zeng's four", "mnist/small_cnn-*": "MNIST, SmallCNN, Zeng's four",
-          "vir/*": "MNIST, LeNet, the eight of VIR's recipes", "fast/*": "MNIST, LeNet, the fast three",
+          "vir/*": "MNIST, LeNet, VIR's recipes", "fast/*": "MNIST, LeNet, the fast three",
           "cifar10-w16/*": "CIFAR-10 (JPEG), ResNet-18 of width 16"}
 
 

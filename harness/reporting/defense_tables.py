@@ -14,7 +14,9 @@ BUDGETS = ("0.05", "0.2", "0.5")  # of his KL divergence, in nats
 MNIST = {"at": ("AT", "PGD"), "at-alpha0.5": ("AT, alpha 0.5", "PGD+ours"),  # folder -> ours, the paper's
          "trades": ("TRADES", "TRADES"), "trades-alpha2": ("TRADES, alpha 2", "TRADES+ours")}
 MNIST_GROUPS = ("mnist", "vir", "fast")  # folders under results/
-FAMILY = ("at", "trades", "mart", "gairat", "mail-at", "mail-trades", "vir-at", "vir-trades")
+FAMILY = ("at", "trades", "trades-5", "mart", "gairat", "mail-at", "mail-trades", "vir-at",
+          "vir-trades")
+VIR = tuple(f"vir/{name}" for name in FAMILY)
 FAST = {"mnist/lenet-at": "AT", "fast/free": "Free AT, m = 8, five epochs", "fast/yopo": "YOPO-5-3",
         "fast/iaat": "IAAT"}
 CIFAR10 = {"at": "PGD", "at-alpha0.1": "PGD+ours", "trades": "TRADES", "trades-alpha2": "TRADES+ours"}
@@ -94,8 +96,8 @@ def cifar10_rows() -> list[str]:
 
 
 def family() -> str:
-    """The eight methods of the VIR tables, over their seeds."""
-    rows = [[name.upper(), seeds(runs(f"vir/{name}")), *measures(runs(f"vir/{name}"))] for name in FAMILY]
+    """The methods of the VIR tables, over their seeds."""
+    rows = [[label_of(place)[0], seeds(runs(place)), *measures(runs(place))] for place in VIR]
     return markdown(["defense", "seeds", *metrics()], rows, left=2)
 
 
@@ -129,9 +131,8 @@ def equal_budget() -> str:
 
 
 def equal_budget_family() -> str:
-    """Attackers of equal strength on the eight methods of the VIR tables."""
-    return equal_strength({(name.upper(),): results_of(f"vir/{name}") for name in FAMILY}, ["defense"],
-                          "A_rob")
+    """Attackers of equal strength on the methods of the VIR tables."""
+    return equal_strength({label_of(place)[:1]: results_of(place) for place in VIR}, ["defense"], "A_rob")
 
 
 def equal_budget_cifar10() -> str:
@@ -141,11 +142,11 @@ def equal_budget_cifar10() -> str:
 
 
 def losses() -> str:
-    """The worst mean cross-entropy of the eight methods within KL budgets, and CVaR."""
+    """The worst mean cross-entropy of the same methods within KL budgets, and CVaR."""
     columns = {f"{budget} nats": ("loss_kl", budget) for budget in BUDGETS}
     columns |= {"largest 10 %": ("loss_cvar", "0.1"), "largest 1 %": ("loss_cvar", "0.01")}
-    rows = [[name.upper(), *(spread(result[key][at] for result in results_of(f"vir/{name}"))
-                             for key, at in columns.values())] for name in FAMILY]
+    rows = [[label_of(place)[0], *(spread(result[key][at] for result in results_of(place))
+                                   for key, at in columns.values())] for place in VIR]
     return markdown(["defense", *columns], rows, left=1)
 
 
@@ -166,7 +167,7 @@ def label_of(place: str) -> tuple[str, str, str]:
     if group == "cifar10-w16":
         return name.upper().replace("-ALPHA", ", alpha "), NETWORKS["resnet18_w16"], "CIFAR-10's"
     if group == "vir":
-        return name.upper(), NETWORKS["lenet"], "VIR's"
+        return name.upper().replace("-5", ", 1/lambda 5"), NETWORKS["lenet"], "VIR's"
     if group == "fast":
         return FAST[place].split(",")[0], NETWORKS["lenet"], "short"
     network, _, folder = name.partition("-")

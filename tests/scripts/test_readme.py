@@ -237,6 +237,9 @@ def over_seeds(place, *path):
     return mean(found)
 
 
+STRONGLY = ("strong", "worst_case", "accuracy")
+
+
 def lead(name, base, *path):
     return round(over_seeds(name, *path) - over_seeds(base, *path), 4)
 
@@ -258,19 +261,22 @@ def test_the_differences_in_the_answers_are_those_of_their_files():
     places = [*(f"vir/{name}" for name in family), "mnist/lenet-trades-alpha2", "mnist/lenet-at-alpha0.5"]
     (worst, open_worst), (case, open_case) = (says(measure, *places) for measure in (
         "worst case", "worst case, 0.2 nats"))
-    assert open_worst[:6] == [False, True, True, True, False, False]
-    assert open_case == [False, False, True, False, False, False, False, True]
+    assert open_worst[:6] == [False, True, True, True, True, True]
+    assert open_case == [False, False, True, False, True, False, False, True]
+    lambdas = over_seeds("vir/trades", *STRONGLY) - over_seeds("vir/trades-5", *STRONGLY)
     assert_says("results",
                 "rose: {} on LeNet, {} on SmallCNN, and A_rob did not fall: {}, {}.".format(
                     *a_sa[:2], *a_rob[:2]),
                 "rose as well, {} and {}, but its A_rob fell: {}, {}.".format(*a_sa[2:], *a_rob[2:]),
                 "AT: {} and {}. TRADES: {} on SmallCNN, and a loss on LeNet, {}.".format(
                     *nats[:2], nats[3], nats[2]),
-                f"VIR-AT is not resolved: {worst[3]}", f"VIR-TRADES is less safe: {worst[5]}.",
+                f"VIR-AT is not resolved: {worst[3]}", f"VIR-TRADES is not resolved: {worst[5]}.",
+                f"by itself {lambdas:.1f} points safer",
                 "GAIRAT does: {}. MAIL-AT is not resolved: {}. MART is not resolved: {}.".format(*worst),
-                f"GAIRAT, {case[0]}, MAIL-TRADES, {case[4]}, VIR-TRADES, {case[5]}, and TRADES at alpha 2 on "
-                f"LeNet, {case[6]}. Above AT are VIR-AT, {case[3]}, and, by little more than its interval, "
-                f"MAIL-AT, {case[1]}. AT at alpha 0.5 on LeNet is not resolved: {case[7]}.",
+                f"Nor is MAIL-TRADES, which the table lacks: {worst[4]}.",
+                f"GAIRAT, {case[0]}, and TRADES at alpha 2 on LeNet, {case[6]}. Above theirs are VIR-AT, "
+                f"{case[3]}, and, by little more than their intervals, MAIL-AT, {case[1]}, and VIR-TRADES, "
+                f"{case[5]}. MAIL-TRADES, {case[4]}, and AT at alpha 0.5 on LeNet, {case[7]}, are not",
                 "Of the {} comparisons".format(sum(bool(value["seeds"]) for row in rows.values()
                                                    for value in row.values() if isinstance(value, dict))))
 
@@ -283,8 +289,8 @@ def test_the_figures_about_the_family_are_those_of_its_files():
         f"{lead(f'vir/{name}', 'vir/at', 'A_sa', '2.0'):.0f}" for name in ("gairat", "mail-at", "vir-at"))
     assert gairat_lead == mail_lead
     for name in ("gairat", "mail-at", "vir-at", "mail-trades", "vir-trades"):
-        base = "trades" if name.endswith("trades") else "at"
-        assert (lead(f"vir/{name}", f"vir/{base}", "A_rob") < 0) == (name != "vir-at")
+        base = "trades-5" if name.endswith("trades") else "at"
+        assert lead(f"vir/{name}", f"vir/{base}", "A_rob") < 0.02
         assert all(lead(f"vir/{name}", f"vir/{base}", metric, alpha) > 0
                    for metric, alpha in product(("A_sa", "A_tr"), ("1.5", "2.0")))
     assert_says("results", f"(by {gairat_lead} points at alpha 2, VIR-AT by {vir_lead})",
@@ -309,13 +315,12 @@ def test_the_figures_about_attackers_of_equal_strength_are_those_of_their_files(
     ahead = {name: (lead(f"vir/{name}", f"vir/{base}", "A_sa", "2.0"),
                     lead(f"vir/{name}", f"vir/{base}", "A_sa_kl", "0.2"))
              for name, base in (("gairat", "at"), ("mail-at", "at"), ("vir-at", "at"),
-                                ("mail-trades", "trades"), ("vir-trades", "trades"))}
+                                ("mail-trades", "trades-5"), ("vir-trades", "trades-5"))}
     margin = {name: (lead(f"mnist/{name}", f"mnist/{base}", "A_sa", "2.0"),
                      lead(f"mnist/{name}", f"mnist/{base}", "A_sa_kl", "0.2"))
               for name, base in (("small_cnn-at-alpha0.5", "small_cnn-at"),
                                  ("small_cnn-trades-alpha2", "small_cnn-trades"),
                                  ("lenet-at-alpha0.5", "lenet-at"), ("lenet-trades-alpha2", "lenet-trades"))}
-    assert ahead["mail-trades"][1] < 0 and ahead["vir-trades"][1] < 0
     for budget in ("0.05", "0.2"):
         assert all(lead(f"vir/{name}", "vir/at", "loss_kl", budget) > 0 for name in ("gairat", "mail-at"))
     worst = {name: over_seeds(f"vir/{name}", "loss_cvar", "0.01") for name in ("at", "gairat", "mail-at")}
@@ -324,9 +329,9 @@ def test_the_figures_about_attackers_of_equal_strength_are_those_of_their_files(
                 "GAIRAT is {1:.1f} points ahead of AT instead of {0:.1f} at alpha 2".format(*ahead["gairat"]),
                 "MAIL-AT {1:.1f} instead of {0:.1f}".format(*ahead["mail-at"]),
                 "VIR-AT {1:.1f} instead of {0:.1f}".format(*ahead["vir-at"]),
-                "lead TRADES by {:.1f} and {:.1f} points at alpha 2, and are {:.1f} and {:.1f} behind".format(
-                    ahead["mail-trades"][0], ahead["vir-trades"][0], -ahead["mail-trades"][1],
-                    -ahead["vir-trades"][1]))
+                "MAIL-TRADES is {1:.1f} ahead of TRADES with its 1/lambda instead of {0:.1f}".format(
+                    *ahead["mail-trades"]),
+                "VIR-TRADES {1:.1f} instead of {0:.1f}.".format(*ahead["vir-trades"]))
     paid = [-lead(f"mnist/{network}-trades-alpha2", f"mnist/{network}-trades", "A_rob")
             for network in ("small_cnn", "lenet")]
     left = sorted(at_nats for _, at_nats in margin.values())
@@ -407,7 +412,7 @@ def test_the_figures_about_strong_attacks_are_those_of_their_files():
     results = {"/".join(file.relative_to(ROOT / "results").parts[:2]): json.loads(file.read_text())
                for group in MNIST_GROUPS
                for file in sorted((ROOT / "results").glob(f"{group}/*/seed*/strong.json"))}
-    assert len(results) == 15 and {result["num_examples"] for result in results.values()} == {1000}
+    assert len(results) == 16 and {result["num_examples"] for result in results.values()} == {1000}
     left = {attack: {name: result["attacks"][attack]["accuracy"] for name, result in results.items()}
             for attack in ("pgd100", "autoattack", "mde")}
     rob = {name: result["A_rob"] for name, result in results.items()}
@@ -420,13 +425,14 @@ def test_the_figures_about_strong_attacks_are_those_of_their_files():
 
     gaps = [rob[name] - left["autoattack"][name] for name in results]
     more = [left["mde"][name] - left["autoattack"][name] for name in results]
-    assert all(rob[name] - left["pgd100"][name] < gap / 2 for name, gap in zip(results, gaps))
+    found = max((rob[name] - left["pgd100"][name]) / gap for name, gap in zip(results, gaps))
     assert min(worst, key=worst.get) in ("vir/gairat", "fast/yopo")
     assert {name for name, result in results.items() if result["verdict"] != "ok"} == {
         "vir/gairat", "fast/free", "fast/yopo"}
     at, short = "vir/at", "mnist/lenet-at"
     assert_says("results",
                 f"AutoAttack takes {min(gaps):.1f} to {max(gaps):.1f} points more",
+                f"PGD-100 finds at most {100 * found:.0f} % of that",
                 f"It leaves {min(more):.1f} to {max(more):.1f} points more",
                 f"from {rob['vir/gairat']:.1f} to {worst['vir/gairat']:.1f} % (AT by the same recipe from "
                 f"{rob[at]:.1f} to {worst[at]:.1f})",
