@@ -176,7 +176,7 @@ class Run(Steps):
         self.epoch += 1
         if self.average:
             source = load_batches(self.data, self.train, self.cfg, self.epoch, rank=0, world_size=1)
-            count = -(-STATISTICS_IMAGES // self.cfg.batch_size)
+            count = min(self.batches_per_epoch, -(-STATISTICS_IMAGES // self.cfg.batch_size))
             self.average.estimate_statistics((batch.x for batch in islice(source, count)), self.dtype)
         networks = [bare(model), *([self.average.module] if self.average else [])]
         measured, averaged = self._validate(networks, validate)
