@@ -123,7 +123,7 @@ def test_five_seeds_of_every_recipe_on_mnist_were_never_at_chance(setting):
         group, name = campaign.row_of(setting, defense).split("/")
         seeds = {row["seed"] for row in early if setting == "mnist" and row["defense"] == defense}
         # a weighting and its base are one run until the burn-in ends
-        for place in (name, campaign.BURN_IN.get(name, name)):
+        for place in (name, campaign.BURN_IN.get(group, {}).get(name, name)):
             for file in (ROOT / "results" / group / place).glob("seed*/log.csv"):
                 log = list(csv.DictReader(file.read_text().splitlines()))
                 assert len(log) >= 4 and all(row["epochs_at_chance"] == "0" for row in log), file
