@@ -19,6 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository: a script finds its own folder
 
 from harness.config import run_script
+from harness.errors import UserError
 from harness.evaluation.budget import accuracy_at_budget
 from harness.evaluation.metrics import paired_half_width, weighted_accuracy
 from harness.folder import write_text
@@ -65,6 +66,8 @@ def compare(weighting: Path, base: Path) -> dict[str, dict[str, list]]:
 
 def main(cfg: Config) -> None:
     out = Path(cfg.out)
+    if not out.is_dir():
+        raise UserError(f"--out: there is no folder {out}")
     rows = [{"row": row, "base": base, **compare(out / row, out / base)}
             for row, base in BASES.items() if (out / row).is_dir()]
     lines = ",\n".join(json.dumps(row) for row in rows if row["A_rob"]["seeds"])

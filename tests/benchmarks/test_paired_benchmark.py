@@ -7,6 +7,7 @@ import torch
 from conftest import ROOT
 
 from benchmarks import campaign, paired
+from harness.errors import UserError
 from harness.evaluation.metrics import paired_half_width, weighted_accuracy
 
 
@@ -51,3 +52,8 @@ def test_only_the_seeds_that_both_have_are_compared(tmp_path):
         difference = 100 * (ours["accuracy"] - theirs["accuracy"])
         assert row["A_sa 2"]["differences"][k] == pytest.approx(difference, abs=1e-4)
         assert row["A_sa 2"]["images"][k] == pytest.approx(100 * paired_half_width(ours, theirs), abs=1e-4)
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(UserError, match="there is no folder"):
+        paired.main(paired.Config(str(tmp_path / "none")))

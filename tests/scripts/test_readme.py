@@ -290,7 +290,7 @@ def test_the_figures_about_the_family_are_those_of_its_files():
     assert gairat_lead == mail_lead
     for name in ("gairat", "mail-at", "vir-at", "mail-trades", "vir-trades"):
         base = "trades-5" if name.endswith("trades") else "at"
-        assert lead(f"vir/{name}", f"vir/{base}", "A_rob") < 0.02
+        assert lead(f"vir/{name}", f"vir/{base}", "A_rob") <= 0.01  # one image of 10,000
         assert all(lead(f"vir/{name}", f"vir/{base}", metric, alpha) > 0
                    for metric, alpha in product(("A_sa", "A_tr"), ("1.5", "2.0")))
     assert_says("results", f"(by {gairat_lead} points at alpha 2, VIR-AT by {vir_lead})",
