@@ -11,6 +11,7 @@ which gives the bits of the whole run. At the end benchmarks/paired.py compares 
     python benchmarks/campaign.py --seeds 0 1 2 3 4                         # MNIST, every row but SmallCNN's
     python benchmarks/campaign.py --setting mnist-small_cnn --seeds 0 1     # Zeng's four on SmallCNN
     python benchmarks/campaign.py --setting cifar10-w16 --seeds 0           # CIFAR-10, a narrow ResNet-18
+    python benchmarks/campaign.py --setting cifar10-w16 --device cuda       # on a GPU
     python benchmarks/campaign.py --defenses AT TRADES --seeds 0 --strong   # under strong attacks too
 """
 import shutil
@@ -50,6 +51,7 @@ class Config:
     seeds: tuple[int, ...] = (0, 1)  # of the trainings
     strong: bool = False             # measure the first 1,000 images under strong attacks too
     num_processes: int = 2           # runs side by side, of one thread each
+    device: str = "cpu"              # of trainings and evaluations: cpu, cuda, cuda:1
     cifar10: str = "cifar10"         # the data set of cifar10-w16: cifar10, or a folder of images
     data_dir: str = "data"           # folder of the data sets
     runs: str = "runs/campaign"      # folder of runs and evaluations
@@ -85,7 +87,7 @@ def burn_in(run: Path) -> Path | None:
     return run.parents[1] / base / seed if base else None
 
 
-def evaluate(run: Path, name: str, *flags: str) -> None:
+def evaluate(run: Path, name: str, device: str, *flags: str) -> None:
     """Write run/NAME.json, or go on with the evaluation that was stopped."""
     script = "eval_cifar10" if run.parts[-3] == "cifar10-w16" else "eval_mnist"
     out = run / f"{name}.json"
@@ -93,7 +95,7 @@ def evaluate(run: Path, name: str, *flags: str) -> None:
         return
     record = out.with_suffix(".record")
     begin = ("--checkpoint", str(run / "last.pt"), "--num_restarts", "1", *flags, "--out", str(out),
-             "--device", "cpu")
+             "--device", device)
     begun = (record / "config.json").exists()
     start(script, *(("--resume", str(record)) if begun else begin))
 
@@ -115,13 +117,13 @@ def keep(run: Path, out: Path) -> None:
 def one_run(command: tuple[str, ...], run: Path, out: Path, cfg: Config) -> None:
     """Train, evaluate and keep, each as far as it is not done."""
     script, *flags = command
-    begin = (*flags, "--out_dir", str(run), "--data_dir", cfg.data_dir, "--device", "cpu")
+    begin = (*flags, "--out_dir", str(run), "--data_dir", cfg.data_dir, "--device", cfg.device)
     if (base := burn_in(run)) and (base / "burn_in.pt").exists():
         begin += ("--burn_in_from", str(base))
     start(script, *(("--resume", str(run)) if (run / "config.json").exists() else begin))
-    evaluate(run, "eval")
+    evaluate(run, "eval", cfg.device)
     if cfg.strong:
-        evaluate(run, "strong", *STRONG, *MORE_ATTACKS.get(cfg.setting, ()))
+        evaluate(run, "strong", cfg.device, *STRONG, *MORE_ATTACKS.get(cfg.setting, ()))
     keep(run, out)
 
 

@@ -94,10 +94,12 @@ def test_a_row_is_trained_measured_and_kept_and_gone_on_with(tmp_path, monkeypat
     monkeypatch.setattr(campaign, "start", stand_in(commands))
     run, out = tmp_path / "runs", tmp_path / "out"
     flags = ["--defenses", "TRADES", "--seeds", "3", "--runs", str(run), "--out", str(out)]
+    flags += ["--device", "cuda:1"]
     campaign.main(parse_config(campaign.Config, flags))
     (script, *first), (evaluation, *second) = commands
     assert script == "train_trades_mnist" and first[:4] == ["--recipe", "short", "--seed", "3"]
     assert evaluation == "eval_mnist" and "--attacks" not in second
+    assert [words[words.index("--device") + 1] for words in (first, second)] == ["cuda:1", "cuda:1"]
     place = out / "mnist/lenet-trades/seed3"
     assert {path.name for path in place.iterdir()} == {"config.json", "log.csv", "eval.json", "margins.npz"}
     with np.load(place / "margins.npz") as kept:
@@ -115,9 +117,9 @@ def test_a_stopped_evaluation_is_gone_on_with(tmp_path, monkeypatch):
     commands = []
     monkeypatch.setattr(campaign, "start", lambda *command: commands.append(command))
     (tmp_path / "eval.record").mkdir()
-    campaign.evaluate(tmp_path, "eval")  # stopped before there was anything to go on with
+    campaign.evaluate(tmp_path, "eval", "cpu")  # stopped before there was anything to go on with
     (tmp_path / "eval.record/config.json").touch()
-    campaign.evaluate(tmp_path, "eval")
+    campaign.evaluate(tmp_path, "eval", "cpu")
     assert commands[0][:2] == ("eval_mnist", "--checkpoint")
     assert commands[1:] == [("eval_mnist", "--resume", str(tmp_path / "eval.record"))]
 
