@@ -263,6 +263,9 @@ def test_the_differences_in_the_answers_are_those_of_their_files():
         "worst case", "worst case, 0.2 nats"))
     assert open_worst[:6] == [False, True, True, True, True, True]
     assert open_case == [False, False, True, False, True, False, False, True]
+    margin, open_margin = zip(*(says(measure, "cifar10-w16/at-alpha0.1") for measure in (
+        "A_sa 2", "A_rob", "A_sa, 0.2 nats")))
+    assert [*open_margin] == [[False], [False], [False]]
     lambdas = over_seeds("vir/trades", *STRONGLY) - over_seeds("vir/trades-5", *STRONGLY)
     assert_says("results",
                 "rose: {} on LeNet, {} on SmallCNN, and A_rob did not fall: {}, {}.".format(
@@ -277,6 +280,8 @@ def test_the_differences_in_the_answers_are_those_of_their_files():
                 f"GAIRAT, {case[0]}, and TRADES at alpha 2 on LeNet, {case[6]}. Above theirs are VIR-AT, "
                 f"{case[3]}, and, by little more than their intervals, MAIL-AT, {case[1]}, and VIR-TRADES, "
                 f"{case[5]}. MAIL-TRADES, {case[4]}, and AT at alpha 0.5 on LeNet, {case[7]}, are not",
+                "AT at alpha 0.1 has more A_sa(2), {}, at no less A_rob, {}, and keeps {} at equal "
+                "strength".format(*(cells[0] for cells in margin)),
                 "Of the {} comparisons".format(sum(bool(value["seeds"]) for row in rows.values()
                                                    for value in row.values() if isinstance(value, dict))))
 
