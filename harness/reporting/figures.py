@@ -82,32 +82,39 @@ def evaluation(result: dict, path: Path) -> None:
              title="Non-uniform attack (95 % intervals)")
     left.legend(loc="lower left", frameon=False)
     colours = {"A_nat": GREEN, "A_rob": BLUE}
-    _class_bars(right, {name: (colour, result["class_accuracy"][name]) for name, colour in colours.items()})
+    _class_bars(right, {name: (colour, result["class_accuracy"][name]) for name, colour in colours.items()},
+                result.get("classes"))
     for name, colour in colours.items():
         right.axhline(result[name], color=colour, linewidth=0.8, linestyle=":")
     right.set_xlabel("class (dotted: all classes)")
     save(figure, path)
 
 
-def _class_bars(axis: "Axes", pair: dict[str, tuple[str, list[float | None]]], alpha: float = 1.0) -> None:
+def _class_bars(axis: "Axes", pair: dict[str, tuple[str, list[float | None]]], classes: list[str] | None,
+                alpha: float = 1.0) -> None:
     """Two bars a class; pair: label -> colour and accuracies in percent, None of a class without examples."""
     for shift, (label, (colour, values)) in zip((-0.2, 0.2), pair.items()):
         places = np.arange(len(values))
         heights = [value or 0 for value in values]
         axis.bar(places + shift, heights, 0.4, color=colour, alpha=alpha, label=label)
     axis.set(xlabel="class", ylabel="accuracy, %", ylim=(0, 113), title="Accuracy per class")
-    axis.set_xticks(_class_ticks(len(places)))
+    ticks, names, rotation = _class_ticks(len(places), classes)
+    axis.set_xticks(ticks, names, rotation=rotation)
     axis.set_yticks(range(0, 101, 20))
     axis.legend(loc="upper right", ncols=2, frameon=False)
 
 
-def _class_ticks(num_classes: int) -> range:
-    return range(0, num_classes, 1 if num_classes <= MANY else num_classes // 10)
+def _class_ticks(num_classes: int, classes: list[str] | None) -> tuple[range, list[str], int]:
+    """The classes that have a tick, what stands there, and its rotation in degrees."""
+    ticks = range(0, num_classes, 1 if num_classes <= MANY else num_classes // 10)
+    every = _names(num_classes, classes if num_classes <= MANY else None)
+    names = [every[k] for k in ticks]
+    return ticks, names, 90 if len(ticks) * max(map(len, names)) > 50 else 0
 
 
 def training(rows: list[dict], path: Path) -> None:
     """The loss and the accuracies of a run against its epochs."""
-    figure, (left, right) = new_figure(2, 11)
+    figure, (left, right) = new_figure(2, 12.5)
     epochs = [row["epoch"] for row in rows]
     marker = "." if len(rows) < 30 else None
     left.plot(epochs, [row["train_loss"] for row in rows], color=BLUE, marker=marker)
@@ -122,7 +129,7 @@ def training(rows: list[dict], path: Path) -> None:
             right.plot(epochs, [row[name] for row in rows], color=colour, linestyle=style, label=label,
                        marker=marker)
     right.set(ylabel="accuracy, %", ylim=(0, 101), title="Accuracy")
-    right.legend(loc="lower right", frameon=False)
+    right.legend(loc="upper left", bbox_to_anchor=(1.0, 1.02), frameon=False, fontsize=8)
     for axis in (left, right):
         _epoch_ticks(axis, epochs)
     save(figure, path)
@@ -203,8 +210,9 @@ def _histogram(axis: "Axes", rows: list[dict]) -> None:
 
 
 def _names(num_classes: int, classes: list[str] | None) -> list[str]:
-    """The classes by name, where all names are short, or else by number."""
+    """The classes by name; by number where a name is long, or has the number in it ("0 - zero")."""
     known = classes if classes and max(map(len, classes)) <= LONG_NAME else []
+    known = [] if all(name.startswith(f"{k} ") for k, name in enumerate(known)) else known
     return [*known[:num_classes], *map(str, range(len(known), num_classes))]
 
 
@@ -229,10 +237,8 @@ def confusion(result: dict, path: Path) -> None:
         axis.set_facecolor("#dddddd")
         axis.set(title=f"{title} test images ({metric} {result[metric]:.2f} %)", xlabel="predicted class",
                  ylabel="true class")
-        ticks = _class_ticks(num_classes)
-        every = _names(num_classes, result.get("classes") if num_classes <= MANY else None)
-        names = [every[k] for k in ticks]
-        axis.set_xticks(ticks, names, rotation=90 if len(ticks) * max(map(len, names)) > 50 else 0)
+        ticks, names, rotation = _class_ticks(num_classes, result.get("classes"))
+        axis.set_xticks(ticks, names, rotation=rotation)
         axis.set_yticks(ticks, names)
     figure.colorbar(image, ax=axes, label="images of the true class, %", shrink=0.8,
                     ticks=[0, 1, 5, 10, 25, 50, 75, 100])
@@ -247,7 +253,8 @@ def attacks(result: dict, path: Path) -> None:
     figure, (left, middle, right) = new_figure(3, 15, max(4.2, 1.4 + 0.32 * len(facts)))
     _attack_bars(left, facts, result["num_examples"])
     _class_bars(middle, {"no attack": (GREEN, result["class_accuracy"]["A_nat"]),
-                         "worst case": (ORANGE, result["worst_case"]["class_accuracy"])}, alpha=0.75)
+                         "worst case": (ORANGE, result["worst_case"]["class_accuracy"])},
+                result.get("classes"), alpha=0.75)
     steps = (result["probe"] or {}).get("steps", {})
     right.plot(range(len(steps)), list(steps.values()), color=BLUE, marker="o")
     right.set_xticks(range(len(steps)), list(steps))

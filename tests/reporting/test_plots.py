@@ -164,6 +164,7 @@ def test_a_log_with_averaged_weights_shows_both(figure):
     left, right = figure(plots.training, rows).axes
     assert sorted(line.get_ydata()[0] for line in right.lines) == [50, 60, 61, 90, 91]
     assert all(float(tick).is_integer() for axis in (left, right) for tick in axis.get_xticks())
+    assert right.get_legend().get_window_extent().x0 >= right.get_window_extent().x1  # no line is covered
 
 
 # The instance weights
@@ -245,12 +246,15 @@ def test_a_class_without_examples_and_an_epoch_without_weight_are_drawn(tmp_path
 
 
 @pytest.mark.parametrize(("classes", "labels"), (
-    (["a", "b"], ["a", "b", "2"]), (["a", "b", "c" * 13], ["0", "1", "2"]), (None, ["0", "1", "2"])))
+    (["a", "b"], ["a", "b", "2"]), (["a", "b", "c" * 13], ["0", "1", "2"]), (None, ["0", "1", "2"]),
+    (["0 - zero", "1 - one", "2 - two"], ["0", "1", "2"])))
 def test_classes_have_their_names_where_these_are_short(figure, classes, labels):
     left = figure(plots.weights, weight_rows(3), classes=classes).axes[0]
     assert sorted(texts(left.get_legend().texts))[:3] == sorted(labels)
     matrix = figure(plots.confusion, confusions_of(3, classes=classes)).axes[0]
     assert texts(matrix.get_yticklabels()) == labels
+    bars = figure(plots.evaluation, result_of(3) | {"classes": classes}).axes[1]
+    assert texts(bars.get_xticklabels()) == labels
 
 
 # The confusion matrices
