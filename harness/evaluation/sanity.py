@@ -19,7 +19,7 @@ RISE = 4.0            # points by which a stronger attack may leave more standin
 UNBOUNDED = 5.0       # % that may survive an attack without a bound
 ZERO_GRADIENTS = 1.0  # % of examples whose gradient may be exactly zero
 BLACK_BOX = 2.0       # % of examples that black-box attacks alone may break
-GAP = 8.0             # points by which a strong ensemble may be below PGD
+GAP = 8.0             # points by which the strongest attack may be below PGD
 
 
 @dataclass(frozen=True)
@@ -166,10 +166,10 @@ def black_box_is_weaker(white: Tensor, black: Tensor, seen: Tensor) -> Finding:
     return Finding("black-box attacks", not (share > BLACK_BOX and only >= 2), text, numbers)
 
 
-def pgd_is_nearly_enough(pgd: float, ensemble: float, names: tuple[str, str]) -> Finding:
-    """A strong ensemble leaves not much less than PGD.  Accuracies in percent."""
-    gap = pgd - ensemble
-    text = (f"{names[0]} leaves {pgd:.2f} %, {names[1]} {ensemble:.2f} %: a gap of {gap:.2f} points "
+def pgd_is_nearly_enough(pgd: float, strongest: float, names: tuple[str, str]) -> Finding:
+    """The strongest other attack leaves not much less than PGD.  Accuracies in percent."""
+    gap = pgd - strongest
+    text = (f"{names[0]} leaves {pgd:.2f} %, {names[1]} {strongest:.2f} %: a gap of {gap:.2f} points "
             f"(threshold {GAP:g})")
     return Finding("gap from PGD", gap <= GAP, text, {"gap": round(gap, 4)})
 

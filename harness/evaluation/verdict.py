@@ -11,8 +11,6 @@ from harness.evaluation import sanity
 from harness.evaluation.attack_record import UNTOUCHED, AttackRecord, broken
 from harness.evaluation.attacking import Task
 
-ENSEMBLES = ("autoattack-reference", "autoattack", "mde")  # the first that there is, PGD is compared with
-
 
 @dataclass
 class Certificate:
@@ -81,12 +79,13 @@ def judge(probed: dict | None, rows: dict[str, dict[str, Tensor]], y: Tensor, at
     findings = [sanity.something_to_probe(probed["num_examples"] if probed else 0)]
     findings += sanity.inspect_probe(probed) if probed else []
     findings += _black_box(rows, y, attacks)
-    columns = result.get("attacks", {})
-    ensemble = next((name for name in ENSEMBLES if name in columns), None)
-    if ensemble:
-        pgd = "pgd100" if "pgd100" in columns else "A_rob"
-        accuracy = columns[pgd]["accuracy"] if pgd in columns else result["A_rob"]
-        findings.append(sanity.pgd_is_nearly_enough(accuracy, columns[ensemble]["accuracy"], (pgd, ensemble)))
+    left = {name: fact["accuracy"] for name, fact in result.get("attacks", {}).items()
+            if fact["num_examples"] == len(y)}  # not of those on the first few images
+    pgd = "pgd100" if "pgd100" in left else "A_rob"
+    found = left.pop(pgd, result["A_rob"])
+    if left:
+        strongest = min(left, key=left.__getitem__)
+        findings.append(sanity.pgd_is_nearly_enough(found, left[strongest], (pgd, strongest)))
     dropped = {name: int((rows[name]["dropped"] == 1).sum()) for name in attacks}
     findings.append(sanity.learned_something(result["at_chance"]))
     return [*findings, sanity.adversaries_sound(dropped, fault)]

@@ -8,6 +8,7 @@ from attacks.noise import example_keys
 from attacks.pgd import cross_entropy, pgd
 from harness.evaluation import sanity
 from harness.evaluation.predictions import BatchInvariant
+from harness.evaluation.verdict import judge
 
 EPSILON = 0.1
 
@@ -91,3 +92,15 @@ def test_rules_on_results():
     findings = [sanity.adversaries_sound({"a": 2}, ""), sanity.pgd_is_nearly_enough(1.0, 1.0, ("a", "b"))]
     assert sanity.verdict(findings) == "suspicious: certificate" and sanity.verdict(findings[1:]) == "ok"
     assert sanity.as_plain(findings)[0]["numbers"] == {"dropped": {"a": 2}}
+
+
+@pytest.mark.parametrize(("columns", "gap"), [
+    ({"pgd100": (45.0, 4), "cw": (32.0, 4), "apgd-t": (29.0, 4)}, 16.0), ({"apgd-t": (45.0, 4)}, 5.0),
+    ({"cw": (49.0, 4), "spsa": (10.0, 2)}, 1.0), ({"pgd100": (45.0, 4)}, None), ({}, None)])
+def test_pgd_is_compared_with_the_strongest_attack_on_all_images(columns, gap):
+    result = {"A_rob": 50.0, "at_chance": [], "attacks": {
+        name: {"accuracy": accuracy, "num_examples": count} for name, (accuracy, count) in columns.items()}}
+    findings = judge(None, {}, torch.zeros(4, dtype=torch.int64), {}, result, "")
+    found = [finding for finding in findings if finding.rule == "gap from PGD"]
+    assert [finding.numbers["gap"] for finding in found] == ([] if gap is None else [gap])
+    assert all(finding.ok == (gap <= sanity.GAP) for finding in found)

@@ -291,6 +291,21 @@ def test_the_differences_in_the_answers_are_those_of_their_files():
                                                    for value in row.values() if isinstance(value, dict))))
 
 
+def test_the_figures_about_gairat_under_a_stronger_attack_are_those_of_its_files():
+    gairat, at = (load(f"cifar10-w16/{name}/seed0/apgd_t.json") for name in ("gairat", "at"))
+    left = [[result["attacks"][attack]["accuracy"] for attack in ("cw", "apgd-t", "pgd100")]
+            for result in (gairat, at)]
+    assert gairat["verdict"] == "suspicious: gap from PGD" and at["verdict"] == "ok"
+    assert {gairat["num_examples"], at["num_examples"]} == {1000}
+    ours, theirs = ("{:.1f} to {:.1f}".format(*result["attacks"]["apgd-t"]["ci95"])
+                    for result in (gairat, at))
+    assert_says("results",
+                "leaves it {:.1f} % and targeted Auto-PGD {:.1f} % (95 % interval {}), where PGD-100 leaves "
+                "{:.1f}; of AT they leave {:.1f}, {:.1f} ({}) and {:.1f} ".format(
+                    *left[0][:2], ours, left[0][2], *left[1][:2], theirs, left[1][2]),
+                f"So GAIRAT is {left[1][1] - left[0][1]:.1f} points behind AT")
+
+
 def test_the_figures_about_the_family_are_those_of_its_files():
     results = [load(f"vir/{name}/seed0/eval.json") for name in ("gairat", "at")]
     gairat, at = (f"{result['effective_size']['A_sa']['2.0']:,.0f}" for result in results)
