@@ -35,13 +35,19 @@ MORE_ATTACKS = {"cifar10-w16": ("square", "spsa", "--num_spsa_examples", "100")}
 MARGIN = ("--burn_in_epochs", "0", "--weights", "margin", "--margin_alpha")
 FIVE = ("--inv_lambda", "5")  # as MAIL-TRADES and VIR-TRADES have it; TRADES of VIR's recipes has 4
 CONTROL = {"TRADES, 1/lambda 5, VIR's recipe": ("train_vir", "--recipe", "trades-mnist", *FIVE)}
+CONTROL |= {f"{name}, mean 1, VIR's recipe": ("train_vir", "--recipe", f"{name.lower()}-mnist", flag, "batch")
+            for flag, names in (("--mail_norm", ("MAIL-AT", "MAIL-TRADES")),
+                                ("--vir_norm", ("VIR-AT", "VIR-TRADES"))) for name in names}
 CIFAR10 = {"AT": ("at",), "AT, alpha 0.1": ("at", *MARGIN, "0.1"), "TRADES": ("trades", *FIVE),
            "TRADES, alpha 2": ("trades", *FIVE, *MARGIN, "2"), "MART": ("mart",), "GAIRAT": ("gairat",),
            "MAIL-AT": ("mail-at",), "MAIL-TRADES": ("mail-trades",), "VIR-AT": ("vir-at",),
            "VIR-TRADES": ("vir-trades",)}  # row -> method of train_vir.py and flags
-OF_AT = dict.fromkeys(("gairat", "mail-at", "vir-at"), "at")
-BURN_IN = {"vir": OF_AT | dict.fromkeys(("trades-5", "vir-trades"), "mail-trades"),  # row -> whose it shares
-           "cifar10-w16": OF_AT | dict.fromkeys(("mail-trades", "vir-trades"), "trades")}
+OF_AT = ("gairat", "mail-at", "vir-at")
+SHARED = {"vir": {"at": (*OF_AT, "mail-at-mean1", "vir-at-mean1"),  # row -> those that share its burn-in
+                  "mail-trades": ("trades-5", "vir-trades", "mail-trades-mean1", "vir-trades-mean1")},
+          "cifar10-w16": {"at": OF_AT, "trades": ("mail-trades", "vir-trades")}}
+BURN_IN = {group: {row: base for base, rows in bases.items() for row in rows}  # row -> whose it shares
+           for group, bases in SHARED.items()}
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,9 @@ def commands(cfg: Config) -> dict[str, tuple[str, ...]]:
 
 def row_of(setting: str, defense: str) -> str:
     """The folder of a defense's runs, as in vir/trades-5 or mnist/lenet-at-alpha0.5."""
-    name = defense.lower().replace(", alpha ", "-alpha").replace(", 1/lambda ", "-")
+    name = defense.lower()
+    for label, short in ((", alpha ", "-alpha"), (", 1/lambda ", "-"), (", mean ", "-mean")):
+        name = name.replace(label, short)
     if setting == "cifar10-w16":
         return f"{setting}/{name}"
     if defense in ZENG:

@@ -167,7 +167,8 @@ def label_of(place: str) -> tuple[str, str, str]:
     if group == "cifar10-w16":
         return name.upper().replace("-ALPHA", ", alpha "), NETWORKS["resnet18_w16"], "CIFAR-10's"
     if group == "vir":
-        return name.upper().replace("-5", ", 1/lambda 5"), NETWORKS["lenet"], "VIR's"
+        label = name.upper().replace("-5", ", 1/lambda 5").replace("-MEAN1", ", mean 1")
+        return label, NETWORKS["lenet"], "VIR's"
     if group == "fast":
         return FAST[place].split(",")[0], NETWORKS["lenet"], "short"
     network, _, folder = name.partition("-")

@@ -19,6 +19,7 @@ from harness.reporting.results import OWN_FIELDS
     ("mnist-small_cnn", "AT, alpha 0.5", "mnist/small_cnn-at-alpha0.5"),
     ("mnist", "MAIL-AT, VIR's recipe", "vir/mail-at"), ("mnist", "AT, VIR's recipe", "vir/at"),
     ("mnist", "TRADES, 1/lambda 5, VIR's recipe", "vir/trades-5"),
+    ("mnist", "VIR-AT, mean 1, VIR's recipe", "vir/vir-at-mean1"),
     ("mnist", "Free AT", "fast/free"), ("mnist", "YOPO", "fast/yopo"),
     ("cifar10-w16", "AT, alpha 0.1", "cifar10-w16/at-alpha0.1"),
     ("cifar10-w16", "VIR-AT", "cifar10-w16/vir-at")])
@@ -29,7 +30,7 @@ def test_the_folder_of_a_row(setting, defense, place):
 def test_every_row_has_a_folder_of_its_own():
     rows = [campaign.row_of(setting, defense) for setting in ("mnist", "mnist-small_cnn", "cifar10-w16")
             for defense in campaign.commands(campaign.Config(setting))]
-    assert len(rows) == len(set(rows)) == 30
+    assert len(rows) == len(set(rows)) == 34
 
 
 def test_every_command_of_cifar10_is_one_of_its_script():

@@ -112,7 +112,9 @@ def test_a_difference_has_the_interval_of_its_seeds_or_of_the_images_of_one(tmp_
 @pytest.mark.parametrize(("place", "label"), [
     ("cifar10-w16/at-alpha0.1", ("AT, alpha 0.1", "ResNet-18, width 16", "CIFAR-10's")),
     ("vir/mail-at", ("MAIL-AT", "LeNet", "VIR's")),
-    ("vir/trades-5", ("TRADES, 1/lambda 5", "LeNet", "VIR's")), ("fast/free", ("Free AT", "LeNet", "short")),
+    ("vir/trades-5", ("TRADES, 1/lambda 5", "LeNet", "VIR's")),
+    ("vir/mail-trades-mean1", ("MAIL-TRADES, mean 1", "LeNet", "VIR's")),
+    ("fast/free", ("Free AT", "LeNet", "short")),
     ("mnist/small_cnn-trades-alpha2", ("TRADES, alpha 2", "SmallCNN", "short"))])
 def test_the_labels_of_a_folder_of_runs(place, label):
     assert defense_tables.label_of(place) == label

@@ -263,11 +263,12 @@ def test_the_differences_in_the_answers_are_those_of_their_files():
         "worst case", "worst case, 0.2 nats"))
     assert open_worst[:6] == [False, True, True, True, True, True]
     assert open_case == [False, False, True, False, True, False, False, True]
-    colour = [f"cifar10-w16/{name}" for name in ("at-alpha0.1", "mail-at", "vir-at", "gairat")]
+    colour = [f"cifar10-w16/{name}" for name in ("at-alpha0.1", "mail-at", "vir-at", "mail-trades", "gairat")]
     found = [says(measure, *colour) for measure in ("A_sa 2", "A_rob", "A_sa, 0.2 nats")]
-    assert [opens for _, opens in found] == [[False] * 4, [False, False, True, False], [False] * 4]
-    margin, mail, vir, gairat = zip(*(cells for cells, _ in found))
-    lost = (over_seeds("cifar10-w16/at", "A_nat") - over_seeds(name, "A_nat") for name in colour[1:3])
+    assert [opens for _, opens in found] == [[False] * 5, [False, False, True, False, False], [False] * 5]
+    margin, mail, vir, mail_trades, gairat = zip(*(cells for cells, _ in found))
+    lost = [over_seeds(base, "A_nat") - over_seeds(name, "A_nat") for name, base in zip(
+        colour[1:4], ("cifar10-w16/at", "cifar10-w16/at", "cifar10-w16/trades"))]
     lambdas = over_seeds("vir/trades", *STRONGLY) - over_seeds("vir/trades-5", *STRONGLY)
     assert_says("results",
                 "rose: {} on LeNet, {} on SmallCNN, and A_rob did not fall: {}, {}.".format(
@@ -285,10 +286,19 @@ def test_the_differences_in_the_answers_are_those_of_their_files():
                 "AT at alpha 0.1 has more A_sa(2), {}, at no less A_rob, {}, and keeps {} at equal "
                 "strength".format(*margin),
                 "So do MAIL-AT, {}, {} and {}, and VIR-AT, {}, {} and {}; both lose A_nat, by {:.2f} and "
-                "{:.2f} points".format(*mail, *vir, *lost),
+                "{:.2f} points".format(*mail, *vir, *lost[:2]),
+                "MAIL-TRADES adds {}, {} and {} to TRADES, and loses {:.2f} points of A_nat".format(
+                    *mail_trades, lost[2]),
                 "ahead of AT, by {} in A_rob and by {} at 0.2 nats".format(*gairat[1:]),
                 "Of the {} comparisons".format(sum(bool(value["seeds"]) for row in rows.values()
                                                    for value in row.values() if isinstance(value, dict))))
+
+
+def test_the_figures_about_the_training_attack_of_trades_are_those_of_its_log():
+    log = list(csv.DictReader((ROOT / "results/cifar10-w16/trades/seed0/log.csv").read_text().splitlines()))
+    left, held_out = (float(log[-1][name]) for name in ("train_A_rob", "val_A_rob"))
+    assert_says("training", f"it leaves {left:.1f} % of the training images right in the last epoch, PGD on "
+                            f"the cross-entropy {held_out:.1f} % of the held-out ones")
 
 
 def test_the_figures_about_gairat_under_a_stronger_attack_are_those_of_its_files():
