@@ -26,11 +26,12 @@ from harness.folder import write_text
 
 BASES = {f"mnist/{network}-{name}": f"mnist/{network}-{name.partition('-')[0]}"  # weighting -> its base
          for network in ("lenet", "small_cnn") for name in ("at-alpha0.5", "trades-alpha2")}
-MEAN_ONE = ("mail-at-mean1", "mail-trades-mean1", "vir-at-mean1", "vir-trades-mean1")
 BASES |= {f"{group}/{name}": f"{group}/{trades if 'trades' in name else 'at'}"  # of the same 1/lambda
-          for group, trades, own in (("vir", "trades-5", MEAN_ONE),
+          for group, trades, own in (("vir", "trades-5", ()),
                                      ("cifar10-w16", "trades", ("at-alpha0.1", "trades-alpha2")))
           for name in (*own, "mart", "gairat", "mail-at", "mail-trades", "vir-at", "vir-trades")}
+BASES |= {f"vir/{name}-mean1": BASES[f"vir/{name}"]
+          for name in ("mail-at", "mail-trades", "vir-at", "vir-trades")}
 UNIFORM, WITHIN = partial(weighted_accuracy, alpha=0.0), partial(accuracy_at_budget, budget=0.2)
 MEASURES = {"A_rob": ("margins.npz", UNIFORM),
             "A_sa 2": ("margins.npz", partial(weighted_accuracy, alpha=2.0)),

@@ -17,6 +17,8 @@ MNIST_GROUPS = ("mnist", "vir", "fast")  # folders under results/
 FAMILY = ("at", "trades", "trades-5", "mart", "gairat", "mail-at", "mail-trades", "vir-at",
           "vir-trades")
 VIR = tuple(f"vir/{name}" for name in FAMILY)
+SIZES = ("at", "mail-at", "mail-at-mean1", "vir-at", "vir-at-mean1",
+         "trades-5", "mail-trades", "mail-trades-mean1", "vir-trades", "vir-trades-mean1")
 FAST = {"mnist/lenet-at": "AT", "fast/free": "Free AT, m = 8, five epochs", "fast/yopo": "YOPO-5-3",
         "fast/iaat": "IAAT"}
 CIFAR10 = {"at": "PGD", "at-alpha0.1": "PGD+ours", "trades": "TRADES", "trades-alpha2": "TRADES+ours"}
@@ -99,6 +101,24 @@ def family() -> str:
     """The methods of the VIR tables, over their seeds."""
     rows = [[label_of(place)[0], seeds(runs(place)), *measures(runs(place))] for place in VIR]
     return markdown(["defense", "seeds", *metrics()], rows, left=2)
+
+
+def mean_one() -> str:
+    """MAIL and VIR with weights as published and with weights of mean 1, below their bases."""
+    rows = []
+    for place in (f"vir/{name}" for name in SIZES):
+        size = statistics.mean(last_weight(folder) for folder in runs(place))
+        cells = zip(*([result["A_nat"], result["A_rob"], result["A_sa"]["2.0"], result["A_sa_kl"]["0.2"]]
+                      for result in results_of(place)))
+        rows.append([label_of(place)[0], seeds(runs(place)), f"{size:.2g}", *map(spread, cells)])
+    return markdown(["defense", "seeds", "mean weight", "A_nat", "A_rob", "A_sa 2", "A_sa, 0.2 nats"], rows,
+                    left=2)
+
+
+def last_weight(folder: Path) -> float:
+    """The mean instance weight in the last epoch of a run."""
+    with (folder / "log.csv").open(encoding="utf-8") as file:
+        return float([*csv.DictReader(file)][-1]["train_weight"])
 
 
 def equal_strength(rows: dict[tuple[str, ...], list[dict]], head: list[str], accuracy: str) -> str:

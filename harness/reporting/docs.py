@@ -16,7 +16,7 @@ from harness.reporting import campaign_tables, defense_tables, page_tables, spee
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK = re.compile(r"^<!-- table: (\S+) -->\n(.*?)^<!-- end -->$", re.MULTILINE | re.DOTALL)
 MADE_BY = {defense_tables: ("mnist", "family", "equal_budget", "equal_budget_family", "equal_budget_strong",
-                            "losses", "fast", "strong", "cifar10", "equal_budget_cifar10"),
+                            "losses", "mean_one", "fast", "strong", "cifar10", "equal_budget_cifar10"),
            page_tables: ("attacks", "curves", "members", "mean_budget", "stability"),
            campaign_tables: ("paired", "logged", "hours"),
            speed_tables: ("train_step", "gains", "precisions", "expectation", "memory", "evaluation",

@@ -20,7 +20,7 @@ import train_yopo
 from harness.config import parse_config
 from harness.evaluation.budget import accuracy_at_budget
 from harness.reporting.campaign_tables import compared
-from harness.reporting.defense_tables import MNIST_GROUPS
+from harness.reporting.defense_tables import MNIST_GROUPS, last_weight
 from models import build_model
 from tests import forks
 
@@ -244,14 +244,14 @@ def lead(name, base, *path):
     return round(over_seeds(name, *path) - over_seeds(base, *path), 4)
 
 
+def says(measure, *names):
+    """(the cells of these rows in the table of differences, whether the interval of each holds 0)"""
+    rows = {row["row"]: row[measure] for row in load("paired.json")["rows"]}
+    found = [compared(**rows[name], all_seeds=rows[name]["seeds"]) for name in names]
+    return [cell.strip("*") for cell in found], ["*" not in cell for cell in found]
+
+
 def test_the_differences_in_the_answers_are_those_of_their_files():
-    rows = {row["row"]: row for row in load("paired.json")["rows"]}
-
-    def says(measure, *names):
-        """(the cells of these rows in the table, whether the interval of each holds 0)"""
-        found = [compared(**rows[name][measure], all_seeds=rows[name][measure]["seeds"]) for name in names]
-        return [cell.strip("*") for cell in found], ["*" not in cell for cell in found]
-
     weights = [f"mnist/{network}-{name}" for name in ("at-alpha0.5", "trades-alpha2")
                for network in ("lenet", "small_cnn")]
     (a_sa, open_sa), (a_rob, open_rob), (nats, open_nats) = (
@@ -290,8 +290,30 @@ def test_the_differences_in_the_answers_are_those_of_their_files():
                 "MAIL-TRADES adds {}, {} and {} to TRADES, and loses {:.2f} points of A_nat".format(
                     *mail_trades, lost[2]),
                 "ahead of AT, by {} in A_rob and by {} at 0.2 nats".format(*gairat[1:]),
-                "Of the {} comparisons".format(sum(bool(value["seeds"]) for row in rows.values()
+                "Of the {} comparisons".format(sum(bool(value["seeds"]) for row in load("paired.json")["rows"]
                                                    for value in row.values() if isinstance(value, dict))))
+
+
+def test_the_figures_about_the_size_of_the_weights_are_those_of_their_files():
+    places = [f"vir/{name}-mean1" for name in ("mail-at", "vir-at", "vir-trades", "mail-trades")]
+    (a_sa, open_sa), (a_rob, open_rob), (nats, open_nats) = (
+        says(measure, *places) for measure in ("A_sa 2", "A_rob", "A_sa, 0.2 nats"))
+    assert not any((*open_sa, *open_nats)) and open_rob == [True, False, False, False]
+    published = [says("A_sa 2", "vir/vir-trades")[0][0],
+                 *(says("A_sa, 0.2 nats", f"vir/{name}")[0][0] for name in ("mail-at", "vir-at"))]
+    assert all(float(ours.split()[0]) > float(theirs.split()[0]) for ours, theirs in zip(nats, published[1:]))
+    for name, low, high in (("mail-at", 0.005, 0.015), ("vir-at", 0.005, 0.015), ("mail-trades", 0.5, 0.9)):
+        assert low < last_weight(ROOT / f"results/vir/{name}/seed0") < high
+    size = last_weight(ROOT / "results/cifar10-w16/mail-trades/seed0")
+    assert_says("results",
+                "still gain A_sa(2) on AT, {} and {}, and at equal strength (0.2 nats), {} and {}, ".format(
+                    *a_sa[:2], *nats[:2]),
+                "VIR-AT is ahead of AT, {1}, and MAIL-AT level, {0}.".format(*a_rob),
+                f"VIR-TRADES keeps {a_sa[2]} of its {published[0]} in A_sa(2), and at equal strength falls "
+                f"below its base, {nats[2]}.",
+                f"gains more at mean 1, {a_sa[3]}, but at equal strength only {nats[3]}. Both lose A_rob, "
+                f"{a_rob[2]} and {a_rob[3]}.",
+                f"mean weight is {size:.2f}, which is a 1/lambda of {5 * size:.1f} instead of 5")
 
 
 def test_the_figures_about_the_training_attack_of_trades_are_those_of_its_log():
