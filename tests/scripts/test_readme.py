@@ -310,6 +310,7 @@ def test_the_figures_about_the_size_of_the_weights_are_those_of_their_files():
         assert low < last_weight(ROOT / f"results/vir/{name}/seed0") < high
     sizes = [last_weight(ROOT / f"results/cifar10-w16/{name}/seed0")
              for name in ("mail-trades", "vir-trades")]
+    beta = load("cifar10-w16/vir-trades/seed0/config.json")["beta"]
     worst, open_worst = says("worst case", *places)
     assert open_worst == [False, True, True, False]
     results = ROOT / "results"
@@ -329,7 +330,8 @@ def test_the_figures_about_the_size_of_the_weights_are_those_of_their_files():
                 f"case it loses, {worst[3]}. Both lose A_rob, "
                 f"{a_rob[2]} and {a_rob[3]}.",
                 "mean weight of MAIL-TRADES is {:.2f}, that of VIR-TRADES {:.2f}".format(*sizes),
-                "a 1/lambda of {:.1f} and {:.1f} instead of 5".format(*(5 * size for size in sizes)))
+                "a 1/lambda of {:.1f} and {:.1f} instead of 5".format(*(5 * size for size in sizes)),
+                f"there {100 * beta / sizes[1]:.0f} % are the constant beta, {beta}, the same")
 
 
 def test_the_figures_about_the_training_attack_of_trades_are_those_of_its_log():
