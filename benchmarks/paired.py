@@ -1,8 +1,8 @@
 """Every weighting beside its base, on the same seeds and test images: what results/paired.json holds.
 
 For each weighting that has runs in OUT/ROW/seedN (benchmarks/campaign.py), and each measure, the difference
-to its base seed by seed, in points; and `images`, half the 95 % interval that the test images leave to each
-(`paired_half_width`). The measures are taken from margins.npz, all images under A_rob's attack, and from
+to its base seed by seed, in points; and `images`, half the 95 % interval that the test images leave to their
+mean (`paired_half_width`). The measures are taken from margins.npz, all images under A_rob's attack, and from
 margins_worst.npz, the first 1,000 in the worst case of the strong attacks.
 
     python benchmarks/paired.py
@@ -51,8 +51,8 @@ def examples(file: Path) -> dict[str, torch.Tensor]:
         return {"correct": torch.from_numpy(kept["correct"]), "margin": torch.from_numpy(kept["margin_adv"])}
 
 
-def compare(weighting: Path, base: Path) -> dict[str, dict[str, list]]:
-    """Measure -> the seeds that both have, the difference and half the interval of each."""
+def compare(weighting: Path, base: Path) -> dict[str, dict]:
+    """Measure -> the seeds that both have, the difference of each, and half the interval of their mean."""
     found = {}
     for name, (file, measure) in MEASURES.items():
         seeds = sorted(path.parent.name for path in weighting.glob(f"seed*/{file}"))
@@ -62,7 +62,7 @@ def compare(weighting: Path, base: Path) -> dict[str, dict[str, list]]:
         found[name] = {
             "seeds": [int(seed.removeprefix("seed")) for seed in seeds],
             "differences": [round(difference, 4) for difference in points],
-            "images": [round(100 * paired_half_width(*pair), 4) for pair in pairs]}
+            "images": round(100 * paired_half_width(*pairs), 4) if pairs else None}
     return found
 
 

@@ -120,11 +120,12 @@ def weighted_accuracy(correct: Tensor, margin: Tensor, alpha: float) -> dict[str
     return {"accuracy": accuracy, "ci95": ci95, "effective_size": effective, "terms": terms}
 
 
-def paired_half_width(ours: dict[str, object], theirs: dict[str, object]) -> float:
-    """Half the 95 % interval, in [0, 1], of the difference of two accuracies on the same N examples.
+def paired_half_width(*pairs: tuple[dict[str, object], dict[str, object]]) -> float:
+    """Half the 95 % interval, in [0, 1], of a mean difference of two accuracies on the same N examples.
 
-    ours, theirs: of `weighted_accuracy` or `accuracy_at_budget`. Normal, with the variance of the difference
-    of the linearised terms, so that what both get right or wrong does not count: what the examples leave
-    open, not what the seeds do.
+    pairs: (ours, theirs) of `weighted_accuracy` or `accuracy_at_budget`, one for each seed. Normal, with the
+    variance of the mean difference of the linearised terms, so that what both get right or wrong does not
+    count: what the examples leave open, not what the seeds do.
     """
-    return Z95 * float(((ours["terms"] - theirs["terms"]) ** 2).sum()) ** 0.5
+    terms = sum(ours["terms"] - theirs["terms"] for ours, theirs in pairs) / len(pairs)
+    return Z95 * float((terms**2).sum()) ** 0.5

@@ -26,19 +26,15 @@ def paired() -> str:
     return markdown(["defense", "network", "recipe", "minus", "seeds", *measures], rows, left=5)
 
 
-def compared(seeds: list[int], differences: list[float], images: list[float], all_seeds: list[int]) -> str:
-    """The mean difference with its interval over the seeds; of one seed, with that over the images.
+def compared(seeds: list[int], differences: list[float], images: float | None, all_seeds: list[int]) -> str:
+    """The mean difference with half its 95 % interval, bold where the interval lies on one side of 0.
 
-    Bold where the interval lies on one side of 0. Where these are not all seeds of the row, they follow.
+    Where these are not all seeds of the row, they follow.
     """
     if not seeds:
         return "-"
-    if len(seeds) > 1:
-        mean, half = difference(differences)
-        text = f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
-    else:
-        mean, half = differences[0], images[0]
-        text = f"{mean:+.2f} (±{half:.2f})"
+    mean, half = difference(differences, images)
+    text = f"{mean:+.2f} (±{half:.2f})"
     text = f"**{text}**" if abs(mean) > half else text
     return text if seeds == all_seeds else f"{text}, of {', '.join(map(str, seeds))}"
 

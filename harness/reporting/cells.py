@@ -1,5 +1,6 @@
 """What the tables of the pages are made of: result files, and numbers as text."""
 import json
+import math
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
@@ -45,10 +46,16 @@ def spread(values: Iterable[float]) -> str:
     return f"{number(statistics.mean(values))} ± {number(statistics.stdev(values))}"
 
 
-def difference(values: list[float]) -> tuple[float, float]:
-    """Mean of two to ten differences, and half its 95 % interval by Student's t."""
-    half = STUDENT[len(values) - 2] * statistics.stdev(values) / len(values) ** 0.5
-    return statistics.mean(values), half
+def difference(values: list[float], images: float) -> tuple[float, float]:
+    """Mean of one to ten seeds' differences on the same test images, and half its 95 % interval.
+
+    images: half the interval that the images leave open (`paired_half_width`). With several seeds Student's
+    interval over them is added to it in squares. It cannot be left out: all seeds share the images' luck.
+    """
+    if len(values) == 1:
+        return values[0], images
+    seeds = STUDENT[len(values) - 2] * statistics.stdev(values) / len(values) ** 0.5
+    return statistics.mean(values), math.hypot(seeds, images)
 
 
 def extremes(values: list[float]) -> str:

@@ -104,13 +104,16 @@ def family() -> str:
 
 
 def mean_one() -> str:
-    """MAIL and VIR with weights as published and with weights of mean 1, below their bases."""
+    """MAIL and VIR with weights as published and of mean 1, below their bases, on the seeds that all have."""
+    places = [f"vir/{name}" for name in SIZES]
+    shared = set.intersection(*({folder.name for folder in runs(place)} for place in places))
     rows = []
-    for place in (f"vir/{name}" for name in SIZES):
-        size = statistics.mean(last_weight(folder) for folder in runs(place))
+    for place in places:
+        folders = [folder for folder in runs(place) if folder.name in shared]
+        size = statistics.mean(map(last_weight, folders))
         cells = zip(*([result["A_nat"], result["A_rob"], result["A_sa"]["2.0"], result["A_sa_kl"]["0.2"]]
-                      for result in results_of(place)))
-        rows.append([label_of(place)[0], seeds(runs(place)), f"{size:.2g}", *map(spread, cells)])
+                      for result in (load(folder / "eval.json") for folder in folders)))
+        rows.append([label_of(place)[0], seeds(folders), f"{size:.2g}", *map(spread, cells)])
     return markdown(["defense", "seeds", "mean weight", "A_nat", "A_rob", "A_sa 2", "A_sa, 0.2 nats"], rows,
                     left=2)
 
@@ -195,11 +198,13 @@ def label_of(place: str) -> tuple[str, str, str]:
     return MNIST[folder][0], NETWORKS[network], "short"
 
 
-def attacked(groups: Iterable[str] = MNIST_GROUPS) -> dict[tuple[str, str, str], list[dict]]:
-    """(defense, network, recipe) -> its results under strong attacks, the safest first."""
-    found: dict[tuple[str, str, str], list[dict]] = {}
-    for file in sorted(file for group in groups for file in RESULTS.glob(f"{group}/*/seed*/strong.json")):
-        found.setdefault(label_of("/".join(file.relative_to(RESULTS).parts[:2])), []).append(load(file))
+def attacked(groups: Iterable[str] = MNIST_GROUPS) -> dict[tuple[str, ...], list[dict]]:
+    """(defense, network, recipe, seeds) -> its results under strong attacks, the safest first."""
+    found = {}
+    for row in sorted(row for group in groups for row in RESULTS.glob(f"{group}/*")):
+        if files := sorted(row.glob("seed*/strong.json")):
+            label = *label_of(f"{row.parent.name}/{row.name}"), seeds(file.parent for file in files)
+            found[label] = [load(file) for file in files]
     worst = {label: statistics.mean(result["worst_case"]["accuracy"] for result in results)
              for label, results in found.items()}
     return {label: found[label] for label in sorted(found, key=worst.__getitem__, reverse=True)}
@@ -207,8 +212,9 @@ def attacked(groups: Iterable[str] = MNIST_GROUPS) -> dict[tuple[str, str, str],
 
 def strong() -> str:
     """What strong attacks leave of each result on MNIST, the safest first."""
-    head = ["defense", "network", "recipe", "suspicious", "A_nat", "A_rob", *STRONG.values(), "worst case"]
-    return markdown(head, strong_rows(attacked(), STRONG), left=4)
+    head = ["defense", "network", "recipe", "seeds", "suspicious", "A_nat", "A_rob", *STRONG.values(),
+            "worst case"]
+    return markdown(head, strong_rows(attacked(), STRONG), left=5)
 
 
 def strong_cifar10() -> str:
@@ -216,18 +222,18 @@ def strong_cifar10() -> str:
     columns = STRONG | BLACK_BOX
     theirs = {line["defense"]: line for line in printed("vir_table1")}
     rows = []
-    for defense, _, _, signs, *cells in strong_rows(attacked(["cifar10-w16"]), columns):
-        rows.append([defense, "ours", signs, *cells])
+    for defense, _, _, own_seeds, signs, *cells in strong_rows(attacked(["cifar10-w16"]), columns):
+        rows.append([defense, "ours", own_seeds, signs, *cells])
         if line := theirs.get(defense):
             known = {ours: number(float(line[f"{name}_mean"]), 1) for name, ours in PRINTED.items()}
-            rows.append([defense, "*ResNet-18, paper*", "",
+            rows.append([defense, "*ResNet-18, paper*", "", "",
                          *(known.get(column, "-") for column in ("A_nat", "A_rob", *columns, "worst case"))])
-    head = ["defense", "network", "suspicious", "A_nat", "A_rob", *columns.values(), "worst case"]
-    return markdown(head, rows, left=3)
+    head = ["defense", "network", "seeds", "suspicious", "A_nat", "A_rob", *columns.values(), "worst case"]
+    return markdown(head, rows, left=4)
 
 
-def strong_rows(found: dict[tuple[str, str, str], list[dict]], columns: Iterable[str]) -> list[list[str]]:
-    """For each label: it, the signs of a suspicious verdict, A_nat, A_rob, these attacks, the worst case."""
+def strong_rows(found: dict[tuple[str, ...], list[dict]], columns: Iterable[str]) -> list[list[str]]:
+    """For each label: it, the signs of suspicious verdicts, A_nat, A_rob, these attacks, the worst case."""
     rows = []
     for label, results in found.items():
         signs = {sign for result in results if result["verdict"] != "ok"
@@ -242,15 +248,16 @@ def strong_rows(found: dict[tuple[str, str, str], list[dict]], columns: Iterable
 
 def equal_budget_strong() -> str:
     """Attackers of equal strength in the worst case under strong attacks on MNIST, the safest first."""
-    return equal_strength(worst_cases(attacked()), ["defense", "network", "recipe"], "accuracy")
+    return equal_strength(worst_cases(attacked()), ["defense", "network", "recipe", "seeds"], "accuracy")
 
 
 def equal_budget_strong_cifar10() -> str:
     """The same on CIFAR-10."""
-    found = {label[:1]: cases for label, cases in worst_cases(attacked(["cifar10-w16"])).items()}
-    return equal_strength(found, ["defense"], "accuracy")
+    found = {(defense, own_seeds): cases
+             for (defense, _, _, own_seeds), cases in worst_cases(attacked(["cifar10-w16"])).items()}
+    return equal_strength(found, ["defense", "seeds"], "accuracy")
 
 
-def worst_cases(found: dict[tuple[str, str, str], list[dict]]) -> dict[tuple[str, ...], list[dict]]:
+def worst_cases(found: dict[tuple[str, ...], list[dict]]) -> dict[tuple[str, ...], list[dict]]:
     """The part of results under strong attacks that is about the worst case over all of them."""
     return {label: [result["worst_case"] for result in results] for label, results in found.items()}

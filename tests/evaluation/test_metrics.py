@@ -341,9 +341,9 @@ def test_the_interval_of_a_difference_counts_the_discordant_examples_where_all_w
     only_first = int(((first > 0) & (second <= 0)).sum())
     only_second = int(((first <= 0) & (second > 0)).sum())
     variance = (only_first + only_second - (only_first - only_second) ** 2 / 500) / 500**2
-    found = paired_half_width(*(weighted_accuracy(margin > 0, margin, 0.0) for margin in (first, second)))
+    found = paired_half_width([weighted_accuracy(margin > 0, margin, 0.0) for margin in (first, second)])
     assert only_first > only_second > 0 and found == pytest.approx(Z * math.sqrt(variance), rel=1e-12)
-    assert paired_half_width(*[weighted_accuracy(first > 0, first, 2.0)] * 2) == 0
+    assert paired_half_width([weighted_accuracy(first > 0, first, 2.0)] * 2) == 0
 
 
 @pytest.mark.parametrize(("measure", "strength"), [
@@ -353,7 +353,7 @@ def test_the_interval_of_a_difference_is_the_spread_over_samples_of_examples(mea
     def both(margins):
         return [measure(margin > 0, margin, strength) for margin in torch.from_numpy(margins)]
 
-    expected = paired_half_width(*both(correlated(1000)))
+    expected = paired_half_width(both(correlated(1000)))
     differences = [ours["accuracy"] - theirs["accuracy"]
                    for ours, theirs in (both(correlated(1000, seed)) for seed in range(100, 500))]
     assert expected == pytest.approx(Z * np.std(differences), rel=0.08)  # 400 samples give a spread to 4 %

@@ -3,6 +3,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT
 from scipy import stats
@@ -71,13 +72,15 @@ def test_runs_that_differ_in_the_seed_are_one_row(tmp_path, monkeypatch):
 
 
 def test_networks_under_strong_attacks_stand_apart(tmp_path, monkeypatch):
-    for place, accuracy in (("mnist/lenet-at", 80.0), ("mnist/small_cnn-at", 90.0), ("vir/mail-at", 85.0)):
-        (tmp_path / place / "seed0").mkdir(parents=True)
+    for place, accuracy in (("mnist/lenet-at/seed0", 80.0), ("mnist/small_cnn-at/seed0", 90.0),
+                            ("mnist/lenet-at/seed2", 86.0), ("vir/mail-at/seed1", 85.0)):
+        (tmp_path / place).mkdir(parents=True)
         result = {"worst_case": {"accuracy": accuracy}}
-        (tmp_path / place / "seed0/strong.json").write_text(json.dumps(result))
+        (tmp_path / place / "strong.json").write_text(json.dumps(result))
     monkeypatch.setattr(defense_tables, "RESULTS", tmp_path)
-    assert list(defense_tables.attacked()) == [("AT", "SmallCNN", "short"), ("MAIL-AT", "LeNet", "VIR's"),
-                                            ("AT", "LeNet", "short")]
+    assert list(defense_tables.attacked()) == [
+        ("AT", "SmallCNN", "short", "0"), ("MAIL-AT", "LeNet", "VIR's", "1"),
+        ("AT", "LeNet", "short", "0, 2")]
 
 
 @pytest.mark.slow
@@ -89,23 +92,35 @@ def test_the_tables_need_neither_torch_nor_numpy():
 def test_a_mean_difference_has_the_interval_of_students_t():
     values = [1.0, -0.5, 2.25, 0.75]
     low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
-    mean, half = cells.difference(values)
+    mean, half = cells.difference(values, images=0.0)
     assert (mean, mean - half, mean + half) == pytest.approx((0.875, low, high), abs=1e-3)
+    assert cells.difference(values, images=0.3)[1] == pytest.approx((half**2 + 0.09) ** 0.5)
     assert list(cells.STUDENT) == stats.t.ppf(0.975, range(1, 10)).round(3).tolist()
 
 
-def test_a_difference_has_the_interval_of_its_seeds_or_of_the_images_of_one(tmp_path, monkeypatch):
+def test_the_interval_covers_other_seeds_and_other_images():
+    random, held = np.random.default_rng(0), {"seeds": 0, "both": 0}
+    for _ in range(1000):  # per seed and image: of the seed, of the image, of both; the truth is 0
+        found = random.normal(0, 0.02, (3, 1)) + random.normal(0, 1, 400) + random.normal(0, 0.5, (3, 400))
+        images = 1.96 * found.mean(0).std() / 20
+        for name, width in (("seeds", 0.0), ("both", images)):
+            mean, half = cells.difference(found.mean(1).tolist(), width)
+            held[name] += abs(mean) <= half
+    assert 940 <= held["both"] <= 1000 and held["seeds"] < 900
+
+
+def test_a_difference_has_the_interval_of_its_seeds_and_of_the_images(tmp_path, monkeypatch):
     (tmp_path / "paired.json").write_text(json.dumps({"rows": [{
         "row": "vir/gairat", "base": "vir/at",
-        "A_rob": {"seeds": [1, 2], "differences": [2.0, 4.0], "images": [0.5, 0.5]},
-        "worst case": {"seeds": [2], "differences": [-5.04], "images": [1.96]},
-        "worst case, 0.2 nats": {"seeds": [], "differences": [], "images": []}}]}))
+        "A_rob": {"seeds": [1, 2], "differences": [2.0, 4.0], "images": 0.5},
+        "worst case": {"seeds": [2], "differences": [-5.04], "images": 1.96},
+        "worst case, 0.2 nats": {"seeds": [], "differences": [], "images": None}}]}))
     monkeypatch.setattr(cells, "RESULTS", tmp_path)
     ours, theirs = ([cell.strip() for cell in line.strip("|").split("|")]
                     for line in campaign_tables.paired().splitlines()[2:])
-    mean, half = cells.difference([2.0, 4.0])
-    assert ours == ["GAIRAT", "LeNet", "VIR's", "AT", "1, 2",
-                    f"+3.00 [{mean - half:+.2f}, {mean + half:+.2f}]", "**-5.04 (±1.96)**, of 2", "-"]
+    _, half = cells.difference([2.0, 4.0], 0.5)
+    assert ours == ["GAIRAT", "LeNet", "VIR's", "AT", "1, 2", f"+3.00 (±{half:.2f})",
+                    "**-5.04 (±1.96)**, of 2", "-"]
     assert theirs == ["GAIRAT", "*ResNet-18, CIFAR-10, paper*", "VIR's", "AT", "", "-", "-15.03", "-"]
 
 
@@ -150,9 +165,10 @@ def test_rows_on_cifar10_stand_beside_the_papers_and_apart_from_mnist(tmp_path, 
         ["AT", "*ResNet-18, paper*", "", "-", "49.29"],
         ["VIR-AT", "ResNet-18, width 16, ours", "0", "70.00", "46.00"]]
     assert [line[0] for line in lines(defense_tables.equal_budget_cifar10)] == ["AT", "VIR-AT"]
-    assert [[line[0], line[4], line[8], line[-1]] for line in lines(defense_tables.strong_cifar10)] == [
-        ["VIR-AT", "46.0", "40.0", "40.0"], ["VIR-AT", "-", "48.2", "-"],
-        ["AT", "45.0", "40.0", "39.0"], ["AT", "-", "47.9", "-"]]
-    assert [line[:2] for line in lines(defense_tables.equal_budget_strong_cifar10)] == [["VIR-AT", "40.00"],
-                                                                                     ["AT", "39.00"]]
+    assert [[line[0], line[2], line[5], line[9], line[-1]]
+            for line in lines(defense_tables.strong_cifar10)] == [
+        ["VIR-AT", "0", "46.0", "40.0", "40.0"], ["VIR-AT", "", "-", "48.2", "-"],
+        ["AT", "0", "45.0", "40.0", "39.0"], ["AT", "", "-", "47.9", "-"]]
+    assert [line[:3] for line in lines(defense_tables.equal_budget_strong_cifar10)] == [
+        ["VIR-AT", "0", "40.00"], ["AT", "0", "39.00"]]
     assert [line[:2] for line in lines(defense_tables.strong)] == [["AT", "LeNet"]]
