@@ -413,7 +413,7 @@ def test_the_figures_about_the_family_are_those_of_its_files():
     slower = load("proof/vir-recipe-float32-seed0/eval.json")["A_rob"]
     assert slower < min(rob[0])
     assert_says("results", "AT's A_rob is {}, {} and {}".format(*rob[0]),
-                f"in float32 AT's seed 0 has {slower:.2f}",
+                f"in float32 its seed 0 has {slower:.2f}",
                 f"by more than {raised[1]:.2f} points (MAIL-AT)",
                 f"(by {gairat_lead} points at alpha 2, VIR-AT by {vir_lead})",
                 f"GAIRAT's effective sample size at alpha 2 is {gairat} of 10,000, AT's {at} (seed 0)",
