@@ -34,7 +34,7 @@ def compared(seeds: list[int], differences: list[float], images: float | None, a
     if not seeds:
         return "-"
     mean, half = difference(differences, images)
-    text = f"{mean:+.2f} (±{half:.2f})"
+    text = f"{round(mean, 2) + 0.0:+.2f} (±{half:.2f})"  # + 0.0: zero has no sign
     text = f"**{text}**" if abs(mean) > half else text
     return text if seeds == all_seeds else f"{text}, of {', '.join(map(str, seeds))}"
 

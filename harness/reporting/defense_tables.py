@@ -17,8 +17,8 @@ MNIST_GROUPS = ("mnist", "vir", "fast")  # folders under results/
 FAMILY = ("at", "trades", "trades-5", "mart", "gairat", "mail-at", "mail-trades", "vir-at",
           "vir-trades")
 VIR = tuple(f"vir/{name}" for name in FAMILY)
-SIZES = ("at", "mail-at", "mail-at-mean1", "vir-at", "vir-at-mean1",
-         "trades-5", "mail-trades", "mail-trades-mean1", "vir-trades", "vir-trades-mean1")
+SIZES = (("at", "mail-at", "mail-at-mean1", "vir-at", "vir-at-mean1"),
+         ("trades-5", "mail-trades", "mail-trades-mean1", "vir-trades", "vir-trades-mean1"))
 FAST = {"mnist/lenet-at": "AT", "fast/free": "Free AT, m = 8, five epochs", "fast/yopo": "YOPO-5-3",
         "fast/iaat": "IAAT"}
 CIFAR10 = {"at": "PGD", "at-alpha0.1": "PGD+ours", "trades": "TRADES", "trades-alpha2": "TRADES+ours"}
@@ -104,11 +104,9 @@ def family() -> str:
 
 
 def mean_one() -> str:
-    """MAIL and VIR with weights as published and of mean 1, below their bases, on the seeds that all have."""
-    places = [f"vir/{name}" for name in SIZES]
-    shared = set.intersection(*({folder.name for folder in runs(place)} for place in places))
+    """MAIL and VIR with weights as published and of mean 1, below their bases, on the seeds they share."""
     rows = []
-    for place in places:
+    for place, shared in ((f"vir/{name}", shared_seeds(names)) for names in SIZES for name in names):
         folders = [folder for folder in runs(place) if folder.name in shared]
         size = statistics.mean(map(last_weight, folders))
         cells = zip(*([result["A_nat"], result["A_rob"], result["A_sa"]["2.0"], result["A_sa_kl"]["0.2"]]
@@ -116,6 +114,11 @@ def mean_one() -> str:
         rows.append([label_of(place)[0], seeds(folders), f"{size:.2g}", *map(spread, cells)])
     return markdown(["defense", "seeds", "mean weight", "A_nat", "A_rob", "A_sa 2", "A_sa, 0.2 nats"], rows,
                     left=2)
+
+
+def shared_seeds(names: Iterable[str]) -> set[str]:
+    """The folders of a seed that all these rows of VIR's have."""
+    return set.intersection(*({folder.name for folder in runs(f"vir/{name}")} for name in names))
 
 
 def last_weight(folder: Path) -> float:

@@ -71,6 +71,16 @@ def test_runs_that_differ_in_the_seed_are_one_row(tmp_path, monkeypatch):
                                                      "49.00 ± 0.00"]
 
 
+def test_rows_are_compared_on_the_seeds_that_all_have(tmp_path, monkeypatch):
+    for name, seeds in (("at", (0, 1, 2)), ("vir-at", (0, 2)), ("mail-at", (2, 0, 1))):
+        for seed in seeds:
+            (tmp_path / f"vir/{name}/seed{seed}").mkdir(parents=True)
+            (tmp_path / f"vir/{name}/seed{seed}/eval.json").write_text("{}")
+    monkeypatch.setattr(defense_tables, "RESULTS", tmp_path)
+    assert defense_tables.shared_seeds(["at", "mail-at"]) == {"seed0", "seed1", "seed2"}
+    assert defense_tables.shared_seeds(["at", "vir-at", "mail-at"]) == {"seed0", "seed2"}
+
+
 def test_networks_under_strong_attacks_stand_apart(tmp_path, monkeypatch):
     for place, accuracy in (("mnist/lenet-at/seed0", 80.0), ("mnist/small_cnn-at/seed0", 90.0),
                             ("mnist/lenet-at/seed2", 86.0), ("vir/mail-at/seed1", 85.0)):
@@ -122,6 +132,10 @@ def test_a_difference_has_the_interval_of_its_seeds_and_of_the_images(tmp_path, 
     assert ours == ["GAIRAT", "LeNet", "VIR's", "AT", "1, 2", f"+3.00 (±{half:.2f})",
                     "**-5.04 (±1.96)**, of 2", "-"]
     assert theirs == ["GAIRAT", "*ResNet-18, CIFAR-10, paper*", "VIR's", "AT", "", "-", "-15.03", "-"]
+
+
+def test_a_difference_of_zero_has_no_sign():
+    assert campaign_tables.compared([0, 1, 2], [0.6, -0.2, -0.4], 0.5, [0, 1, 2]).startswith("+0.00 (")
 
 
 @pytest.mark.parametrize(("place", "label"), [
