@@ -2,6 +2,7 @@
 import csv
 import statistics
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 
 from harness.reporting.cells import NETWORKS, RESULTS, load, number, rows_of, spread
@@ -106,8 +107,8 @@ def family() -> str:
 def mean_one() -> str:
     """MAIL and VIR with weights as published and of mean 1, below their bases, on the seeds they share."""
     rows = []
-    for place, shared in ((f"vir/{name}", shared_seeds(names)) for names in SIZES for name in names):
-        folders = [folder for folder in runs(place) if folder.name in shared]
+    for place, folders in chain(*(on_shared_seeds([f"vir/{name}" for name in names]).items()
+                                  for names in SIZES)):
         size = statistics.mean(map(last_weight, folders))
         cells = zip(*([result["A_nat"], result["A_rob"], result["A_sa"]["2.0"], result["A_sa_kl"]["0.2"]]
                       for result in (load(folder / "eval.json") for folder in folders)))
@@ -116,9 +117,12 @@ def mean_one() -> str:
                     left=2)
 
 
-def shared_seeds(names: Iterable[str]) -> set[str]:
-    """The folders of a seed that all these rows of VIR's have."""
-    return set.intersection(*({folder.name for folder in runs(f"vir/{name}")} for name in names))
+def on_shared_seeds(places: Iterable[str]) -> dict[str, list[Path]]:
+    """Row -> the folders of its evaluated runs, of those seeds that all these rows have."""
+    found = {place: runs(place) for place in places}
+    shared = set.intersection(*({folder.name for folder in folders} for folders in found.values()))
+    return {place: [folder for folder in folders if folder.name in shared]
+            for place, folders in found.items()}
 
 
 def last_weight(folder: Path) -> float:
@@ -150,10 +154,11 @@ def results_of(place: str) -> list[dict]:
 
 def equal_budget() -> str:
     """Attackers of equal strength on AT, TRADES, their margin weights, Free AT, YOPO and IAAT."""
-    rows = {(label, NETWORKS[network]): results_of(f"mnist/{network}-{folder}")
-            for network in ("lenet", "small_cnn") for folder, (label, _) in MNIST.items()}
-    rows |= {(label, NETWORKS["lenet"]): results_of(folder) for folder, label in [*FAST.items()][1:]}
-    return equal_strength(rows, ["defense", "network"], "A_rob")
+    names = {f"mnist/{network}-{folder}": (label, NETWORKS[network])
+             for network in ("lenet", "small_cnn") for folder, (label, _) in MNIST.items()}
+    names |= {place: (label, NETWORKS["lenet"]) for place, label in [*FAST.items()][1:]}
+    rows = {(*labels, seeds(runs(place))): results_of(place) for place, labels in names.items()}
+    return equal_strength(rows, ["defense", "network", "seeds"], "A_rob")
 
 
 def equal_budget_family() -> str:
@@ -177,13 +182,13 @@ def losses() -> str:
 
 
 def fast() -> str:
-    """Free AT, YOPO and IAAT beside AT, with what they cost."""
+    """Free AT, YOPO and IAAT beside AT on the seeds that they share, with what they cost."""
     costs = {row["result"].partition("/seed")[0]: row for row in rows_of("cost")}
     rows = []
-    for folder, label in FAST.items():
-        cost = costs[f"results/{folder}"]
+    for place, folders in on_shared_seeds(FAST).items():
+        cost = costs[f"results/{place}"]
         times = [number(cost["seconds"] / cost["epochs"], 1), number(cost["seconds"] / 60, 1)]
-        rows.append([label, seeds(runs(folder)), *measures(runs(folder)), *times])
+        rows.append([FAST[place], seeds(folders), *measures(folders), *times])
     return markdown(["defense", "seeds", *metrics(), "s per epoch", "minutes"], rows, left=2)
 
 

@@ -77,8 +77,11 @@ def test_rows_are_compared_on_the_seeds_that_all_have(tmp_path, monkeypatch):
             (tmp_path / f"vir/{name}/seed{seed}").mkdir(parents=True)
             (tmp_path / f"vir/{name}/seed{seed}/eval.json").write_text("{}")
     monkeypatch.setattr(defense_tables, "RESULTS", tmp_path)
-    assert defense_tables.shared_seeds(["at", "mail-at"]) == {"seed0", "seed1", "seed2"}
-    assert defense_tables.shared_seeds(["at", "vir-at", "mail-at"]) == {"seed0", "seed2"}
+    at, mail, vir = "vir/at", "vir/mail-at", "vir/vir-at"
+    for places, own in (((at, mail), "0, 1, 2"), ((mail, at, vir), "0, 2")):
+        found = defense_tables.on_shared_seeds(places)
+        assert {place: defense_tables.seeds(folders) for place, folders in found.items()} == dict.fromkeys(
+            places, own)
 
 
 def test_networks_under_strong_attacks_stand_apart(tmp_path, monkeypatch):
