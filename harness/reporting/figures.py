@@ -123,6 +123,7 @@ def training(rows: list[dict], path: Path) -> None:
               "val_ema_A_nat": (GREEN, "--", "A_nat, held out, averaged weights"),
               "val_A_rob": (BLUE, "-", "A_rob, held out"),
               "val_ema_A_rob": (BLUE, "--", "A_rob, held out, averaged weights"),
+              "train_A_nat": (GREEN, ":", "A_nat, training"),
               "train_A_rob": (BLUE, ":", "A_rob, training")}
     for name, (colour, style, label) in styles.items():
         if name in rows[0]:

@@ -147,6 +147,13 @@ def test_a_log_shows_the_held_out_accuracies(tmp_path, epochs):
     assert not np.array_equal(drawn(tmp_path / "40.0.png"), drawn(tmp_path / "60.0.png"))
 
 
+@pytest.mark.parametrize("accuracies", ({"train_A_rob": 50.0}, {"train_A_nat": 95.0, "train_A_rob": 50.0}))
+def test_a_log_shows_the_accuracies_in_training_that_it_has(figure, accuracies):
+    _, right = figure(plots.training, rows_of(3, **accuracies)).axes
+    assert {line.get_label(): line.get_ydata()[0] for line in right.lines} == {
+        f"{name.removeprefix('train_')}, training": value for name, value in accuracies.items()}
+
+
 def test_no_figure_stays_open(tmp_path):
     from matplotlib import pyplot
 
