@@ -2,7 +2,6 @@
 import csv
 import statistics
 from collections.abc import Iterable
-from itertools import chain
 from pathlib import Path
 
 from harness.reporting.cells import NETWORKS, RESULTS, load, number, rows_of, spread
@@ -107,12 +106,12 @@ def family() -> str:
 def mean_one() -> str:
     """MAIL and VIR with weights as published and of mean 1, below their bases, on the seeds they share."""
     rows = []
-    for place, folders in chain(*(on_shared_seeds([f"vir/{name}" for name in names]).items()
-                                  for names in SIZES)):
-        size = statistics.mean(map(last_weight, folders))
-        cells = zip(*([result["A_nat"], result["A_rob"], result["A_sa"]["2.0"], result["A_sa_kl"]["0.2"]]
-                      for result in (load(folder / "eval.json") for folder in folders)))
-        rows.append([label_of(place)[0], seeds(folders), f"{size:.2g}", *map(spread, cells)])
+    for names in SIZES:
+        for place, folders in on_shared_seeds([f"vir/{name}" for name in names]).items():
+            size = statistics.mean(map(last_weight, folders))
+            cells = zip(*([result["A_nat"], result["A_rob"], result["A_sa"]["2.0"], result["A_sa_kl"]["0.2"]]
+                          for result in (load(folder / "eval.json") for folder in folders)))
+            rows.append([label_of(place)[0], seeds(folders), f"{size:.2g}", *map(spread, cells)])
     return markdown(["defense", "seeds", "mean weight", "A_nat", "A_rob", "A_sa 2", "A_sa, 0.2 nats"], rows,
                     left=2)
 

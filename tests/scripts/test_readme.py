@@ -286,12 +286,19 @@ def test_the_figures_about_the_margin_weight_are_those_of_their_files():
     lost = -rows[weights[3]]["A_rob"]["differences"][0]
     assert ("by 8 to 17 points. On SmallCNN (one seed) equally strong attackers leave {:.1f} to {:.1f} "
             "points of that, and TRADES loses {:.1f} of A_rob.".format(*left, lost)) in SENTENCES["README.md"]
+    change = {key: [[load(f"{name}/seed{seed}/eval.json")[key[0]][key[1]]
+                     - load(f"{rows[name]['base']}/seed{seed}/eval.json")[key[0]][key[1]]
+                     for seed in rows[name]["A_rob"]["seeds"]] for name in weights]
+              for key in (("A_tr", "2.0"), ("A_sa", "1.0"))}
+    assert all(value > 0 for found in change["A_tr", "2.0"] for value in found)
     gains = [float(cell.split()[0]) for cell in a_sa]
     assert (round(min(gains)), round(max(gains))) == (8, 17)
     assert_says("results",
                 "AT's A_rob on LeNet is {:.2f}, {:.2f} and {:.2f}, TRADES' at alpha 2 {:.2f}, {:.2f} and "
                 "{:.2f}. TRADES' hardly moves, {:.2f}, {:.2f} and {:.2f}.".format(*at, *weighted, *trades),
                 "AT gains {0} and TRADES {2}, on the one seed of SmallCNN {1} and {3}.".format(*a_sa),
+                "A_sa(1) of TRADES on LeNet changes by {:+.2f}, {:+.2f} and {:+.2f}.".format(
+                    *change["A_sa", "1.0"][2]),
                 "AT {0}, TRADES {2}, lower on each seed. On SmallCNN AT's rose, {1}, and TRADES' fell, "
                 "{3}.".format(*a_rob),
                 "AT {0}, TRADES {2}. On the one seed of SmallCNN it is {1} and {3}.".format(*nats),
