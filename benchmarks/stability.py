@@ -106,13 +106,24 @@ def start(script: str, *flags: str) -> None:
 
 
 def side_by_side(work: Callable[[Any], None], jobs: Iterable[Any], num_processes: int) -> None:
-    """work(job) for every job; when one fails, those not begun are left for the next call."""
+    """work(job) for every job; once one has failed no other is begun, they are left for the next call."""
+    stopped = threading.Event()
+
+    def begin(job: Any) -> None:
+        if stopped.is_set():
+            return
+        try:
+            work(job)
+        except BaseException:
+            stopped.set()
+            raise
+
     with ThreadPoolExecutor(num_processes) as pool:
         try:
-            for future in [pool.submit(work, job) for job in jobs]:
+            for future in [pool.submit(begin, job) for job in jobs]:
                 future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
+        except BaseException:  # Ctrl-C reaches this thread only
+            stopped.set()
             raise
 
 

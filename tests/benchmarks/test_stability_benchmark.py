@@ -1,6 +1,7 @@
 """benchmarks/stability.py and trace.py: what they run and write, and that they go on where they were."""
 import csv
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,26 @@ def test_a_failure_leaves_the_runs_that_were_not_begun(tmp_path, monkeypatch):
              *map(str, range(50))]
     with pytest.raises(RunError):
         stability.main(parse_config(stability.Config, flags))
-    assert len(begun) < 10
+    assert begun == [0]
+
+
+def test_a_failure_begins_no_other_run_while_an_earlier_one_goes_on():
+    begun, second, third = [], threading.Event(), threading.Event()
+
+    def work(job):
+        begun.append(job)
+        if job == 0:
+            second.wait(10)
+            third.wait(1)  # time for a third run to begin, if the failure of the second lets it
+        elif job == 1:
+            second.set()
+            raise RunError("no")
+        else:
+            third.set()
+
+    with pytest.raises(RunError):
+        stability.side_by_side(work, range(5), 2)
+    assert sorted(begun) == [0, 1]
 
 
 def test_an_interrupted_run_is_gone_on_with(tmp_path, monkeypatch):
