@@ -261,7 +261,15 @@ def one_seed_of(name, measure, seed):
     found = dict(zip(row[measure]["seeds"], row[measure]["differences"]))
     first = found.pop(seed)
     assert abs(first) > images
-    return [f"{first:+.2f} (±{images:.2f})", *(f"{other:+.2f}" for other in found.values())]
+    return [f"{first:+.2f} (±{images:.2f})", *signed(found.values())]
+
+
+def signed(values):
+    return [f"{value:+.2f}" for value in values]
+
+
+def listed(words):
+    return f"{', '.join(words[:-1])} and {words[-1]}"
 
 
 def test_the_figures_about_the_margin_weight_are_those_of_their_files():
@@ -272,16 +280,21 @@ def test_the_figures_about_the_margin_weight_are_those_of_their_files():
     assert not any(open_sa) and open_rob == open_nats == [True, False, True, False]
     rows = {row["row"]: row for row in load("paired.json")["rows"]}
     seeds = [rows[name]["A_rob"]["seeds"] for name in weights]
-    assert seeds[0] == seeds[2] == [0, 1, 2] and len(seeds[1]) == len(seeds[3]) == 1
+    assert seeds[0] == [0, 1, 2, 3, 4] and seeds[2] == [0, 1, 2] and len(seeds[1]) == len(seeds[3]) == 1
     assert all(value < 0 for value in rows[weights[2]]["A_rob"]["differences"])
-    at, trades, weighted = ([load(f"mnist/lenet-{name}/seed{seed}/eval.json")["A_rob"] for seed in range(3)]
-                            for name in ("at", "trades", "trades-alpha2"))
-    (worst, at_worst), opens = says("worst case", weights[2], weights[0])
-    (case, at_case), opens_at_budget = says("worst case, 0.2 nats", weights[2], weights[0])
+    at, at_weighted, trades, weighted = (
+        [load(f"{place}/seed{seed}/eval.json")["A_rob"] for seed in rows[name]["A_rob"]["seeds"]]
+        for name in weights[::2] for place in (rows[name]["base"], name))
+    strong, opens = says("worst case", weights[2], weights[0])
+    strong_case, opens_at_budget = says("worst case, 0.2 nats", weights[2], weights[0])
     assert all((*opens, *opens_at_budget))
+    worst, at_worst, case, at_case = (cell.partition(", of")[0] for cell in (*strong, *strong_case))
     assert all(rows[weights[k]]["worst case"]["seeds"] == [0, 1, 2] for k in (2, 0))
     less = [-value for value in rows[weights[2]]["worst case"]["differences"]]
-    by_seed = "{:+.2f}, {:+.2f} and {:+.2f}".format(*rows[weights[0]]["worst case"]["differences"])
+    by_seed = listed(signed(rows[weights[0]]["worst case"]["differences"]))
+    (rob, *rob_of_others), (lost_nats, *lost_nats_of_others), (won, *won_of_others) = (
+        one_seed_of(weights[2], "A_rob", 1), one_seed_of(weights[2], "A_sa, 0.2 nats", 1),
+        one_seed_of(weights[0], "A_sa, 0.2 nats", 2))
     left = (rows[weights[k]]["A_sa, 0.2 nats"]["differences"][0] for k in (1, 3))
     lost = -rows[weights[3]]["A_rob"]["differences"][0]
     assert ("by 8 to 17 points. On SmallCNN (one seed) equally strong attackers leave {:.1f} to {:.1f} "
@@ -294,11 +307,11 @@ def test_the_figures_about_the_margin_weight_are_those_of_their_files():
     gains = [float(cell.split()[0]) for cell in a_sa]
     assert (round(min(gains)), round(max(gains))) == (8, 17)
     assert_says("results",
-                "AT's A_rob on LeNet is {:.2f}, {:.2f} and {:.2f}, TRADES' at alpha 2 {:.2f}, {:.2f} and "
-                "{:.2f}. TRADES' hardly moves, {:.2f}, {:.2f} and {:.2f}.".format(*at, *weighted, *trades),
+                "A_rob on LeNet lies between {:.2f} and {:.2f} for AT, {:.2f} and {:.2f} at alpha 0.5, "
+                "{:.2f} and {:.2f} for TRADES at alpha 2. TRADES' hardly moves, {:.2f} to {:.2f}.".format(
+                    *(end(found) for found in (at, at_weighted, weighted, trades) for end in (min, max))),
                 "AT gains {0} and TRADES {2}, on the one seed of SmallCNN {1} and {3}.".format(*a_sa),
-                "A_sa(1) of TRADES on LeNet changes by {:+.2f}, {:+.2f} and {:+.2f}.".format(
-                    *change["A_sa", "1.0"][2]),
+                f"A_sa(1) of TRADES on LeNet changes by {listed(signed(change['A_sa', '1.0'][2]))}.",
                 "AT {0}, TRADES {2}, lower on each seed. On SmallCNN AT's rose, {1}, and TRADES' fell, "
                 "{3}.".format(*a_rob),
                 "AT {0}, TRADES {2}. On the one seed of SmallCNN it is {1} and {3}.".format(*nats),
@@ -306,11 +319,9 @@ def test_the_figures_about_the_margin_weight_are_those_of_their_files():
                 "nor is it at equal strength, {}.".format(*less, worst, case),
                 f"AT at alpha 0.5 is not resolved, {at_worst}, by seed {by_seed}, nor is it at equal "
                 f"strength, {at_case}.",
-                "its margin weight, {} on seed 1, but {} and {} on seeds 0 and 2, and at 0.2 nats {}, but {} "
-                "and {}.".format(*one_seed_of(weights[2], "A_rob", 1),
-                                 *one_seed_of(weights[2], "A_sa, 0.2 nats", 1)),
-                "AT gains at 0.2 nats {} on seed 2, {} and {} on seeds 0 and 1.".format(
-                    *one_seed_of(weights[0], "A_sa, 0.2 nats", 2)))
+                f"its margin weight, {rob} on seed 1, but {listed(rob_of_others)} on the others, and at 0.2 "
+                f"nats {lost_nats}, but {listed(lost_nats_of_others)}.",
+                f"AT gains at 0.2 nats {won} on seed 2, but {listed(won_of_others)} on the others.")
 
 
 def test_the_differences_in_the_answers_are_those_of_their_files():
@@ -483,14 +494,14 @@ def test_the_figures_about_the_fast_defenses_are_those_of_their_files():
     minutes = {row["result"]: row["seconds"] / 60 for row in load("speed/cost.json")["rows"]}
     free, iaat, at = (load(f"{place}/seed2/eval.json")["A_rob"]
                       for place in ("fast/free", "fast/iaat", "mnist/lenet-at"))
-    assert at == max(load(f"mnist/lenet-at/seed{seed}/eval.json")["A_rob"] for seed in range(3))
+    assert at == max(load(f"mnist/lenet-at/seed{seed}/eval.json")["A_rob"] for seed in range(5))
     of_free, of_iaat, of_at = (minutes[f"results/{row}"]
                                for row in ("fast/free", "fast/iaat", "mnist/lenet-at"))
     assert_says("results",
                 "A_rob {} % at 0.1, {} at 0.03, {} at 0.01".format(*(rates[lr] for lr in (0.1, 0.03, 0.01))),
                 f"takes {of_free:.1f} minutes and has IAAT's robust accuracy ({free:.1f} and {iaat:.1f}), "
                 f"which takes {of_iaat:.1f}; AT, in {of_at:.1f}, is {at - free:.1f} points ahead on this "
-                "seed, its best of three")
+                "seed, its best of five")
 
 
 def test_the_figures_about_attackers_of_equal_strength_are_those_of_their_files():
