@@ -162,7 +162,8 @@ def equal_budget() -> str:
 
 def equal_budget_family() -> str:
     """Attackers of equal strength on the methods of the VIR tables."""
-    return equal_strength({label_of(place)[:1]: results_of(place) for place in VIR}, ["defense"], "A_rob")
+    rows = {(label_of(place)[0], seeds(runs(place))): results_of(place) for place in VIR}
+    return equal_strength(rows, ["defense", "seeds"], "A_rob")
 
 
 def equal_budget_cifar10() -> str:
@@ -175,9 +176,9 @@ def losses() -> str:
     """The worst mean cross-entropy of the same methods within KL budgets, and CVaR."""
     columns = {f"{budget} nats": ("loss_kl", budget) for budget in BUDGETS}
     columns |= {"largest 10 %": ("loss_cvar", "0.1"), "largest 1 %": ("loss_cvar", "0.01")}
-    rows = [[label_of(place)[0], *(spread(result[key][at] for result in results_of(place))
-                                   for key, at in columns.values())] for place in VIR]
-    return markdown(["defense", *columns], rows, left=1)
+    rows = [[label_of(place)[0], seeds(runs(place)), *(spread(result[key][at] for result in results_of(place))
+                                                       for key, at in columns.values())] for place in VIR]
+    return markdown(["defense", "seeds", *columns], rows, left=2)
 
 
 def fast() -> str:

@@ -24,7 +24,7 @@ from harness.evaluation.budget import accuracy_at_budget
 from harness.evaluation.metrics import paired_half_width
 from harness.reporting.campaign_tables import compared, papers_differences
 from harness.reporting.cells import difference
-from harness.reporting.defense_tables import FAMILY, MNIST_GROUPS, last_weight
+from harness.reporting.defense_tables import MNIST_GROUPS, last_weight
 from models import build_model
 from tests import forks
 
@@ -291,7 +291,7 @@ def test_the_figures_about_the_margin_weight_are_those_of_their_files():
     strong, opens = says("worst case", weights[2], weights[0])
     strong_case, opens_at_budget = says("worst case, 0.2 nats", weights[2], weights[0])
     assert all((*opens, *opens_at_budget))
-    worst, at_worst, case, at_case = (cell.partition(", of")[0] for cell in (*strong, *strong_case))
+    worst, at_worst, case, at_case = *strong, *strong_case
     assert all(rows[weights[k]]["worst case"]["seeds"] == [0, 1, 2] for k in (2, 0))
     less = [-value for value in rows[weights[2]]["worst case"]["differences"]]
     by_seed = listed(signed(rows[weights[0]]["worst case"]["differences"]))
@@ -376,7 +376,7 @@ def test_the_differences_in_the_answers_are_those_of_their_files():
                                                    for value in row.values() if isinstance(value, dict))))
 
 
-def test_the_differences_over_three_seeds_are_those_of_their_files():
+def test_the_differences_over_five_seeds_are_those_of_their_files():
     over_at, over_trades = ("gairat", "mail-at", "vir-at"), ("mail-trades", "vir-trades")
     places = [f"vir/{name}" for name in (*over_at, *over_trades, "mart")]
     (a_sa, open_sa), (a_rob, open_rob), (nats, open_nats) = (
@@ -384,7 +384,7 @@ def test_the_differences_over_three_seeds_are_those_of_their_files():
     assert open_sa == [*[False] * 5, True] and open_nats == [False, False, False, True, True, True]
     assert open_rob == [False, True, True, True, True, True]
     rows = {row["row"]: row for row in load("paired.json")["rows"]}
-    assert all(rows[place]["A_rob"]["seeds"] == [0, 1, 2] for place in places)
+    assert all(rows[place]["A_rob"]["seeds"] == [0, 1, 2, 3, 4] for place in places[:5])
     alone = [cell for name, measure in (("mail-at", "A_rob"), ("mail-trades", "A_sa, 0.2 nats"),
                                         ("vir-trades", "worst case, 0.2 nats"))
              for cell in one_seed_of(f"vir/{name}", measure, 0)]
@@ -394,10 +394,10 @@ def test_the_differences_over_three_seeds_are_those_of_their_files():
                 "GAIRAT lowers A_rob, {}; MAIL-AT, {}, VIR-AT, {}, MAIL-TRADES, {}, and VIR-TRADES, {}, are "
                 "not resolved".format(*a_rob),
                 f"MART is not resolved in any: {a_sa[5]}, {nats[5]} and {a_rob[5]}.",
-                "than its images leave open, {}. On seeds 1 and 2 the difference is {} and {}.".format(
-                    *alone[:3]),
-                "gain at 0.2 nats, {}, is {} and {} there; VIR-TRADES' in the worst case, {}, is {} and {}."
-                .format(*alone[3:]))
+                "than its images leave open, {}. On the others the difference is {}, {}, {} and {}.".format(
+                    *alone[:5]),
+                "gain at 0.2 nats, {}, is {}, {}, {} and {} there; VIR-TRADES' in the worst case, {}, is {} "
+                "and {} on seeds 1 and 2.".format(*alone[5:]))
 
 
 def test_the_figures_about_the_size_of_the_weights_are_those_of_their_files():
@@ -471,9 +471,9 @@ def test_the_figures_about_the_family_are_those_of_its_files():
     alphas = [result["alpha_of_kl"]["0.2"] for result in results]
     (gairat_lead, mail_lead, vir_lead) = (
         f"{lead(f'vir/{name}', 'vir/at', 'A_sa', '2.0'):.0f}" for name in ("gairat", "mail-at", "vir-at"))
-    assert gairat_lead == mail_lead
-    rob = {name: [load(f"vir/{name}/seed{seed}/eval.json")["A_rob"] for seed in range(3)] for name in FAMILY}
-    assert [name for name, row in rob.items() if row[0] > min(row)] == ["trades"]
+    at_rob, vir_rob = ([load(f"vir/{name}/seed{seed}/eval.json")["A_rob"] for seed in range(5)]
+                       for name in ("at", "vir-at"))
+    assert all(abs(first - second) < 0.5 for first, second in zip(at_rob, vir_rob))
     raised = []
     for name in ("gairat", "mail-at", "vir-at", "mail-trades", "vir-trades"):
         base = "trades-5" if name.endswith("trades") else "at"
@@ -482,11 +482,13 @@ def test_the_figures_about_the_family_are_those_of_its_files():
                    for metric, alpha in product(("A_sa", "A_tr"), ("1.5", "2.0")))
     assert max(raised) == raised[1]
     slower = load("proof/vir-recipe-float32-seed0/eval.json")["A_rob"]
-    assert slower < min(rob["at"])
-    assert_says("results", "TRADES with 1/lambda 4: AT's is {}, {} and {}.".format(*rob["at"]),
-                f"in float32 its seed 0 has {slower:.2f}",
+    assert slower < min(at_rob) < at_rob[0]
+    assert_says("results", "A_rob of AT is {:.2f}, {:.2f}, {:.2f}, {:.2f} and {:.2f}, that of VIR-AT, "
+                           "which goes on from the same burn-ins, {:.2f}, {:.2f}, {:.2f}, {:.2f} and {:.2f}."
+                           .format(*at_rob, *vir_rob),
+                f"in float32 it has {slower:.2f}",
                 f"by more than {raised[1]:.2f} points (MAIL-AT)",
-                f"(by {gairat_lead} points at alpha 2, VIR-AT by {vir_lead})",
+                f"(by {gairat_lead} and {mail_lead} points at alpha 2, VIR-AT by {vir_lead})",
                 f"GAIRAT's effective sample size at alpha 2 is {gairat} of 10,000, AT's {at} (seed 0)",
                 "(at 0.2 nats {:.1f} for GAIRAT, {:.1f} for AT)".format(*alphas))
 
