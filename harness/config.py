@@ -202,18 +202,19 @@ def compose(cls: type[C], layers: dict[str, tuple]) -> tuple[dict[str, C], dict[
 
 
 def _print_values(config: AnyConfig, given: dict[str, Any], sources: dict[str, str]) -> None:
-    """One line per field: name, value and source.
+    """One line per field: name, value and source, written at once: the reader of a pipe may leave early.
 
     The source is the command line, the recipe, or what stands in brackets in the field's comment.
     """
-    comments = _comments(type(config))
+    comments, lines = _comments(type(config)), []
     for field in fields_of(type(config)):
         bracket = re.search(r"\[([^\[\]]+)\]$", comments.get(field.name, ""))
         default = bracket[1] if bracket else "default"
         source = "command line" if field.name in given else sources.get(field.name, default)
         value = getattr(config, field.name)
         shown = f"{value:.6g}" if isinstance(value, float) else _words(value)
-        print(f"{field.name:<22} {shown:<14} {source}")
+        lines.append(f"{field.name:<22} {shown:<14} {source}\n")
+    sys.stdout.write("".join(lines))
 
 
 def _words(value: object) -> str:

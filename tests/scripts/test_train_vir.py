@@ -1,8 +1,11 @@
 """train_vir.py: every recipe, the burn-in, what it shares with the other scripts, seeds, averaged weights,
 and the printed settings."""
 import csv
+import errno
+import io
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,7 @@ from conftest import ROOT, TINY
 from test_scripts import read_log, same_bits, weights
 
 import train_vir
-from harness.config import parse_config
+from harness.config import parse_config, run_script
 from harness.errors import UserError
 
 QUICK = (*TINY, "--model", "lenet", "--crop_padding", 0, "--no-flip", "--batch_size", 32)
@@ -163,6 +166,23 @@ def test_dry_run_names_the_source_of_every_value_and_trains_nothing(shell, tmp_p
     assert re.match(r"flip +False +VIR; the flip is ours", rows["flip"])
     assert re.match(r"burn_in_epochs +76 +VIR, Alg. 1", rows["burn_in_epochs"])
     assert re.match(r"gamma +10 +VIR", rows["gamma"])
+
+
+class LeavesEarly(io.StringIO):
+    """The pipe to a reader that leaves after the first thing it reads, as `head` may."""
+
+    def write(self, text):
+        if self.getvalue():
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+        return super().write(text)
+
+
+def test_the_reader_of_a_dry_run_may_leave_early(monkeypatch):
+    pipe = LeavesEarly()
+    monkeypatch.setattr(sys, "argv", ["train_vir.py", "--dry_run"])
+    monkeypatch.setattr(sys, "stdout", pipe)
+    run_script(train_vir.main, train_vir.Config)
+    assert len(pipe.getvalue().splitlines()) == len(train_vir.Config.__dataclass_fields__)
 
 
 def test_every_default_names_its_source():
