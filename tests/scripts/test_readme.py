@@ -288,10 +288,9 @@ def test_the_figures_about_the_margin_weight_are_those_of_their_files():
     training = [[float(row["train_A_rob"]) for row in csv.DictReader(file.read_text().splitlines())]
                 for file in sorted((ROOT / "results/mnist/lenet-trades").glob("seed*/log.csv"))]
     assert all(min(epoch[:3]) > max(epoch[3:]) for epoch in [*zip(*training)][1:])
-    strong, opens = says("worst case", weights[2], weights[0])
-    strong_case, opens_at_budget = says("worst case, 0.2 nats", weights[2], weights[0])
+    (worst, at_worst), opens = says("worst case", weights[2], weights[0])
+    (case, at_case), opens_at_budget = says("worst case, 0.2 nats", weights[2], weights[0])
     assert all((*opens, *opens_at_budget))
-    worst, at_worst, case, at_case = *strong, *strong_case
     assert all(rows[weights[k]]["worst case"]["seeds"] == [0, 1, 2] for k in (2, 0))
     less = [-value for value in rows[weights[2]]["worst case"]["differences"]]
     by_seed = listed(signed(rows[weights[0]]["worst case"]["differences"]))
