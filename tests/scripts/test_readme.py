@@ -351,12 +351,15 @@ def test_the_differences_in_the_answers_are_those_of_their_files():
         colour[1:5], (f"cifar10-w16/{base}" for base in ("at", "at", "trades", "trades")))]
     four, five = ([load(f"vir/{name}/seed{seed}/strong.json")["worst_case"]["accuracy"]
                    for seed in range(3)] for name in ("trades", "trades-5"))
+    of_four, of_five = ([load(f"vir/{name}/seed{seed}/eval.json")["A_rob"] for seed in range(5)]
+                        for name in ("trades", "trades-5"))
     assert_says("results",
                 f"VIR-AT is not resolved: {worst[3]}; the paper's {theirs['vir-at']} is smaller than that",
                 f"The paper's {theirs['vir-trades']} (CIFAR-10) lies beyond that interval",
                 f"the paper's {theirs['mail-at']} (CIFAR-10) lies beyond that interval",
                 f"VIR-TRADES is not resolved: {worst[5]}.",
                 "by itself {:.1f}, {:.1f} and {:.1f} points safer".format(*map(sub, four, five)),
+                f"has {listed(signed(map(sub, of_four, of_five)))} points of A_rob more",
                 "GAIRAT does: {}. MAIL-AT is not resolved: {};".format(*worst),
                 f"MART is not resolved: {worst[2]}. Nor is MAIL-TRADES, which the table lacks: {worst[4]}.",
                 f"MAIL-AT and VIR-AT are above AT, {case[1]} and {case[3]}.",
