@@ -6,7 +6,7 @@ training; eval.json, measured on the whole test set by the paper's protocol with
 the margin of every example in margins.npz; strong.json, measured under strong attacks, with the margins in
 their worst case in margins_worst.npz. The same command goes on where it was stopped: a training by its
 --resume, an evaluation by its record. A weighting goes on from the burn-in of its base (--burn_in_from),
-which gives the bits of the whole run. At the end benchmarks/paired.py compares weightings and bases.
+which gives the bits of the whole run. At the end benchmarks/paired.py compares each defense with its base.
 
     python benchmarks/campaign.py --seeds 0 1 2 3 4                         # MNIST, every row but SmallCNN's
     python benchmarks/campaign.py --setting mnist-small_cnn --seeds 0 1     # Zeng's four on SmallCNN

@@ -1,4 +1,4 @@
-"""The tables of README.md and docs/ on all runs together: a weighting and its base, collapse, hours."""
+"""The tables of README.md and docs/ on all runs together: a defense and its base, collapse, hours."""
 import csv
 import json
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ GROUPS = {"mnist/lenet-*": "MNIST, LeNet, Zeng's four", "mnist/small_cnn-*": "MN
 
 
 def paired() -> str:
-    """Every weighting beside its base, weighting by weighting, with the papers' differences."""
+    """Every defense beside its base, defense by defense, with the papers' differences."""
     found = load("paired.json")["rows"]
     measures = [name for name, value in found[0].items() if isinstance(value, dict)]
     rows = [[*label_of(row["row"]), label_of(row["base"])[0], ", ".join(map(str, row["A_rob"]["seeds"])),
