@@ -514,8 +514,8 @@ def test_the_figures_about_the_fast_defenses_are_those_of_their_files():
                                for row in ("fast/free", "fast/iaat", "mnist/lenet-at"))
     assert_says("results",
                 "A_rob {} % at 0.1, {} at 0.03, {} at 0.01".format(*(rates[lr] for lr in (0.1, 0.03, 0.01))),
-                f"best of five, Free AT has {free[2]:.2f} and YOPO {yopo[2]:.2f}; on the other four Free AT "
-                "has {:.2f} to {:.2f} and YOPO {:.2f} to {:.2f}.".format(
+                f"best of five, and Free AT has {free[2]:.2f} and YOPO {yopo[2]:.2f} on it;",
+                "on the other four Free AT has {:.2f} to {:.2f} and YOPO {:.2f} to {:.2f}.".format(
                     *(extreme(found[:2] + found[3:]) for found in (free, yopo) for extreme in (min, max))),
                 f"in float32 Free AT has {slower[0]:.2f} on seed 2",
                 f"and YOPO {slower[1]:.2f}",
