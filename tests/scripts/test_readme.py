@@ -652,8 +652,8 @@ def test_the_figures_about_strong_attacks_are_those_of_their_files():
                 f"{rob[at]:.1f} to {worst[at]:.1f})",
                 "by {:.1f}, {:.1f} and {:.1f} points on seeds 0, 1 and 2, {}, and **YOPO** by {:.1f}, "
                 "{:.1f} and {:.1f}, {}.".format(*below["fast/free"], means[0], *below["fast/yopo"], means[1]),
-                f"**IAAT** is not resolved, {means[2]}: its one seed measured at first, 2, had it "
-                f"{below['fast/iaat'][2]:.1f} points behind.",
+                "**IAAT** is not resolved, {}, by seed {:+.2f}, {:+.2f} and {:+.2f}.".format(
+                    means[2], *(0 - value for value in below["fast/iaat"])),
                 "GAIRAT leads AT of its recipe by {:.1f} points at alpha 2 and is {:.1f} behind it at 0.2 "
                 "nats".format(*behind(alpha, (at, "vir/gairat")), *behind(nats, ("vir/gairat", at))))
     for result in chain(*results.values()):
