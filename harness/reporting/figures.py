@@ -257,7 +257,8 @@ def attacks(result: dict, path: Path) -> None:
                          "worst case": (ORANGE, result["worst_case"]["class_accuracy"])},
                 result.get("classes"), alpha=0.75)
     steps = (result["probe"] or {}).get("steps", {})
-    right.plot(range(len(steps)), list(steps.values()), color=BLUE, marker="o")
+    right.plot(range(len(steps)), list(steps.values()), color=BLUE, marker="o",
+               clip_on=False)  # a marker at 100 % stays whole
     right.set_xticks(range(len(steps)), list(steps))
     count = result["probe"]["num_examples"] if steps else 0
     right.set(xlabel="PGD steps", ylabel="still correct, %", ylim=(0, 101),

@@ -129,6 +129,15 @@ def test_an_evaluation_without_alphas_is_drawn(tmp_path):
     drawn(tmp_path / "eval.png")
 
 
+def test_a_marker_at_100_percent_is_not_cut_by_the_frame(figure):
+    fact = {"accuracy": 50.0, "ci95": [40, 60], "class_accuracy": [50.0, 50.0, 50.0]}
+    probe = {"num_examples": 100, "steps": {"0": 100.0, "10": 50.0}}
+    drawing = figure(plots.attacks, result_of(3) | {"num_examples": 100, "attacks": {"pgd100": fact},
+                                                    "worst_case": fact, "probe": probe})
+    line = drawing.axes[2].lines[0]
+    assert list(line.get_ydata()) == [100.0, 50.0] and not line.get_clip_on()
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("epochs", (1, 5, 40))
 @pytest.mark.parametrize("values",
