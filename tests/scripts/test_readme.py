@@ -652,6 +652,9 @@ def test_the_figures_about_strong_attacks_are_those_of_their_files():
     fast = ("fast/free", "fast/yopo", "fast/iaat")
     assert [[one["verdict"] == "ok" for one in results[name]] for name in fast] == [
         [False, False, False], [True, True, False], [True, True, True]]
+    by_seed = {place: [one["worst_case"]["accuracy"] for one in found] for place, found in results.items()}
+    assert all(found[0] < min(found[1:]) for place, found in by_seed.items() if place.startswith("vir/"))
+    assert max(by_seed["mnist/lenet-trades"][3:]) < min(by_seed["mnist/lenet-trades"][:3])
     means, opens = says("worst case", *fast)
     assert opens == [False, False, True]
     below = {row["row"]: [-value for value in row["worst case"]["differences"]]
